@@ -1,0 +1,1 @@
+"""Tenants, tokens and rate limits: who may do what, and how often."""

@@ -1,0 +1,67 @@
+"""Tenants: the owners of ledgers."""
+
+import re
+from collections.abc import Sequence
+
+import asyncpg
+
+from opsentry.domain.access import TENANT, TenantCreated
+from opsentry.domain.decider import InvalidField, check_title
+from opsentry.events import log
+from opsentry.events.codec import Meta
+from opsentry.events.log import Append, NewEvent
+from opsentry.postgres import Connection
+
+_SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+# These two find the tenant itself, so they are the only ones that cannot name it.
+_BY_SLUG = "SELECT tenant_id, slug, name, created_at FROM tenants WHERE slug = $1"
+_ALL = "SELECT tenant_id, slug, name, created_at FROM tenants ORDER BY slug"
+
+_CREATE = "INSERT INTO tenants (slug, name) VALUES ($1, $2) RETURNING tenant_id"
+
+
+class SlugTaken(Exception):
+    """Another tenant has this slug."""
+
+
+class NoSuchTenant(Exception):
+    """No tenant has this slug."""
+
+
+async def create(connection: Connection, *, slug: str, name: str, meta: Meta) -> int:
+    """Create a tenant, with its creation as the first event of its ledger; return its id.
+
+    Raises:
+        InvalidField: Slug or name cannot be used.
+        SlugTaken: The slug is another tenant's.
+    """
+    if not _SLUG.fullmatch(slug):
+        raise InvalidField("slug", "must be 1 to 63 of a-z, 0-9 and -, with no - at either end")
+    check_title("name", name)
+    try:
+        async with connection.transaction():
+            tenant_id: int = await connection.fetchval(_CREATE, slug, name)
+            event = NewEvent(TenantCreated(slug=slug, name=name), meta)
+            append = Append(tenant_id=tenant_id, kind=TENANT, stream_id=tenant_id, expected_version=0, events=[event])
+            await log.append(connection, [append], wait=True)
+    except asyncpg.UniqueViolationError:
+        raise SlugTaken(f"slug: {slug} is taken") from None
+    return tenant_id
+
+
+async def find(connection: Connection, slug: str) -> asyncpg.Record:
+    """Return the tenant's row.
+
+    Raises:
+        NoSuchTenant: There is none with this slug.
+    """
+    row = await connection.fetchrow(_BY_SLUG, slug)
+    if row is None:
+        raise NoSuchTenant(f"no tenant has the slug {slug}")
+    return row
+
+
+async def everyone(connection: Connection) -> Sequence[asyncpg.Record]:
+    """Return all tenants' rows, by slug."""
+    return list(await connection.fetch(_ALL))

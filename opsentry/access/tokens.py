@@ -1,0 +1,218 @@
+"""API tokens: `ops_` + 8 hex digits of public prefix + 40 of secret + 8 of checksum; only a SHA-256 is stored."""
+
+import asyncio
+import re
+import secrets
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+
+import asyncpg
+import msgspec
+
+from opsentry.domain.access import TOKEN, TokenCreated, TokenRevoked
+from opsentry.domain.decider import InvalidField, check_title
+from opsentry.events import log
+from opsentry.events.codec import Meta
+from opsentry.events.log import Append, NewEvent
+from opsentry.postgres import Connection, Database
+
+SCOPES = ("read:status", "write:incidents", "write:maintenance")
+
+# A token that was looked up is believed for this long, so a revoked one stops working within it everywhere.
+CACHE_SECONDS = 3.0
+_CACHE_SIZE = 20_000
+
+_FORMAT = re.compile(r"ops_([0-9a-f]{48})([0-9a-f]{8})")
+
+# The one query that cannot name its tenant: it finds it.
+_BY_DIGEST = (
+    "SELECT tenant_id, token_id, prefix, name, scopes, expires_at FROM tokens"
+    " WHERE digest = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())"
+)
+
+_CREATE = (
+    "INSERT INTO tokens (tenant_id, prefix, digest, name, scopes, expires_at) VALUES ($1, $2, $3, $4, $5, $6)"
+    " RETURNING token_id"
+)
+
+_REVOKE = """
+UPDATE tokens SET revoked_at = now() WHERE tenant_id = $1 AND prefix = $2 AND revoked_at IS NULL RETURNING token_id
+"""
+
+_LIST = (
+    "SELECT token_id, prefix, name, scopes, created_at, expires_at, revoked_at FROM tokens WHERE tenant_id = $1"
+    " ORDER BY token_id"
+)
+
+_NAMES = "SELECT token_id, name FROM tokens WHERE tenant_id = $1 AND token_id = ANY($2)"
+
+
+class BadToken(Exception):
+    """No token, or one that is unknown, expired or revoked: which of them is not said."""
+
+
+class NoSuchToken(Exception):
+    """The tenant has no such token that could be revoked."""
+
+
+class Token(msgspec.Struct, frozen=True):
+    """What a token that works carries."""
+
+    tenant_id: int
+    token_id: int
+    prefix: str
+    name: str
+    scopes: frozenset[str]
+    expires_at: datetime | None
+
+
+def mint() -> str:
+    """Return a new token value. It cannot be recovered from what is stored of it."""
+    body = secrets.token_hex(24)
+    return f"ops_{body}{_checksum(body)}"
+
+
+def prefix(value: str) -> str:
+    """Return the public part of a token's value."""
+    return value[4:12]
+
+
+def _checksum(body: str) -> str:
+    return f"{zlib.crc32(body.encode()):08x}"
+
+
+def well_formed(value: str) -> bool:
+    """Tell whether `value` can be a token at all; a typing error is found here, without asking the database."""
+    match = _FORMAT.fullmatch(value)
+    return match is not None and _checksum(match[1]) == match[2]
+
+
+class Tokens:
+    """Looks tokens up, remembering each answer for a moment."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._known: dict[bytes, tuple[float, Token | None]] = {}
+        self._lookups: dict[bytes, asyncio.Task[Token | None]] = {}
+
+    async def authenticate(self, value: str) -> Token:
+        """Return what the token carries.
+
+        Raises:
+            BadToken: It is malformed, unknown, expired or revoked.
+            DatabaseUnavailable: That could not be found out.
+        """
+        digest = sha256(value.encode(errors="replace")).digest()
+        known = self._known.get(digest)
+        if known is not None and known[0] > time.monotonic():
+            token = known[1]
+        elif not well_formed(value):
+            raise BadToken
+        else:
+            token = await self._look_up(digest)
+        if token is None or (token.expires_at is not None and token.expires_at <= datetime.now(UTC)):
+            raise BadToken
+        return token
+
+    async def _look_up(self, digest: bytes) -> Token | None:
+        task = self._lookups.get(digest)
+        if task is None:
+            task = asyncio.create_task(self._fetch(digest))
+            self._lookups[digest] = task
+            task.add_done_callback(lambda _: self._lookups.pop(digest, None))
+        return await asyncio.shield(task)
+
+    async def _fetch(self, digest: bytes) -> Token | None:
+        asked_at = time.monotonic()
+        row = await self._database.fetchrow(_BY_DIGEST, digest)
+        token = None
+        if row is not None:
+            token = Token(
+                tenant_id=row["tenant_id"],
+                token_id=row["token_id"],
+                prefix=row["prefix"],
+                name=row["name"],
+                scopes=frozenset(row["scopes"]),
+                expires_at=row["expires_at"],
+            )
+        if len(self._known) >= _CACHE_SIZE:
+            self._known.clear()
+        self._known[digest] = (asked_at + CACHE_SECONDS, token)
+        return token
+
+
+def check_scopes(scopes: Iterable[str]) -> list[str]:
+    """Return `scopes` in their usual order, each once; raise `InvalidField` if one is unknown or there are none."""
+    wanted = set(scopes)
+    if not wanted or wanted - set(SCOPES):
+        raise InvalidField("scopes", f"must be one or more of {', '.join(SCOPES)}")
+    return [scope for scope in SCOPES if scope in wanted]
+
+
+async def create(
+    connection: Connection,
+    tenant_id: int,
+    *,
+    name: str,
+    scopes: Iterable[str],
+    meta: Meta,
+    expires_at: datetime | None = None,
+    value: str | None = None,
+) -> str:
+    """Create a token and put that on the tenant's record, in one transaction; return its value, this once.
+
+    Raises:
+        InvalidField: The name or a scope cannot be used.
+    """
+    value = mint() if value is None else value
+    granted = check_scopes(scopes)
+    check_title("name", name)
+    async with connection.transaction():
+        token_id: int = await connection.fetchval(
+            _CREATE, tenant_id, prefix(value), sha256(value.encode()).digest(), name, granted, expires_at
+        )
+        event = TokenCreated(prefix=prefix(value), name=name, scopes=tuple(granted), expires_at=expires_at)
+        await _record(connection, tenant_id, token_id, 0, event, meta)
+    return value
+
+
+async def revoke(connection: Connection, tenant_id: int, token_prefix: str, meta: Meta) -> None:
+    """Revoke the token with this prefix and put that on the tenant's record, in one transaction.
+
+    Raises:
+        NoSuchToken: The tenant has none that still works.
+    """
+    async with connection.transaction():
+        token_id = await connection.fetchval(_REVOKE, tenant_id, token_prefix)
+        if token_id is None:
+            raise NoSuchToken(f"no token {token_prefix} that could be revoked")
+        await _record(connection, tenant_id, token_id, 1, TokenRevoked(), meta)
+
+
+async def _record(
+    connection: Connection, tenant_id: int, token_id: int, version: int, event: TokenCreated | TokenRevoked, meta: Meta
+) -> None:
+    append = Append(
+        tenant_id=tenant_id,
+        kind=TOKEN,
+        stream_id=token_id,
+        expected_version=version,
+        events=[NewEvent(event, meta)],
+    )
+    (outcome,) = await log.append(connection, [append], wait=True)
+    if not isinstance(outcome, log.Appended):
+        raise TypeError(f"the record of a token was refused: {outcome}")
+
+
+async def listing(connection: Connection, tenant_id: int) -> Sequence[asyncpg.Record]:
+    """Return the rows of the tenant's tokens, oldest first; none holds a secret."""
+    return list(await connection.fetch(_LIST, tenant_id))
+
+
+async def names(connection: Connection, tenant_id: int, token_ids: Iterable[int]) -> dict[int, str]:
+    """Return the names of the tenant's tokens with these ids."""
+    rows = await connection.fetch(_NAMES, tenant_id, list(token_ids))
+    return {row["token_id"]: row["name"] for row in rows}

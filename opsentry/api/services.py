@@ -1,0 +1,55 @@
+"""`/services…`: the registry and uptime."""
+
+from datetime import timedelta
+
+import msgspec
+from aiohttp import web
+
+from opsentry.api.errors import NotFound
+from opsentry.api.http import Call, list_response, object_response, one_response
+from opsentry.domain.service import STATUSES, VISIBILITIES
+from opsentry.domain.status import uptime as percentage
+from opsentry.projections import impact, services
+
+WINDOWS = {"uptime_24h": timedelta(days=1), "uptime_7d": timedelta(days=7), "uptime_30d": timedelta(days=30)}
+
+
+async def listing(call: Call) -> web.Response:
+    """`GET /services`."""
+    status = call.choice("status", STATUSES)
+    visibility = call.choice("visibility", VISIBILITIES)
+    search = call.text("search")
+    limit, offset = call.page(default=100)
+    row = await call.read(
+        lambda connection: services.page(
+            connection,
+            call.tenant_id,
+            status=status,
+            visibility=visibility,
+            search=search,
+            limit=limit,
+            offset=offset,
+        )
+    )
+    return list_response(call, "services", row, (limit, offset))
+
+
+async def one(call: Call) -> web.Response:
+    """`GET /services/:id`."""
+    service_id = call.id()
+    return one_response(await call.read(lambda connection: services.one(connection, call.tenant_id, service_id)))
+
+
+async def uptime(call: Call) -> web.Response:
+    """`GET /services/:id/uptime`: trailing windows that all end at one moment, the database's now."""
+    service_id = call.id()
+    longest = max(WINDOWS.values()).days
+    row = await call.read(lambda connection: impact.recent(connection, call.tenant_id, service_id, longest))
+    since, now = row["since"], row["now"]
+    if since is None:
+        raise NotFound
+    periods = impact.periods(row)
+    answer: dict[str, int | float] = {"service_id": service_id}
+    for name, length in WINDOWS.items():
+        answer[name] = percentage(periods, max(since, now - length), now)
+    return object_response(msgspec.json.encode(answer))

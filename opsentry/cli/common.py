@@ -1,0 +1,115 @@
+"""What all commands share: settings, the event loop, errors as exit codes, output for people and for machines."""
+
+import json
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import click
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from opsentry.access import tenants
+from opsentry.access.tenants import NoSuchTenant, SlugTaken
+from opsentry.access.tokens import NoSuchToken
+from opsentry.config import BadConfiguration, Settings
+from opsentry.domain.decider import DomainError, InvalidField
+from opsentry.events.codec import Actor, Meta
+from opsentry.events.execute import NameTaken
+from opsentry.events.writer import TenantBusy
+from opsentry.importing.statuspage import Malformed
+from opsentry.postgres import Connection, Database, DatabaseUnavailable, MigrationRefused, OutcomeUnknown
+from opsentry.wiring import Core, configure_logging, core
+
+T = TypeVar("T")
+
+META = Meta(Actor("operator"))
+
+# Command lines are patient: nobody's browser waits for them.
+PATIENCE = 30.0
+
+as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON instead of a table.")
+for_tenant = click.option("--tenant", "slug", required=True, metavar="SLUG", help="The tenant's slug.")
+
+
+def settings() -> Settings:
+    """Return the settings and set logging up by them; bad ones are wrong use."""
+    try:
+        found = Settings.from_environment()
+    except BadConfiguration as error:
+        raise click.UsageError(str(error)) from None
+    configure_logging(found.log_level)
+    return found
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`; what people can do something about ends with a clear line and exit code 1 (or 2: wrong use)."""
+    try:
+        return uvloop.run(work)
+    except InvalidField as error:
+        raise click.UsageError(str(error)) from None
+    except OutcomeUnknown as error:
+        raise click.ClickException(f"{error}: it may or may not be recorded; look before trying again") from None
+    except DatabaseUnavailable as error:
+        raise click.ClickException(f"{error} (is OPSENTRY_DATABASE_URL right, and the database migrated?)") from None
+    except (
+        DomainError,
+        Malformed,
+        MigrationRefused,
+        NameTaken,
+        NoSuchTenant,
+        NoSuchToken,
+        SlugTaken,
+        TenantBusy,
+        OSError,
+    ) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@asynccontextmanager
+async def connected(found: Settings) -> AsyncIterator[Connection]:
+    """Lend a connection."""
+    database = Database(found.database_url, size=1)
+    await database.open()
+    try:
+        async with database.connection(PATIENCE) as connection:
+            yield connection
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
+async def tenant_core(slug: str) -> AsyncIterator[tuple[Core, int]]:
+    """Lend the core and the id of a tenant.
+
+    Raises:
+        NoSuchTenant: There is none with this slug.
+    """
+    async with core(settings()) as parts:
+        async with parts.database.connection() as connection:
+            tenant_id: int = (await tenants.find(connection, slug))["tenant_id"]
+        yield parts, tenant_id
+
+
+def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_output: bool) -> None:
+    """Print rows as a table, or as a JSON array."""
+    if json_output:
+        click.echo(json.dumps([{column: row[column] for column in columns} for row in rows], default=_plain, indent=2))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(_cell(row[column]) for column in columns))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    isoformat: Callable[[], str] | None = getattr(value, "isoformat", None)
+    return isoformat().replace("+00:00", "Z") if isoformat else value

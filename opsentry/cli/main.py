@@ -1,0 +1,94 @@
+"""The top of the command line, and the commands that run processes."""
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from opsentry import __version__
+from opsentry.cli.common import PATIENCE, run, settings
+from opsentry.cli.import_ import import_group
+from opsentry.cli.tenants import service_group, tenant_group, token_group
+from opsentry.config import Settings
+from opsentry.postgres import Database, migrate, migrations
+from opsentry.wiring import core, serving, until_stopped, working
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="opsentry")
+def cli() -> None:
+    """Incidents, maintenance and service status, event-sourced on PostgreSQL.
+
+    Settings are environment variables; `opsentry config` lists them.
+    Exit codes: 0 done, 1 failed, 2 wrong use.
+    """
+
+
+@cli.command()
+@click.option("--host", help="Address to listen on, instead of OPSENTRY_HOST.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on, instead of OPSENTRY_PORT.")
+def serve(host: str | None, port: int | None) -> None:
+    """Serve the HTTP API until SIGINT or SIGTERM."""
+    found = settings()
+
+    async def work() -> None:
+        async with core(found) as parts, serving(found, parts, host=host, port=port) as url:
+            click.echo(f"serving {url}")
+            await until_stopped()
+
+    run(work())
+
+
+@cli.command()
+def worker() -> None:
+    """Catch projections up and move maintenance windows on, until SIGINT or SIGTERM."""
+    found = settings()
+
+    async def work() -> None:
+        async with core(found) as parts, working(parts):
+            click.echo("working")
+            await until_stopped()
+
+    run(work())
+
+
+@cli.command(name="migrate")
+def migrate_command() -> None:
+    """Bring the database's schema up to this version. Safe to run again, and by many at once."""
+    found = settings()
+
+    async def work() -> None:
+        database = Database(found.migrate_database_url or found.database_url, size=1)
+        await database.open()
+        try:
+            async with database.connection(10 * PATIENCE) as connection:
+                done = await migrate(connection, migrations())
+        finally:
+            await database.close()
+        for step in done:
+            click.echo(f"applied {step.name}")
+        click.echo("the schema is up to date")
+
+    run(work())
+
+
+@cli.command()
+def config() -> None:
+    """List all settings with their defaults."""
+    table = Table("variable", "default", "what it is")
+    for name, default, says in Settings.catalogue():
+        table.add_row(name, default, says)
+    Console().print(table)
+
+
+@cli.command()
+def demo() -> None:
+    """Run everything on embedded servers, with a tenant to try it on, until Ctrl-C."""
+    from opsentry.demo.run import run_demo  # noqa: PLC0415 - only this command needs the extra `embedded`
+
+    run_demo(settings())
+
+
+cli.add_command(tenant_group)
+cli.add_command(token_group)
+cli.add_command(service_group)
+cli.add_command(import_group)

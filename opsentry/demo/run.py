@@ -1,0 +1,164 @@
+"""The demo's life: servers up, schema, tenants, API and worker, until Ctrl-C; then everything down again."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import click
+import uvloop
+
+from opsentry.access import tokens
+from opsentry.config import Settings
+from opsentry.demo import seed
+from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres, EmbeddedValkey
+from opsentry.postgres import migrate, migrations
+from opsentry.wiring import Core, core, serving, until_stopped, working
+
+
+def run_demo(settings: Settings) -> None:
+    """Run the demo in the folder `OPSENTRY_DEMO_DIR` on port `PORT`, until SIGINT or SIGTERM.
+
+    `OPSENTRY_DATABASE_URL` and `OPSENTRY_REDIS_URL`, where set, are used instead of embedded servers.
+    """
+    folder = Path(os.environ.get("OPSENTRY_DEMO_DIR") or ".opsentry").resolve()
+    port = os.environ.get("PORT") or "8080"
+    if not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the highest port
+        raise click.UsageError("PORT: must be a port number")
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        lock = stack.enter_context((folder / "lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise click.ClickException(f"another demo runs in {folder}") from None
+        owner_url = settings.migrate_database_url or settings.database_url
+        if "OPSENTRY_DATABASE_URL" not in os.environ:
+            click.echo("starting PostgreSQL …")
+            postgres = EmbeddedPostgres(folder / "postgres")
+            postgres.start()
+            stack.callback(postgres.stop)
+            owner_url = postgres.url()
+            settings = replace(settings, database_url=postgres.url(user=APP_USER))
+            uvloop.run(_create_database(postgres.url("postgres")))
+        if "OPSENTRY_REDIS_URL" not in os.environ:
+            click.echo("starting Valkey …")
+            valkey = EmbeddedValkey(folder / "valkey")
+            valkey.start()
+            stack.callback(valkey.stop)
+            settings = replace(settings, redis_url=valkey.url)
+        uvloop.run(_migrate(owner_url))
+        uvloop.run(_live(replace(settings, port=int(port)), folder))
+        click.echo("\nstopping …")
+    click.echo("stopped")
+
+
+async def _create_database(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        if not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)", DATABASE):
+            await connection.execute(f"CREATE DATABASE {DATABASE}")
+    finally:
+        await connection.close()
+
+
+async def _migrate(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await migrate(connection, migrations())
+        if not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", APP_USER):
+            await connection.execute(f"CREATE ROLE {APP_USER} LOGIN IN ROLE opsentry_app")
+    finally:
+        await connection.close()
+
+
+async def _live(settings: Settings, folder: Path) -> None:
+    async with core(settings) as parts:
+        note = folder / "demo.json"
+        facts = await _prepare(parts, _before(note))
+        async with working(parts), serving(settings, parts) as base_url:
+            facts = {
+                "base_url": base_url,
+                "pid": os.getpid(),
+                "tenant_id": facts["tenant_id"],
+                "tenant_slug": seed.SLUG,
+                "database_url": settings.database_url,
+                "redis_url": settings.redis_url,
+                "tokens": facts["tokens"],
+                "other": facts["other"],
+            }
+            _write(note, facts)
+            _welcome(base_url, facts["tokens"]["full"], note)
+            await until_stopped()
+
+
+def _before(note: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(note.read_text())
+    except (OSError, ValueError):
+        return {}
+    return before if isinstance(before, dict) else {}
+
+
+async def _prepare(parts: Core, before: dict[str, Any]) -> dict[str, Any]:
+    """Make sure of tenants, what is in them, and tokens; those of an earlier run are kept where they still work."""
+    tenant_id, new = await seed.tenant(parts, seed.SLUG, seed.NAME)
+    if new:
+        await seed.seed(parts, tenant_id)
+    other_id, new = await seed.tenant(parts, seed.OTHER_SLUG, seed.OTHER_NAME)
+    if new:
+        await seed.seed_other(parts, other_id)
+    for tenant in (tenant_id, other_id):
+        await parts.runner.catch_up(tenant, 0)
+    kept = before.get("tokens", {})
+    values = {
+        name: await _token(parts, tenant_id, kept.get(name), f"demo {name}", scopes)
+        for name, scopes in seed.TOKENS.items()
+    }
+    other_before = before.get("other", {}).get("token")
+    other = await _token(parts, other_id, other_before, "demo other", tokens.SCOPES)
+    return {"tenant_id": tenant_id, "tokens": values, "other": {"tenant_id": other_id, "token": other}}
+
+
+async def _token(parts: Core, tenant_id: int, value: object, name: str, scopes: Iterable[str]) -> str:
+    """Return `value` if it is a token that works for the tenant, else a new one."""
+    if isinstance(value, str):
+        try:
+            token = await tokens.Tokens(parts.database).authenticate(value)
+        except tokens.BadToken:
+            pass
+        else:
+            if token.tenant_id == tenant_id and token.scopes == frozenset(scopes):
+                return value
+    async with parts.database.connection() as connection:
+        return await tokens.create(connection, tenant_id, name=name, scopes=scopes, meta=seed.META)
+
+
+def _write(note: Path, facts: dict[str, Any]) -> None:
+    """Write the file whole or not at all, for the owner's eyes: it holds tokens."""
+    draft = note.with_suffix(".tmp")
+    draft.touch(mode=0o600)
+    draft.write_text(json.dumps(facts, indent=2) + "\n")
+    draft.replace(note)
+
+
+def _welcome(base_url: str, token: str, note: Path) -> None:
+    click.echo(f"""
+Opsentry runs at {base_url}   (Ctrl-C stops it)
+
+Try, in another terminal:
+
+  curl {base_url}/health/ready
+  export TOKEN={token}
+  curl -H "Authorization: Bearer $TOKEN" {base_url}/api/v1/services
+  curl -H "Authorization: Bearer $TOKEN" {base_url}/api/v1/incidents/active
+  curl -X POST {base_url}/api/v1/incidents -H "Authorization: Bearer $TOKEN" \\
+    -H "Content-Type: application/json" -d '{{"title": "Deploy failed", "severity": "degraded"}}'
+
+All tokens, and where the servers are: {note}
+""")

@@ -1,0 +1,103 @@
+"""The shape all aggregates share: events, the errors a decision may raise, and checks on what people write."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import msgspec
+
+REDACTED = "[redacted]"
+MAX_TITLE = 300
+MAX_TEXT = 50_000
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something that happened to one stream.
+
+    `TYPE` names it in the log for ever, `VERSION` is the version of its fields, and `WORDS` names the fields that
+    hold what people wrote: they are stored apart from the facts, so that they can be erased.
+    """
+
+    TYPE: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+    WORDS: ClassVar[frozenset[str]] = frozenset()
+
+
+class DomainError(Exception):
+    """A command was refused. The message is meant for whoever sent it."""
+
+
+class InvalidField(DomainError):
+    """A field of the command holds something that can never be accepted.
+
+    Args:
+        field: The field's name as the sender wrote it, such as `severity`.
+        problem: What is wrong with it, such as `must not be blank`.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class TransitionRefused(DomainError):
+    """The command is well formed, but the stream's present state forbids it."""
+
+
+S = TypeVar("S")
+C = TypeVar("C")
+E = TypeVar("E", bound=Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Decider(Generic[S, C, E]):
+    """An aggregate as pure functions (Chassaing's decider).
+
+    Attributes:
+        kind: The stream kind its events are kept under.
+        evolve: Folds one event into the state; `None` is the state of a stream that does not exist. Total.
+        decide: Answers a command with events, or raises `DomainError`.
+    """
+
+    kind: str
+    evolve: Callable[[S | None, E], S]
+    decide: Callable[[S | None, C], Sequence[E]]
+
+    def fold(self, events: Iterable[E], state: S | None = None) -> S | None:
+        """Return the state after `events`."""
+        for event in events:
+            state = self.evolve(state, event)
+        return state
+
+
+def check_title(field: str, value: str) -> str:
+    """Return `value` if it can stand as a one-line name; raise `InvalidField` if blank, too long or with NUL."""
+    check_text(field, value)
+    if not value.strip():
+        raise InvalidField(field, "must not be blank")
+    if len(value) > MAX_TITLE:
+        raise InvalidField(field, f"must have at most {MAX_TITLE} characters")
+    return value
+
+
+def check_text(field: str, value: str | None) -> str | None:
+    """Return `value` if PostgreSQL and JSON can carry it; raise `InvalidField` if too long or with NUL."""
+    if value is not None:
+        if "\x00" in value:
+            raise InvalidField(field, "must not contain the character NUL")
+        if len(value) > MAX_TEXT:
+            raise InvalidField(field, f"must have at most {MAX_TEXT} characters")
+    return value
+
+
+def check_choice(field: str, value: str, choices: Sequence[str]) -> str:
+    """Return `value` if it is one of `choices`; raise `InvalidField` that names them if it is not."""
+    if value not in choices:
+        raise InvalidField(field, f"must be one of {', '.join(choices)}")
+    return value
+
+
+def normal_ids(service_ids: Iterable[int]) -> tuple[int, ...]:
+    """Return ids in ascending order, each once: the order in which answers show them."""
+    return tuple(sorted(set(service_ids)))

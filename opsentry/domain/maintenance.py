@@ -1,0 +1,221 @@
+"""Maintenance windows: `scheduled → active → completed`, or `scheduled → cancelled`.
+
+That a window's hour has come is an event like any other: the scheduler starts and completes windows by command.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import ClassVar, TypeAlias, assert_never
+
+import msgspec
+
+from opsentry.domain.decider import (
+    Decider,
+    Event,
+    InvalidField,
+    TransitionRefused,
+    check_choice,
+    check_text,
+    check_title,
+    normal_ids,
+)
+
+KIND = "maintenance"
+STATUSES = ("scheduled", "active", "completed", "cancelled")
+VISIBILITIES = ("public", "internal")
+
+
+# ---------------------------------------------------------------------------------------------------- events
+
+
+class MaintenanceScheduled(Event, frozen=True, kw_only=True):
+    """A window was announced. `source` names the record it was imported from."""
+
+    TYPE: ClassVar[str] = "maintenance.scheduled"
+    WORDS: ClassVar[frozenset[str]] = frozenset({"title", "description"})
+    title: str
+    description: str | None = None
+    scheduled_start: datetime
+    scheduled_end: datetime
+    visibility: str
+    service_ids: tuple[int, ...] = ()
+    exclude_from_sla: bool = False
+    suppress_alerts: bool = False
+    auto_start: bool = True
+    auto_complete: bool = True
+    source: str | None = None
+
+
+class MaintenanceStarted(Event, frozen=True, kw_only=True):
+    """Work has begun."""
+
+    TYPE: ClassVar[str] = "maintenance.started"
+
+
+class MaintenanceCompleted(Event, frozen=True, kw_only=True):
+    """Work is done."""
+
+    TYPE: ClassVar[str] = "maintenance.completed"
+
+
+class MaintenanceCancelled(Event, frozen=True, kw_only=True):
+    """The window will not happen."""
+
+    TYPE: ClassVar[str] = "maintenance.cancelled"
+
+
+class MaintenanceUpdated(Event, frozen=True, kw_only=True):
+    """A message was added to the timeline, while the window had `status`."""
+
+    TYPE: ClassVar[str] = "maintenance.updated"
+    WORDS: ClassVar[frozenset[str]] = frozenset({"message"})
+    message: str
+    status: str
+    is_public: bool = True
+    source: str | None = None
+
+
+MaintenanceEvent: TypeAlias = (
+    MaintenanceScheduled | MaintenanceStarted | MaintenanceCompleted | MaintenanceCancelled | MaintenanceUpdated
+)
+
+
+# ---------------------------------------------------------------------------------------------------- state
+
+
+class Maintenance(msgspec.Struct, frozen=True, kw_only=True):
+    """A window as its events leave it."""
+
+    title: str
+    description: str | None
+    status: str
+    visibility: str
+    service_ids: tuple[int, ...]
+    scheduled_start: datetime
+    scheduled_end: datetime
+    exclude_from_sla: bool
+    suppress_alerts: bool
+    auto_start: bool
+    auto_complete: bool
+    sources: frozenset[str] = frozenset()
+
+    @property
+    def due_at(self) -> datetime | None:
+        """When the scheduler has to move it on, if it has to."""
+        if self.status == "scheduled" and self.auto_start:
+            return self.scheduled_start
+        if self.status == "active" and self.auto_complete:
+            return self.scheduled_end
+        return None
+
+
+def evolve(state: Maintenance | None, event: MaintenanceEvent) -> Maintenance:
+    """Fold one event into the state."""
+    if isinstance(event, MaintenanceScheduled):
+        return Maintenance(
+            title=event.title,
+            description=event.description,
+            status="scheduled",
+            visibility=event.visibility,
+            service_ids=event.service_ids,
+            scheduled_start=event.scheduled_start,
+            scheduled_end=event.scheduled_end,
+            exclude_from_sla=event.exclude_from_sla,
+            suppress_alerts=event.suppress_alerts,
+            auto_start=event.auto_start,
+            auto_complete=event.auto_complete,
+            sources=frozenset() if event.source is None else frozenset({event.source}),
+        )
+    if state is None:
+        raise ValueError(f"{event.TYPE} before {MaintenanceScheduled.TYPE}")
+    change = msgspec.structs.replace
+    match event:
+        case MaintenanceStarted():
+            return change(state, status="active")
+        case MaintenanceCompleted():
+            return change(state, status="completed")
+        case MaintenanceCancelled():
+            return change(state, status="cancelled")
+        case MaintenanceUpdated():
+            return state if event.source is None else change(state, sources=state.sources | {event.source})
+        case _:
+            assert_never(event)
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+class ScheduleMaintenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Announce a window."""
+
+    title: str
+    scheduled_start: datetime
+    scheduled_end: datetime
+    description: str | None = None
+    visibility: str = "public"
+    service_ids: tuple[int, ...] = ()
+    exclude_from_sla: bool = False
+    suppress_alerts: bool = False
+    auto_start: bool = True
+    auto_complete: bool = True
+
+
+class StartMaintenance(msgspec.Struct, frozen=True):
+    """Begin a scheduled window."""
+
+
+class CompleteMaintenance(msgspec.Struct, frozen=True):
+    """End an active window."""
+
+
+class CancelMaintenance(msgspec.Struct, frozen=True):
+    """Call a scheduled window off."""
+
+
+MaintenanceCommand: TypeAlias = ScheduleMaintenance | StartMaintenance | CompleteMaintenance | CancelMaintenance
+
+
+def decide(state: Maintenance | None, command: MaintenanceCommand) -> Sequence[MaintenanceEvent]:
+    """Answer `command` with events, or raise `InvalidField` or `TransitionRefused`."""
+    if isinstance(command, ScheduleMaintenance):
+        if state is not None:
+            raise TransitionRefused("the maintenance window exists already")
+        return [_schedule(command)]
+    if state is None:
+        raise TransitionRefused("the maintenance window does not exist")
+    match command:
+        case StartMaintenance():
+            return [_require(state, "scheduled", "started", MaintenanceStarted())]
+        case CompleteMaintenance():
+            return [_require(state, "active", "completed", MaintenanceCompleted())]
+        case CancelMaintenance():
+            return [_require(state, "scheduled", "cancelled", MaintenanceCancelled())]
+        case _:
+            assert_never(command)
+
+
+def _schedule(command: ScheduleMaintenance) -> MaintenanceScheduled:
+    if command.scheduled_end <= command.scheduled_start:
+        raise InvalidField("scheduled_end", "must be after scheduled_start")
+    return MaintenanceScheduled(
+        title=check_title("title", command.title),
+        description=check_text("description", command.description),
+        scheduled_start=command.scheduled_start,
+        scheduled_end=command.scheduled_end,
+        visibility=check_choice("visibility", command.visibility, VISIBILITIES),
+        service_ids=normal_ids(command.service_ids),
+        exclude_from_sla=command.exclude_from_sla,
+        suppress_alerts=command.suppress_alerts,
+        auto_start=command.auto_start,
+        auto_complete=command.auto_complete,
+    )
+
+
+def _require(state: Maintenance, status: str, verb: str, event: MaintenanceEvent) -> MaintenanceEvent:
+    if state.status != status:
+        article = "an" if status[0] in "aeiou" else "a"
+        raise TransitionRefused(f"only {article} {status} window can be {verb}; this one is {state.status}")
+    return event
+
+
+DECIDER: Decider[Maintenance, MaintenanceCommand, MaintenanceEvent] = Decider(kind=KIND, evolve=evolve, decide=decide)

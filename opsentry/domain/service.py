@@ -1,0 +1,184 @@
+"""Services: what incidents and windows touch. Registered once under a slug that is theirs alone."""
+
+import re
+from collections.abc import Sequence
+from typing import ClassVar, TypeAlias, assert_never
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from opsentry.domain.decider import (
+    Decider,
+    Event,
+    InvalidField,
+    TransitionRefused,
+    check_choice,
+    check_text,
+    check_title,
+)
+
+KIND = "service"
+VISIBILITIES = ("public", "internal")
+STATUSES = ("operational", "degraded_performance", "partial_outage", "major_outage", "under_maintenance")
+MAX_TAGS = 50
+SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def claim(slug: str) -> str:
+    """Return the name under which a service holds its slug."""
+    return f"service:{slug}"
+
+
+# ---------------------------------------------------------------------------------------------------- events
+
+
+class ServiceRegistered(Event, frozen=True, kw_only=True):
+    """A service came under watch; uptime is counted from when this occurred."""
+
+    TYPE: ClassVar[str] = "service.registered"
+    WORDS: ClassVar[frozenset[str]] = frozenset({"description"})
+    slug: str
+    name: str
+    description: str | None = None
+    visibility: str
+    tags: tuple[str, ...] = ()
+
+
+class ServiceChanged(Event, frozen=True, kw_only=True):
+    """What is said of it changed. Fields that are `UNSET` stay as they were."""
+
+    TYPE: ClassVar[str] = "service.changed"
+    WORDS: ClassVar[frozenset[str]] = frozenset({"description"})
+    name: str | UnsetType = UNSET
+    description: str | None | UnsetType = UNSET
+    visibility: str | UnsetType = UNSET
+    tags: tuple[str, ...] | UnsetType = UNSET
+
+
+class ServiceRetired(Event, frozen=True, kw_only=True):
+    """It is gone from lists; what happened to it stays."""
+
+    TYPE: ClassVar[str] = "service.retired"
+
+
+ServiceEvent: TypeAlias = ServiceRegistered | ServiceChanged | ServiceRetired
+
+
+# ---------------------------------------------------------------------------------------------------- state
+
+
+class Service(msgspec.Struct, frozen=True, kw_only=True):
+    """A service as its events leave it."""
+
+    slug: str
+    name: str
+    description: str | None
+    visibility: str
+    tags: tuple[str, ...]
+    retired: bool = False
+
+
+def evolve(state: Service | None, event: ServiceEvent) -> Service:
+    """Fold one event into the state."""
+    if isinstance(event, ServiceRegistered):
+        return Service(
+            slug=event.slug,
+            name=event.name,
+            description=event.description,
+            visibility=event.visibility,
+            tags=event.tags,
+        )
+    if state is None:
+        raise ValueError(f"{event.TYPE} before {ServiceRegistered.TYPE}")
+    match event:
+        case ServiceChanged():
+            return msgspec.structs.replace(state, **_set_fields(event))
+        case ServiceRetired():
+            return msgspec.structs.replace(state, retired=True)
+        case _:
+            assert_never(event)
+
+
+def _set_fields(event: ServiceChanged) -> dict[str, object]:
+    values = {name: getattr(event, name) for name in event.__struct_fields__}
+    return {name: value for name, value in values.items() if value is not UNSET}
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+class RegisterService(msgspec.Struct, frozen=True, kw_only=True):
+    """Bring a service under watch."""
+
+    slug: str
+    name: str
+    description: str | None = None
+    visibility: str = "public"
+    tags: tuple[str, ...] = ()
+
+
+class ChangeService(msgspec.Struct, frozen=True, kw_only=True):
+    """Change what is set, leave what is `UNSET`."""
+
+    name: str | UnsetType = UNSET
+    description: str | None | UnsetType = UNSET
+    visibility: str | UnsetType = UNSET
+    tags: tuple[str, ...] | UnsetType = UNSET
+
+
+class RetireService(msgspec.Struct, frozen=True):
+    """Take it out of the lists."""
+
+
+ServiceCommand: TypeAlias = RegisterService | ChangeService | RetireService
+
+
+def decide(state: Service | None, command: ServiceCommand) -> Sequence[ServiceEvent]:
+    """Answer `command` with events, or raise `InvalidField` or `TransitionRefused`."""
+    if isinstance(command, RegisterService):
+        if state is not None:
+            raise TransitionRefused("the service exists already")
+        if not SLUG.fullmatch(command.slug):
+            raise InvalidField("slug", "must be 1 to 63 of a-z, 0-9 and -, with no - at either end")
+        return [
+            ServiceRegistered(
+                slug=command.slug,
+                name=check_title("name", command.name),
+                description=check_text("description", command.description),
+                visibility=check_choice("visibility", command.visibility, VISIBILITIES),
+                tags=_check_tags(command.tags),
+            )
+        ]
+    if state is None or state.retired:
+        raise TransitionRefused("the service does not exist")
+    match command:
+        case ChangeService():
+            return _change(state, command)
+        case RetireService():
+            return [ServiceRetired()]
+        case _:
+            assert_never(command)
+
+
+def _change(state: Service, command: ChangeService) -> list[ServiceEvent]:
+    changed: dict[str, object] = {}
+    if command.name is not UNSET and check_title("name", command.name) != state.name:
+        changed["name"] = command.name
+    if command.description is not UNSET and check_text("description", command.description) != state.description:
+        changed["description"] = command.description
+    if command.visibility is not UNSET:
+        check_choice("visibility", command.visibility, VISIBILITIES)
+        if command.visibility != state.visibility:
+            changed["visibility"] = command.visibility
+    if command.tags is not UNSET and _check_tags(command.tags) != state.tags:
+        changed["tags"] = command.tags
+    return [msgspec.convert(changed, ServiceChanged)] if changed else []
+
+
+def _check_tags(tags: Sequence[str]) -> tuple[str, ...]:
+    if len(tags) > MAX_TAGS:
+        raise InvalidField("tags", f"must be at most {MAX_TAGS}")
+    return tuple(check_title("tags", tag) for tag in tags)
+
+
+DECIDER: Decider[Service, ServiceCommand, ServiceEvent] = Decider(kind=KIND, evolve=evolve, decide=decide)

@@ -1,0 +1,123 @@
+"""Between events as objects and events as the exact text that the log keeps."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple, cast
+
+import msgspec
+from msgspec import UNSET
+
+from opsentry.domain.decider import REDACTED, Event
+from opsentry.domain.events import EVENT_TYPES, AnyEvent
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_encode = msgspec.json.Encoder(order="sorted").encode
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+class Actor(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who did it: `token`, `scheduler`, `import`, `operator` (the command line), with the id of the row if any."""
+
+    kind: str
+    id: int | None = None
+
+
+class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is kept beside an event: ids only, never names or addresses.
+
+    `silent` says that nobody is to be notified of it.
+    """
+
+    actor: Actor
+    request_id: str | None = None
+    silent: bool = False
+
+
+class RecordedEvent(msgspec.Struct, frozen=True):
+    """An event with its place in the ledger."""
+
+    tenant_id: int
+    seq: int
+    kind: str
+    stream_id: int
+    version: int
+    event: AnyEvent
+    occurred_at: datetime
+    recorded_at: datetime
+    meta: Meta
+
+
+class Encoded(NamedTuple):
+    """An event as columns: `data` holds facts, `words` what people wrote (`None` where they wrote nothing)."""
+
+    type: str
+    schema_version: int
+    data: str
+    words: str | None
+
+
+class UnknownEvent(Exception):
+    """The log holds an event that this version of Opsentry cannot read."""
+
+
+# (type, schema version) -> a function from that version's fields to the next one's. Old events are read for ever.
+UPCASTERS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+_meta_decoder = msgspec.json.Decoder(Meta)
+_meta_encoder = msgspec.json.Encoder()
+
+
+def encode(event: Event) -> Encoded:
+    """Return the event as the log keeps it.
+
+    The facts name the fields that have words, so that a reader knows what was there after an erasure.
+    """
+    facts: dict[str, Any] = {}
+    words: dict[str, str] = {}
+    for name in event.__struct_fields__:
+        value = getattr(event, name)
+        if value is UNSET:
+            continue
+        if name in event.WORDS and value is not None:
+            words[name] = value
+        else:
+            facts[name] = value
+    if words:
+        facts["words"] = sorted(words)
+    return Encoded(event.TYPE, event.VERSION, _encode(facts).decode(), _encode(words).decode() if words else None)
+
+
+def decode(type_: str, schema_version: int, data: str, words: str | None) -> AnyEvent:
+    """Return the event that these columns hold; erased words read `[redacted]`.
+
+    Raises:
+        UnknownEvent: Its type, or a version newer than this code's, is unknown, or its fields do not fit.
+    """
+    event_type = EVENT_TYPES.get(type_)
+    if event_type is None or schema_version > event_type.VERSION:
+        raise UnknownEvent(f"{type_} version {schema_version} is not known to this version of Opsentry")
+    try:
+        fields = _decode(data)
+        names = fields.pop("words", ())
+        fields.update(_decode(words) if words is not None else dict.fromkeys(names, REDACTED))
+        for version in range(schema_version, event_type.VERSION):
+            fields = UPCASTERS[type_, version](fields)
+        return cast("AnyEvent", msgspec.convert(fields, event_type))
+    except (msgspec.MsgspecError, KeyError, AttributeError, TypeError) as error:
+        raise UnknownEvent(f"{type_} version {schema_version} does not have the fields it should: {error}") from error
+
+
+def encode_meta(meta: Meta) -> str:
+    """Return `meta` as the log keeps it."""
+    return _meta_encoder.encode(meta).decode()
+
+
+def decode_meta(text: str) -> Meta:
+    """Return the meta data that `text` holds."""
+    return _meta_decoder.decode(text)
+
+
+def to_microseconds(moment: datetime) -> int:
+    """Return whole microseconds since 1970 UTC."""
+    return (moment - _EPOCH) // _MICROSECOND

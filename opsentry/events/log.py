@@ -1,0 +1,203 @@
+"""The event log: the only module whose SQL touches `events`, `heads` and `claims`."""
+
+import os
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import TypeAlias
+
+import asyncpg
+import msgspec
+
+from opsentry.domain.events import AnyEvent
+from opsentry.events.codec import Meta, RecordedEvent, decode, decode_meta, encode, encode_meta, to_microseconds
+from opsentry.postgres import Connection
+
+# Appends a batch of commands in one round trip; see the function's comment in the migrations.
+_APPEND = "SELECT * FROM append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)"
+
+_COLUMNS = (
+    "tenant_id, seq, stream_kind, stream_id, version, type, schema_version, occurred_at, recorded_at, data, meta, words"
+)
+
+# One stream from its beginning, or from after a version.
+_STREAM = (
+    f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id = $3 AND version > $4"
+    " ORDER BY version"
+)
+
+# A tenant's ledger after a position: since seq is dense and in commit order, this never skips an event.
+_AFTER = f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND seq > $2 ORDER BY seq LIMIT $3"
+
+# Where the ledger ends.
+_HEAD = "SELECT seq FROM heads WHERE tenant_id = $1"
+
+# Which stream holds each name.
+_CLAIMS = "SELECT name, stream_id FROM claims WHERE tenant_id = $1 AND name = ANY($2)"
+
+
+class NewEvent(msgspec.Struct, frozen=True):
+    """An event to append. Without `occurred_at` it occurs when it is recorded."""
+
+    event: AnyEvent
+    meta: Meta
+    occurred_at: datetime | None = None
+
+
+class Append(msgspec.Struct, frozen=True, kw_only=True):
+    """A command to the log: append these events to one stream, all or none.
+
+    Attributes:
+        stream_id: 0 asks for a new id.
+        expected_version: The version that the stream must have; 0: it must not exist.
+        claim: A name that no other stream of the tenant may hold, taken together with the append.
+    """
+
+    tenant_id: int
+    kind: str
+    stream_id: int
+    expected_version: int
+    events: Sequence[NewEvent]
+    claim: str | None = None
+
+
+class Appended(msgspec.Struct, frozen=True):
+    """The events are durable. `version` and `seq` are the last one's, `recorded_at` is the first one's."""
+
+    stream_id: int
+    version: int
+    seq: int
+    recorded_at: datetime
+
+    def record(self, command: Append) -> list[RecordedEvent]:
+        """Return the command's events as they stand in the log."""
+        count = len(command.events)
+        recorded = []
+        for i, new in enumerate(command.events):
+            moment = self.recorded_at + timedelta(microseconds=i)
+            recorded.append(
+                RecordedEvent(
+                    tenant_id=command.tenant_id,
+                    seq=self.seq - count + 1 + i,
+                    kind=command.kind,
+                    stream_id=self.stream_id,
+                    version=self.version - count + 1 + i,
+                    event=new.event,
+                    occurred_at=moment if new.occurred_at is None else new.occurred_at,
+                    recorded_at=moment,
+                    meta=new.meta,
+                )
+            )
+        return recorded
+
+
+class Conflict(msgspec.Struct, frozen=True):
+    """Nothing was appended: the stream has another version than was expected."""
+
+    actual_version: int
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    """Nothing was appended: the name belongs to the stream `stream_id`."""
+
+    stream_id: int
+
+
+class Busy(msgspec.Struct, frozen=True):
+    """Nothing was appended: another writer holds the tenant's head."""
+
+
+class NoTenant(msgspec.Struct, frozen=True):
+    """Nothing was appended: there is no such tenant."""
+
+
+Outcome: TypeAlias = Appended | Conflict | Claimed | Busy | NoTenant
+
+
+async def append(connection: Connection, commands: Sequence[Append], *, wait: bool) -> list[Outcome]:
+    """Append `commands`, sorted by tenant, in one round trip; return each one's own outcome.
+
+    Outside of a transaction the batch is committed when this returns. With `wait`, a head that another writer
+    holds is waited for (at most the second that the function's own lock_timeout allows); without, its commands are
+    answered `Busy`. Only a batch of a single tenant may wait: two waiting batches could wait for each other.
+    """
+    events = [new for command in commands for new in command.events]
+    encoded = [encode(new.event) for new in events]
+    row = await connection.fetchrow(
+        _APPEND,
+        [c.tenant_id for c in commands],
+        [c.kind for c in commands],
+        [c.stream_id for c in commands],
+        [c.expected_version for c in commands],
+        [len(c.events) for c in commands],
+        [c.claim for c in commands],
+        [e.type for e in encoded],
+        [e.schema_version for e in encoded],
+        [None if new.occurred_at is None else to_microseconds(new.occurred_at) for new in events],
+        [e.data for e in encoded],
+        [encode_meta(new.meta) for new in events],
+        [e.words for e in encoded],
+        [None if e.words is None else os.urandom(16) for e in encoded],
+        wait,
+    )
+    return [
+        _outcome(*answer)
+        for answer in zip(
+            row["outcomes"], row["stream_ids"], row["versions"], row["seqs"], row["recorded"], strict=True
+        )
+    ]
+
+
+def _outcome(word: str, stream_id: int, version: int, seq: int, recorded_at: datetime) -> Outcome:
+    match word:
+        case "appended":
+            return Appended(stream_id, version, seq, recorded_at)
+        case "conflict":
+            return Conflict(version)
+        case "claimed":
+            return Claimed(stream_id)
+        case "busy":
+            return Busy()
+        case _:
+            return NoTenant()
+
+
+async def read_stream(
+    connection: Connection, tenant_id: int, kind: str, stream_id: int, after: int = 0
+) -> list[RecordedEvent]:
+    """Return the events of one stream with a version above `after`; empty if there is no such stream."""
+    return [recorded(row) for row in await connection.fetch(_STREAM, tenant_id, kind, stream_id, after)]
+
+
+async def read_after(connection: Connection, tenant_id: int, seq: int, limit: int) -> list[RecordedEvent]:
+    """Return at most `limit` events of the tenant after position `seq`, in order."""
+    return [recorded(row) for row in await connection.fetch(_AFTER, tenant_id, seq, limit)]
+
+
+async def head(connection: Connection, tenant_id: int) -> int:
+    """Return the seq of the tenant's last event, 0 if it has none."""
+    seq = await connection.fetchval(_HEAD, tenant_id)
+    return 0 if seq is None else int(seq)
+
+
+async def claims(connection: Connection, tenant_id: int, names: Sequence[str]) -> dict[str, int]:
+    """Return the stream ids that hold those of `names` that are taken."""
+    return {row["name"]: row["stream_id"] for row in await connection.fetch(_CLAIMS, tenant_id, names)}
+
+
+def recorded(row: asyncpg.Record) -> RecordedEvent:
+    """Return the event that a row of `events` holds.
+
+    Raises:
+        UnknownEvent: This version of Opsentry cannot read it.
+    """
+    return RecordedEvent(
+        tenant_id=row["tenant_id"],
+        seq=row["seq"],
+        kind=row["stream_kind"],
+        stream_id=row["stream_id"],
+        version=row["version"],
+        event=decode(row["type"], row["schema_version"], row["data"], row["words"]),
+        occurred_at=row["occurred_at"],
+        recorded_at=row["recorded_at"],
+        meta=decode_meta(row["meta"]),
+    )

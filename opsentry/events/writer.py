@@ -1,0 +1,131 @@
+"""Group commit: all commands that wait in this process go to the log in one round trip and one commit."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+
+import asyncpg
+
+from opsentry.events import log
+from opsentry.events.log import Append, Busy, Outcome
+from opsentry.postgres import DATABASE_TIMEOUT, Database, DatabaseUnavailable, OutcomeUnknown
+
+_Waiting = tuple[Append, "asyncio.Future[Outcome]"]
+
+
+class TenantBusy(Exception):
+    """Other writers held the tenant's head for too long. Nothing was changed; trying again is safe."""
+
+
+class Writer:
+    """Appends commands in batches, while the ones before are being committed.
+
+    A few batches are under way at once (`lanes`), never two with commands of one tenant: its head is a lock, so the
+    second would only be turned away. Commands of one tenant keep their order.
+    """
+
+    def __init__(self, database: Database, *, lanes: int = 2, batch: int = 256) -> None:
+        self._database = database
+        self._lanes = lanes
+        self._batch = batch
+        self._queues: dict[int, deque[_Waiting]] = {}
+        self._under_way: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def append(self, command: Append) -> Outcome:
+        """Append one command and return its outcome, once it is durable.
+
+        A caller that is cancelled stops waiting; the append itself goes on.
+
+        Raises:
+            DatabaseUnavailable: The database could not be reached; nothing was changed.
+            OutcomeUnknown: The database was lost on the way; the stream shows whether it was recorded.
+            TenantBusy: Other writers held the tenant for too long; nothing was changed.
+        """
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(command.tenant_id, deque()).append((command, future))
+        self._start_lane()
+        return await future
+
+    async def drain(self) -> None:
+        """Wait until nothing is under way."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _start_lane(self) -> None:
+        if len(self._tasks) < self._lanes and any(t not in self._under_way for t in self._queues):
+            task = asyncio.create_task(self._lane())
+            self._tasks.add(task)
+            # What arrives between a lane's last look at the queue and its end finds no free lane: look again after.
+            task.add_done_callback(self._lane_ended)
+
+    def _lane_ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if self._queues:
+            self._start_lane()
+
+    async def _lane(self) -> None:
+        while batch := self._take():
+            tenants = {command.tenant_id for command, _ in batch}
+            self._under_way |= tenants
+            try:
+                await self._commit(batch)
+            finally:
+                self._under_way -= tenants
+
+    def _take(self) -> list[_Waiting]:
+        taken: list[_Waiting] = []
+        for tenant in [t for t in self._queues if t not in self._under_way]:
+            queue = self._queues[tenant]
+            while queue and len(taken) < self._batch:
+                taken.append(queue.popleft())
+            if not queue:
+                del self._queues[tenant]
+            if len(taken) == self._batch:
+                break
+        taken.sort(key=lambda waiting: waiting[0].tenant_id)
+        return taken
+
+    async def _commit(self, batch: Sequence[_Waiting]) -> None:
+        outcomes = await self._attempt(batch, wait=False)
+        if outcomes is None:
+            return
+        held: dict[int, list[_Waiting]] = {}
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, Busy):
+                held.setdefault(waiting[0].tenant_id, []).append(waiting)
+            else:
+                _answer(waiting, outcome)
+        if held:
+            # By themselves, tenant by tenant: whoever waits for a lock holds up nobody else.
+            await asyncio.gather(*map(self._wait_for_head, held.values()))
+
+    async def _wait_for_head(self, commands: Sequence[_Waiting]) -> None:
+        outcomes = await self._attempt(commands, wait=True)
+        for waiting, outcome in zip(commands, outcomes or (), strict=False):
+            _answer(waiting, outcome)
+
+    async def _attempt(self, batch: Sequence[_Waiting], *, wait: bool) -> list[Outcome] | None:
+        """Send the batch; where that fails, tell those who wait and return `None`."""
+        sent = False
+        try:
+            async with self._database.connection(2 if wait else DATABASE_TIMEOUT) as connection:
+                sent = True
+                return await log.append(connection, [command for command, _ in batch], wait=wait)
+        except asyncpg.LockNotAvailableError:
+            failure: Exception = TenantBusy("the tenant is busy")
+        except DatabaseUnavailable as error:
+            # A connection that was lost before anything was sent left no doubt; after that, only the log knows.
+            failure = OutcomeUnknown(str(error)) if sent else error
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+            failure = error
+        for _, future in batch:
+            if not future.done():
+                future.set_exception(failure)
+        return None
+
+
+def _answer(waiting: _Waiting, outcome: Outcome) -> None:
+    future = waiting[1]
+    if not future.done():
+        future.set_result(outcome)

@@ -1,0 +1,256 @@
+"""The periods in which an incident or a window touched a service: serves status and uptime.
+
+Periods of different sources may overlap; that is resolved when reading, so each source's rows depend on its own
+events alone.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import asyncpg
+import msgspec
+
+from opsentry.domain import incident, maintenance
+from opsentry.domain.incident import (
+    IncidentOpened,
+    IncidentReopened,
+    IncidentResolved,
+    IncidentServicesChanged,
+    IncidentSeverityChanged,
+    IncidentVisibilityChanged,
+)
+from opsentry.domain.maintenance import MaintenanceCompleted, MaintenanceScheduled, MaintenanceStarted
+from opsentry.domain.status import LEVELS, Period
+from opsentry.events.codec import RecordedEvent
+from opsentry.postgres import Connection
+from opsentry.projections.projection import by_stream, continued, freshness
+from opsentry.projections.timeline import id_array
+
+# The sources that this batch goes on from.
+_LOAD = "SELECT * FROM impact_sources WHERE tenant_id = $1 AND kind = $2 AND source_id = ANY($3)"
+
+_STORE = """
+INSERT INTO impact_sources
+    (tenant_id, kind, source_id, version, live, level, excluded, visibility, service_ids)
+SELECT $1, $2, id, version, live, level, excluded, visibility, service_ids::bigint[]
+FROM unnest($3::bigint[], $4::int[], $5::bool[], $6::smallint[], $7::bool[], $8::text[], $9::text[])
+    AS row (id, version, live, level, excluded, visibility, service_ids)
+ON CONFLICT (tenant_id, kind, source_id) DO UPDATE SET
+    version = excluded.version, live = excluded.live, level = excluded.level, excluded = excluded.excluded,
+    visibility = excluded.visibility, service_ids = excluded.service_ids
+"""
+
+# Ends the periods that still last.
+_END = """
+UPDATE impact_periods p SET to_at = row.to_at
+FROM unnest($3::bigint[], $4::bigint[], $5::timestamptz[]) AS row (source_id, service_id, to_at)
+WHERE p.tenant_id = $1 AND p.kind = $2 AND p.source_id = row.source_id AND p.service_id = row.service_id
+  AND p.to_at = 'infinity'
+"""
+
+_BEGIN = """
+INSERT INTO impact_periods
+    (tenant_id, kind, source_id, service_id, from_version, from_at, to_at, level, excluded)
+SELECT $1, $2, source_id, service_id, from_version, from_at, coalesce(to_at, 'infinity'), level, excluded
+FROM unnest($3::bigint[], $4::bigint[], $5::int[], $6::timestamptz[], $7::timestamptz[], $8::smallint[], $9::bool[])
+    AS row (source_id, service_id, from_version, from_at, to_at, level, excluded)
+ON CONFLICT DO NOTHING
+"""
+
+_CLEAR = "DELETE FROM impact_sources WHERE tenant_id = $1"
+_CLEAR_PERIODS = "DELETE FROM impact_periods WHERE tenant_id = $1"
+
+# What touched a service in the last $3 days; an end is NULL where it still lasts.
+_PERIODS = f"""
+WITH found AS (
+    SELECT from_at, to_at, level, excluded, row_number() OVER (ORDER BY from_at, source_id, from_version) AS place
+    FROM impact_periods
+    WHERE tenant_id = $1 AND service_id = $2 AND to_at > now() - $3 * interval '1 day')
+SELECT fresh.head, fresh.position, now() AS now, s.since,
+    (SELECT array_agg(from_at ORDER BY place) FROM found) AS starts,
+    (SELECT array_agg(nullif(to_at, 'infinity') ORDER BY place) FROM found) AS ends,
+    (SELECT array_agg(level ORDER BY place) FROM found) AS levels,
+    (SELECT array_agg(excluded ORDER BY place) FROM found) AS excluded
+FROM {freshness("services", "impact")}
+LEFT JOIN services s ON s.tenant_id = $1 AND s.service_id = $2 AND NOT s.retired
+"""
+
+
+class Source(msgspec.Struct, kw_only=True):
+    """What an incident or a window does to services now."""
+
+    live: bool
+    level: int
+    excluded: bool
+    visibility: str
+    service_ids: tuple[int, ...]
+
+    def touches(self) -> dict[int, tuple[int, bool]]:
+        """Return level and exclusion for each service that is touched at this moment."""
+        return dict.fromkeys(self.service_ids, (self.level, self.excluded)) if self.live else {}
+
+
+def evolve(source: Source | None, recorded: RecordedEvent) -> Source | None:
+    """Fold one event of an incident or a window."""
+    event = recorded.event
+    match event:
+        case IncidentOpened():
+            return Source(
+                live=True,
+                level=LEVELS[event.severity],
+                excluded=False,
+                visibility=event.visibility,
+                service_ids=event.service_ids,
+            )
+        case MaintenanceScheduled():
+            return Source(
+                live=False,
+                level=0,
+                excluded=event.exclude_from_sla,
+                visibility=event.visibility,
+                service_ids=event.service_ids,
+            )
+    if source is None:
+        raise ValueError(f"{event.TYPE} without a beginning")
+    change = msgspec.structs.replace
+    match event:
+        case IncidentResolved() | MaintenanceCompleted():
+            return change(source, live=False)
+        case IncidentReopened() | MaintenanceStarted():
+            return change(source, live=True)
+        case IncidentSeverityChanged():
+            return change(source, level=LEVELS[event.severity])
+        case IncidentServicesChanged():
+            return change(source, service_ids=event.service_ids)
+        case IncidentVisibilityChanged():
+            return change(source, visibility=event.visibility)
+        case _:
+            return source
+
+
+class _Begun(msgspec.Struct):
+    source_id: int
+    service_id: int
+    version: int
+    start: datetime
+    level: int
+    excluded: bool
+    end: datetime | None = None
+
+
+class Impact:
+    """The projection `impact`."""
+
+    name = "impact"
+    kinds = frozenset({incident.KIND, maintenance.KIND})
+
+    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
+        """End and begin periods for each source touched."""
+        for kind in sorted(self.kinds):
+            if of_kind := [event for event in events if event.kind == kind]:
+                await self._apply(connection, tenant_id, kind, of_kind)
+
+    async def _apply(self, connection: Connection, tenant_id: int, kind: str, events: Sequence[RecordedEvent]) -> None:
+        streams = by_stream(events)
+        rows = {}
+        if ids := continued(streams):
+            rows = {row["source_id"]: row for row in await connection.fetch(_LOAD, tenant_id, kind, ids)}
+        sources: list[tuple[int, int, Source]] = []
+        ended: list[tuple[int, int, datetime]] = []
+        begun: list[_Begun] = []
+        for source_id, stream in streams.items():
+            row = rows.get(source_id)
+            version = 0 if row is None else row["version"]
+            source = None if row is None else _source(row)
+            open_here: dict[int, _Begun] = {}
+            for recorded in stream:
+                if recorded.version <= version:
+                    continue
+                before = {} if source is None else source.touches()
+                source = evolve(source, recorded)
+                version = recorded.version
+                after = {} if source is None else source.touches()
+                moment = recorded.occurred_at
+                for service_id in [s for s in before if before[s] != after.get(s)]:
+                    period = open_here.pop(service_id, None)
+                    if period is None:
+                        ended.append((source_id, service_id, moment))
+                    else:
+                        period.end = moment
+                for service_id in [s for s in after if after[s] != before.get(s)]:
+                    period = _Begun(source_id, service_id, version, moment, *after[service_id])
+                    open_here[service_id] = period
+                    begun.append(period)
+            if source is not None:
+                sources.append((source_id, version, source))
+        await self._store(connection, tenant_id, kind, sources, ended, begun)
+
+    async def _store(
+        self,
+        connection: Connection,
+        tenant_id: int,
+        kind: str,
+        sources: Sequence[tuple[int, int, Source]],
+        ended: Sequence[tuple[int, int, datetime]],
+        begun: Sequence[_Begun],
+    ) -> None:
+        await connection.execute(
+            _STORE,
+            tenant_id,
+            kind,
+            [source_id for source_id, _, _ in sources],
+            [version for _, version, _ in sources],
+            [source.live for _, _, source in sources],
+            [source.level for _, _, source in sources],
+            [source.excluded for _, _, source in sources],
+            [source.visibility for _, _, source in sources],
+            [id_array(source.service_ids) for _, _, source in sources],
+        )
+        if ended:
+            source_ids, service_ids, moments = zip(*ended, strict=True)
+            await connection.execute(_END, tenant_id, kind, source_ids, service_ids, moments)
+        if begun:
+            await connection.execute(
+                _BEGIN,
+                tenant_id,
+                kind,
+                [period.source_id for period in begun],
+                [period.service_id for period in begun],
+                [period.version for period in begun],
+                [period.start for period in begun],
+                [period.end for period in begun],
+                [period.level for period in begun],
+                [period.excluded for period in begun],
+            )
+
+    async def clear(self, connection: Connection, tenant_id: int) -> None:
+        """Delete all of the tenant's rows."""
+        await connection.execute(_CLEAR, tenant_id)
+        await connection.execute(_CLEAR_PERIODS, tenant_id)
+
+
+def _source(row: asyncpg.Record) -> Source:
+    return Source(
+        live=row["live"],
+        level=row["level"],
+        excluded=row["excluded"],
+        visibility=row["visibility"],
+        service_ids=tuple(row["service_ids"]),
+    )
+
+
+async def recent(connection: Connection, tenant_id: int, service_id: int, days: int) -> asyncpg.Record:
+    """Return what touched a service in the last `days` days: `now`, `since` (NULL: no such service), and periods.
+
+    The periods are `starts`, `ends` (NULL where one still lasts), `levels` and `excluded`, arrays of one length, or
+    NULL where there are none.
+    """
+    return await connection.fetchrow(_PERIODS, tenant_id, service_id, days)
+
+
+def periods(row: asyncpg.Record) -> list[Period]:
+    """Return the periods of a row of `recent`; one that still lasts ends at the row's `now`."""
+    if row["starts"] is None:
+        return []
+    columns = zip(row["starts"], row["ends"], row["levels"], row["excluded"], strict=True)
+    return [Period(start, end or row["now"], level, excluded) for start, end, level, excluded in columns]

@@ -1,0 +1,240 @@
+"""Incidents with their timelines: serves `/incidents…`."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import cast
+
+import asyncpg
+import msgspec
+
+from opsentry.domain import incident
+from opsentry.domain.incident import Incident, IncidentEvent, IncidentResolved, IncidentUpdated
+from opsentry.events.codec import RecordedEvent
+from opsentry.postgres import Connection
+from opsentry.projections.projection import by_stream, continued, freshness
+from opsentry.projections.timeline import AUTHOR, UpdateView, author_name, id_array, update_columns
+
+# The rows that this batch goes on from.
+_LOAD = "SELECT incident_id, version, body FROM incidents WHERE tenant_id = $1 AND incident_id = ANY($2)"
+
+# One row for each incident, whatever the number of its events in the batch.
+_STORE = """
+INSERT INTO incidents
+    (tenant_id, incident_id, version, status, severity, visibility, service_ids, occurred_at, body)
+SELECT $1, id, version, status, severity, visibility, service_ids::bigint[], occurred_at, body
+FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::timestamptz[], $9::text[])
+    AS row (id, version, status, severity, visibility, service_ids, occurred_at, body)
+ON CONFLICT (tenant_id, incident_id) DO UPDATE SET
+    version = excluded.version, status = excluded.status, severity = excluded.severity,
+    visibility = excluded.visibility, service_ids = excluded.service_ids, body = excluded.body
+"""
+
+# Timeline entries are written once.
+_STORE_UPDATES = """
+INSERT INTO incident_updates (tenant_id, incident_id, version, actor_kind, actor_id, body)
+SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::bigint[], $6::text[])
+ON CONFLICT DO NOTHING
+"""
+
+_CLEAR = "DELETE FROM incidents WHERE tenant_id = $1"
+_CLEAR_UPDATES = "DELETE FROM incident_updates WHERE tenant_id = $1"
+
+# The answer with its links put in. Inside of a JSON string every quote is escaped, so the marker is found only where
+# the encoder wrote it.
+_ANSWER = """
+CASE WHEN i.service_ids = '{}' THEN i.body ELSE replace(i.body, '"services":[]', '"services":[' || coalesce(
+    (SELECT string_agg(s.ref, ',' ORDER BY s.service_id) FROM services s
+     WHERE s.tenant_id = i.tenant_id AND s.service_id = ANY(i.service_ids)), '') || ']') END
+"""
+
+_UPDATES = f"""
+(SELECT coalesce(string_agg(replace(u.body, '"author":null', '"author":' || {AUTHOR}), ',' ORDER BY u.version), '')
+ FROM incident_updates u
+ LEFT JOIN tokens t ON u.actor_kind = 'token' AND t.tenant_id = u.tenant_id AND t.token_id = u.actor_id
+ WHERE u.tenant_id = i.tenant_id AND u.incident_id = i.incident_id)
+"""
+
+_ORDER = "occurred_at DESC, incident_id DESC"
+
+# The incidents that are not resolved, as one JSON array's inside.
+_ACTIVE = f"""
+SELECT fresh.head, fresh.position, (
+    SELECT string_agg({_ANSWER}, ',' ORDER BY {_ORDER}) FROM incidents i
+    WHERE i.tenant_id = $1 AND i.status <> 'resolved') AS items
+FROM {freshness("incidents", "services")}
+"""
+
+# One incident with its timeline.
+_ONE = f"""
+SELECT fresh.head, fresh.position, i.version, left({_ANSWER}, -1) || ',"updates":[' || {_UPDATES} || ']}}' AS body
+FROM {freshness("incidents", "services")}
+LEFT JOIN incidents i ON i.tenant_id = $1 AND i.incident_id = $2
+"""
+
+
+def _list_query(filters: Sequence[str]) -> str:
+    """Return the query of a page, newest first, as a JSON array's inside; `filters` are columns compared to $4, $5."""
+    where = "".join(f" AND {column} = ${number}" for number, column in enumerate(filters, 4))
+    return f"""
+        WITH page AS (
+            SELECT * FROM incidents WHERE tenant_id = $1{where} ORDER BY {_ORDER} LIMIT $2 OFFSET $3)
+        SELECT fresh.head, fresh.position,
+            (SELECT count(*) FROM incidents WHERE tenant_id = $1{where}) AS total,
+            (SELECT string_agg({_ANSWER}, ',' ORDER BY {_ORDER}) FROM page i) AS items
+        FROM {freshness("incidents", "services")}
+    """
+
+
+# Written out for each set of filters, so that each has its own plan: `status = $4 OR $4 IS NULL` would share a bad one.
+_LISTS: dict[tuple[str, ...], str] = {
+    filters: _list_query(filters) for filters in ((), ("status",), ("severity",), ("status", "severity"))
+}
+
+
+class IncidentView(msgspec.Struct, kw_only=True):
+    """An incident as the API lists it; `services` is filled in when reading."""
+
+    id: int
+    title: str
+    description: str | None
+    status: str
+    severity: str
+    visibility: str
+    services: Sequence[msgspec.Raw] = ()
+    service_ids: tuple[int, ...]
+    root_cause: str | None
+    postmortem: str | None
+    occurred_at: datetime
+    created_at: datetime
+    updated_at: datetime
+    resolved_at: datetime | None
+
+
+class IncidentDetail(IncidentView, kw_only=True):
+    """An incident with its timeline, oldest entry first."""
+
+    updates: Sequence[UpdateView]
+
+
+def evolve_view(view: IncidentView | None, recorded: RecordedEvent) -> IncidentView:
+    """Fold one event into the answer.
+
+    `occurred_at` and `resolved_at` are the world's time, `created_at` and `updated_at` the ledger's.
+    """
+    event = cast("IncidentEvent", recorded.event)
+    state = None
+    if view is not None:
+        state = Incident(
+            title=view.title,
+            description=view.description,
+            status=view.status,
+            severity=view.severity,
+            visibility=view.visibility,
+            service_ids=view.service_ids,
+            root_cause=view.root_cause,
+            postmortem=view.postmortem,
+        )
+    after = incident.evolve(state, event)
+    resolved_at = None
+    if after.status == "resolved":
+        resolved_at = recorded.occurred_at if isinstance(event, IncidentResolved) or view is None else view.resolved_at
+    return IncidentView(
+        id=recorded.stream_id,
+        title=after.title,
+        description=after.description,
+        status=after.status,
+        severity=after.severity,
+        visibility=after.visibility,
+        service_ids=after.service_ids,
+        root_cause=after.root_cause,
+        postmortem=after.postmortem,
+        occurred_at=recorded.occurred_at if view is None else view.occurred_at,
+        created_at=recorded.recorded_at if view is None else view.created_at,
+        updated_at=recorded.recorded_at,
+        resolved_at=resolved_at,
+    )
+
+
+def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], token_names: Mapping[int, str]) -> bytes:
+    """Return the incident with its timeline, as its events leave it: the same bytes that a read of the row gives.
+
+    Args:
+        history: All its events, in order; at least one.
+        refs: How to link services, by id.
+        token_names: Names of the tokens that may have written timeline entries, by id.
+    """
+    view = None
+    for recorded in history:
+        view = evolve_view(view, recorded)
+    if view is None:
+        raise ValueError("an incident without events")
+    view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
+    updates = [
+        UpdateView.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
+        for recorded in history
+        if isinstance(recorded.event, IncidentUpdated)
+    ]
+    return msgspec.json.encode(IncidentDetail(**msgspec.structs.asdict(view), updates=updates))
+
+
+class Incidents:
+    """The projection `incidents`."""
+
+    name = "incidents"
+    kinds = frozenset({incident.KIND})
+
+    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
+        """Write one row for each incident touched, and its new timeline entries."""
+        streams = by_stream(events)
+        rows = {}
+        if ids := continued(streams):
+            rows = {row["incident_id"]: row for row in await connection.fetch(_LOAD, tenant_id, ids)}
+        changed: list[tuple[IncidentView, int]] = []
+        for incident_id, stream in streams.items():
+            row = rows.get(incident_id)
+            version = 0 if row is None else row["version"]
+            view = None if row is None else msgspec.json.decode(row["body"], type=IncidentView)
+            for recorded in stream:
+                if recorded.version > version:
+                    view = evolve_view(view, recorded)
+                    version = recorded.version
+            if view is not None:
+                changed.append((view, version))
+        await connection.execute(
+            _STORE,
+            tenant_id,
+            [view.id for view, _ in changed],
+            [version for _, version in changed],
+            [view.status for view, _ in changed],
+            [view.severity for view, _ in changed],
+            [view.visibility for view, _ in changed],
+            [id_array(view.service_ids) for view, _ in changed],
+            [view.occurred_at for view, _ in changed],
+            [msgspec.json.encode(view).decode() for view, _ in changed],
+        )
+        if updates := [e for e in events if isinstance(e.event, IncidentUpdated)]:
+            await connection.execute(_STORE_UPDATES, tenant_id, *update_columns(updates))
+
+    async def clear(self, connection: Connection, tenant_id: int) -> None:
+        """Delete all of the tenant's rows."""
+        await connection.execute(_CLEAR, tenant_id)
+        await connection.execute(_CLEAR_UPDATES, tenant_id)
+
+
+async def page(
+    connection: Connection, tenant_id: int, *, status: str | None, severity: str | None, limit: int, offset: int
+) -> asyncpg.Record:
+    """Return `total` and `items` (the inside of a JSON array) of the tenant's incidents, newest first."""
+    filters = {"status": status, "severity": severity}
+    chosen = {column: value for column, value in filters.items() if value is not None}
+    return await connection.fetchrow(_LISTS[tuple(chosen)], tenant_id, limit, offset, *chosen.values())
+
+
+async def active(connection: Connection, tenant_id: int) -> asyncpg.Record:
+    """Return `items` of all incidents that are not resolved, newest first."""
+    return await connection.fetchrow(_ACTIVE, tenant_id)
+
+
+async def one(connection: Connection, tenant_id: int, incident_id: int) -> asyncpg.Record:
+    """Return `body` and `version` of one incident; NULL if there is none."""
+    return await connection.fetchrow(_ONE, tenant_id, incident_id)

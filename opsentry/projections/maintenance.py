@@ -1,0 +1,268 @@
+"""Maintenance windows: serves `/maintenance…` and tells the scheduler what is due."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple, cast
+
+import asyncpg
+import msgspec
+
+from opsentry.domain import maintenance
+from opsentry.domain.maintenance import (
+    Maintenance,
+    MaintenanceCancelled,
+    MaintenanceCompleted,
+    MaintenanceEvent,
+    MaintenanceStarted,
+    MaintenanceUpdated,
+)
+from opsentry.events.codec import RecordedEvent
+from opsentry.postgres import Connection
+from opsentry.projections.projection import by_stream, continued, freshness
+from opsentry.projections.timeline import AUTHOR, UpdateView, author_name, id_array, update_columns
+
+# The rows that this batch goes on from.
+_LOAD = (
+    "SELECT maintenance_id, version, announced_at, body FROM maintenance"
+    " WHERE tenant_id = $1 AND maintenance_id = ANY($2)"
+)
+
+# One row for each window, whatever the number of its events in the batch.
+_STORE = """
+INSERT INTO maintenance
+    (tenant_id, maintenance_id, version, status, visibility, service_ids, announced_at, scheduled_start, due_at, body)
+SELECT $1, id, version, status, visibility, service_ids::bigint[], announced_at, scheduled_start, due_at, body
+FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::timestamptz[], $8::timestamptz[],
+            $9::timestamptz[], $10::text[])
+    AS row (id, version, status, visibility, service_ids, announced_at, scheduled_start, due_at, body)
+ON CONFLICT (tenant_id, maintenance_id) DO UPDATE SET
+    version = excluded.version, status = excluded.status, visibility = excluded.visibility,
+    service_ids = excluded.service_ids, scheduled_start = excluded.scheduled_start, due_at = excluded.due_at,
+    body = excluded.body
+"""
+
+# Timeline entries are written once.
+_STORE_UPDATES = """
+INSERT INTO maintenance_updates (tenant_id, maintenance_id, version, actor_kind, actor_id, body)
+SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::bigint[], $6::text[])
+ON CONFLICT DO NOTHING
+"""
+
+_CLEAR = "DELETE FROM maintenance WHERE tenant_id = $1"
+_CLEAR_UPDATES = "DELETE FROM maintenance_updates WHERE tenant_id = $1"
+
+# The answer with its links put in; see the same in incidents.
+_ANSWER = """
+CASE WHEN m.service_ids = '{}' THEN m.body ELSE replace(m.body, '"services":[]', '"services":[' || coalesce(
+    (SELECT string_agg(s.ref, ',' ORDER BY s.service_id) FROM services s
+     WHERE s.tenant_id = m.tenant_id AND s.service_id = ANY(m.service_ids)), '') || ']') END
+"""
+
+_UPDATES = f"""
+(SELECT coalesce(string_agg(replace(u.body, '"author":null', '"author":' || {AUTHOR}), ',' ORDER BY u.version), '')
+ FROM maintenance_updates u
+ LEFT JOIN tokens t ON u.actor_kind = 'token' AND t.tenant_id = u.tenant_id AND t.token_id = u.actor_id
+ WHERE u.tenant_id = m.tenant_id AND u.maintenance_id = m.maintenance_id)
+"""
+
+_NEWEST = "announced_at DESC, maintenance_id DESC"
+_NEXT = "scheduled_start, maintenance_id"
+
+# A page of windows, the last announced first. $2 status: NULL for any.
+_LIST = f"""
+WITH page AS (
+    SELECT * FROM maintenance WHERE tenant_id = $1 AND ($2::text IS NULL OR status = $2)
+    ORDER BY {_NEWEST} LIMIT $3 OFFSET $4)
+SELECT fresh.head, fresh.position,
+    (SELECT count(*) FROM maintenance WHERE tenant_id = $1 AND ($2::text IS NULL OR status = $2)) AS total,
+    (SELECT string_agg({_ANSWER}, ',' ORDER BY {_NEWEST}) FROM page m) AS items
+FROM {freshness("maintenance", "services")}
+"""
+
+# Windows still to come, the next one first.
+_UPCOMING = f"""
+SELECT fresh.head, fresh.position, (
+    SELECT string_agg({_ANSWER}, ',' ORDER BY {_NEXT}) FROM maintenance m
+    WHERE m.tenant_id = $1 AND m.status = 'scheduled' AND m.scheduled_start > now()) AS items
+FROM {freshness("maintenance", "services")}
+"""
+
+# One window with its timeline.
+_ONE = f"""
+SELECT fresh.head, fresh.position, m.version, left({_ANSWER}, -1) || ',"updates":[' || {_UPDATES} || ']}}' AS body
+FROM {freshness("maintenance", "services")}
+LEFT JOIN maintenance m ON m.tenant_id = $1 AND m.maintenance_id = $2
+"""
+
+# What the scheduler has to move on, of all tenants, within the next $1 seconds; the first due first.
+_DUE = """
+SELECT tenant_id, maintenance_id, status, due_at,
+    greatest(0, extract(epoch FROM due_at - clock_timestamp()))::float8 AS seconds
+FROM maintenance WHERE due_at <= clock_timestamp() + $1 * interval '1 second'
+ORDER BY due_at LIMIT $2
+"""
+
+
+class MaintenanceView(msgspec.Struct, kw_only=True):
+    """A window as the API lists it; `services` is filled in when reading."""
+
+    id: int
+    title: str
+    description: str | None
+    status: str
+    visibility: str
+    services: Sequence[msgspec.Raw] = ()
+    service_ids: tuple[int, ...]
+    scheduled_start: datetime
+    scheduled_end: datetime
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    cancelled_at: datetime | None = None
+    exclude_from_sla: bool
+    suppress_alerts: bool
+    auto_start: bool
+    auto_complete: bool
+    created_at: datetime
+    updated_at: datetime
+
+    def state(self) -> Maintenance:
+        """Return the domain's state that this shows."""
+        return Maintenance(
+            title=self.title,
+            description=self.description,
+            status=self.status,
+            visibility=self.visibility,
+            service_ids=self.service_ids,
+            scheduled_start=self.scheduled_start,
+            scheduled_end=self.scheduled_end,
+            exclude_from_sla=self.exclude_from_sla,
+            suppress_alerts=self.suppress_alerts,
+            auto_start=self.auto_start,
+            auto_complete=self.auto_complete,
+        )
+
+
+class MaintenanceDetail(MaintenanceView, kw_only=True):
+    """A window with its timeline, oldest entry first."""
+
+    updates: Sequence[UpdateView]
+
+
+class _Moments(NamedTuple):
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    cancelled_at: datetime | None = None
+
+
+def evolve_view(view: MaintenanceView | None, recorded: RecordedEvent) -> MaintenanceView:
+    """Fold one event into the answer; started_at, completed_at and cancelled_at are the world's time."""
+    event = cast("MaintenanceEvent", recorded.event)
+    after = maintenance.evolve(None if view is None else view.state(), event)
+    moment = recorded.occurred_at
+    before = _Moments() if view is None else _Moments(view.started_at, view.completed_at, view.cancelled_at)
+    return MaintenanceView(
+        id=recorded.stream_id,
+        title=after.title,
+        description=after.description,
+        status=after.status,
+        visibility=after.visibility,
+        service_ids=after.service_ids,
+        scheduled_start=after.scheduled_start,
+        scheduled_end=after.scheduled_end,
+        started_at=moment if isinstance(event, MaintenanceStarted) else before.started_at,
+        completed_at=moment if isinstance(event, MaintenanceCompleted) else before.completed_at,
+        cancelled_at=moment if isinstance(event, MaintenanceCancelled) else before.cancelled_at,
+        exclude_from_sla=after.exclude_from_sla,
+        suppress_alerts=after.suppress_alerts,
+        auto_start=after.auto_start,
+        auto_complete=after.auto_complete,
+        created_at=recorded.recorded_at if view is None else view.created_at,
+        updated_at=recorded.recorded_at,
+    )
+
+
+def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], token_names: Mapping[int, str]) -> bytes:
+    """Return the window with its timeline, as its events leave it; see the same in incidents."""
+    view = None
+    for recorded in history:
+        view = evolve_view(view, recorded)
+    if view is None:
+        raise ValueError("a maintenance window without events")
+    view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
+    updates = [
+        UpdateView.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
+        for recorded in history
+        if isinstance(recorded.event, MaintenanceUpdated)
+    ]
+    return msgspec.json.encode(MaintenanceDetail(**msgspec.structs.asdict(view), updates=updates))
+
+
+class MaintenanceWindows:
+    """The projection `maintenance`."""
+
+    name = "maintenance"
+    kinds = frozenset({maintenance.KIND})
+
+    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
+        """Write one row for each window touched, and its new timeline entries."""
+        streams = by_stream(events)
+        rows = {}
+        if ids := continued(streams):
+            rows = {row["maintenance_id"]: row for row in await connection.fetch(_LOAD, tenant_id, ids)}
+        changed: list[tuple[MaintenanceView, int, datetime]] = []
+        for maintenance_id, stream in streams.items():
+            row = rows.get(maintenance_id)
+            announced_at = stream[0].occurred_at if row is None else row["announced_at"]
+            version = 0 if row is None else row["version"]
+            view = None if row is None else msgspec.json.decode(row["body"], type=MaintenanceView)
+            for recorded in stream:
+                if recorded.version > version:
+                    view = evolve_view(view, recorded)
+                    version = recorded.version
+            if view is not None:
+                changed.append((view, version, announced_at))
+        await connection.execute(
+            _STORE,
+            tenant_id,
+            [view.id for view, _, _ in changed],
+            [version for _, version, _ in changed],
+            [view.status for view, _, _ in changed],
+            [view.visibility for view, _, _ in changed],
+            [id_array(view.service_ids) for view, _, _ in changed],
+            [announced_at for _, _, announced_at in changed],
+            [view.scheduled_start for view, _, _ in changed],
+            [view.state().due_at for view, _, _ in changed],
+            [msgspec.json.encode(view).decode() for view, _, _ in changed],
+        )
+        if updates := [e for e in events if isinstance(e.event, MaintenanceUpdated)]:
+            await connection.execute(_STORE_UPDATES, tenant_id, *update_columns(updates))
+
+    async def clear(self, connection: Connection, tenant_id: int) -> None:
+        """Delete all of the tenant's rows."""
+        await connection.execute(_CLEAR, tenant_id)
+        await connection.execute(_CLEAR_UPDATES, tenant_id)
+
+
+async def page(
+    connection: Connection, tenant_id: int, *, status: str | None, limit: int, offset: int
+) -> asyncpg.Record:
+    """Return `total` and `items` (the inside of a JSON array) of the tenant's windows, the last announced first."""
+    return await connection.fetchrow(_LIST, tenant_id, status, limit, offset)
+
+
+async def upcoming(connection: Connection, tenant_id: int) -> asyncpg.Record:
+    """Return `items` of all scheduled windows in the future, the next one first."""
+    return await connection.fetchrow(_UPCOMING, tenant_id)
+
+
+async def one(connection: Connection, tenant_id: int, maintenance_id: int) -> asyncpg.Record:
+    """Return `body` and `version` of one window; NULL if there is none."""
+    return await connection.fetchrow(_ONE, tenant_id, maintenance_id)
+
+
+async def due(connection: Connection, within: float, limit: int) -> list[asyncpg.Record]:
+    """Return windows of all tenants that must be started or completed within `within` seconds, by database time.
+
+    The one query that spans tenants here: the scheduler serves them all.
+    """
+    return list(await connection.fetch(_DUE, within, limit))

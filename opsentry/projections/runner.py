@@ -1,0 +1,175 @@
+"""`catch_up`, the one way to project: whoever calls it, the checkpoint's row lock makes it happen exactly once."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import asyncpg
+import structlog
+
+from opsentry.events import log
+from opsentry.events.codec import RecordedEvent, UnknownEvent
+from opsentry.postgres import DATABASE_TIMEOUT, Connection, Database, is_passing
+from opsentry.projections.projection import Projection
+
+_log = structlog.get_logger()
+
+# Makes the rows that are missing, for a new tenant or a projection that is new in the code.
+_ENSURE = "INSERT INTO checkpoints (tenant_id, projection) SELECT $1, unnest($2::text[]) ON CONFLICT DO NOTHING"
+
+# Takes the tenant's checkpoints, in one order for all, so that two passes never wait for each other. A read model can
+# be derived again, so its commit need not wait for the disk: after a crash of the server both rows and checkpoint
+# are where they were, and the next pass or read goes on from there.
+_LOCK = (
+    "SELECT projection, position, parked_seq, set_config('synchronous_commit', 'off', true)"
+    " FROM checkpoints WHERE tenant_id = $1 AND projection = ANY($2) ORDER BY projection FOR NO KEY UPDATE"
+)
+
+_ADVANCE = "UPDATE checkpoints SET position = $3 WHERE tenant_id = $1 AND projection = ANY($2)"
+
+_PARK = "UPDATE checkpoints SET position = $3 - 1, parked_seq = $3, error = $4 WHERE tenant_id = $1 AND projection = $2"
+
+# Tenants whose ledger has gone further than one of their projections.
+_BEHIND = (
+    "SELECT h.tenant_id FROM heads h WHERE h.seq > 0 AND ("
+    " (SELECT count(*) FROM checkpoints c WHERE c.tenant_id = h.tenant_id AND c.projection = ANY($1))"
+    " < cardinality($1::text[]) OR EXISTS (SELECT FROM checkpoints c WHERE c.tenant_id = h.tenant_id"
+    " AND c.projection = ANY($1) AND c.position < h.seq AND c.parked_seq IS NULL)) LIMIT $2"
+)
+
+_BATCH = 500
+_PASS_TIMEOUT = 30.0
+
+
+class Poison(Exception):
+    """An event that a projection cannot apply."""
+
+    def __init__(self, projection: str, seq: int, error: str) -> None:
+        super().__init__(f"{projection} cannot apply event {seq}: {error}")
+        self.projection = projection
+        self.seq = seq
+        self.error = error
+
+
+class Runner:
+    """Brings projections up to their tenant's ledger."""
+
+    def __init__(self, database: Database, projections: Sequence[Projection]) -> None:
+        self._database = database
+        self._projections = sorted(projections, key=lambda projection: projection.name)
+        self._names = [projection.name for projection in self._projections]
+        self._passes: dict[int, asyncio.Task[int]] = {}
+
+    async def catch_up(self, tenant_id: int, seq: int) -> None:
+        """Return when every projection of the tenant that is not parked shows event `seq`.
+
+        Callers for one tenant share passes: one that runs, and one that begins after it for all who came meanwhile.
+
+        Raises:
+            DatabaseUnavailable: The database was lost; the worker, or the next read, will catch up.
+        """
+        while True:
+            current = self._passes.get(tenant_id)
+            if current is None:
+                current = asyncio.create_task(self._pass(tenant_id))
+                self._passes[tenant_id] = current
+                current.add_done_callback(lambda _: self._passes.pop(tenant_id, None))
+            # A caller that gives up waiting must not take the pass away from the others.
+            if await asyncio.shield(current) >= seq:
+                return
+
+    async def behind(self, limit: int = 1000) -> list[int]:
+        """Return tenants with projections that lag, at most `limit`."""
+        return [row["tenant_id"] for row in await self._database.fetch(_BEHIND, self._names, limit, seconds=10)]
+
+    async def read(self, tenant_id: int, query: Callable[[Connection], Awaitable[asyncpg.Record]]) -> asyncpg.Record:
+        """Return the row of `query` once it shows all that the tenant's ledger held when it was asked.
+
+        The row carries `head` and `position` (see `freshness`). A read that finds its projection behind brings it up
+        to date itself, so no read depends on a command having had the time to, or on a worker being alive. Where
+        that takes too long, the row is returned as it is; `position` below `head` tells.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        async with self._database.connection() as connection:
+            row = await query(connection)
+        if row["position"] is None or row["position"] < row["head"]:
+            try:
+                async with asyncio.timeout(DATABASE_TIMEOUT):
+                    await self.catch_up(tenant_id, row["head"])
+            except TimeoutError:
+                pass
+            async with self._database.connection() as connection:
+                row = await query(connection)
+        return row
+
+    async def _pass(self, tenant_id: int) -> int:
+        """Apply what there is; return the position reached."""
+        careful = False
+        while True:
+            try:
+                async with self._database.transaction(_PASS_TIMEOUT) as connection:
+                    reached, more = await self._step(connection, tenant_id, careful=careful)
+            except _BatchFailed:
+                careful = True  # one projection and one event at a time, until the one to blame is found
+                continue
+            except Poison as poison:
+                await self._park(tenant_id, poison)
+                careful = False
+                continue
+            if not more:
+                return reached
+
+    async def _step(self, connection: Connection, tenant_id: int, *, careful: bool) -> tuple[int, bool]:
+        """Apply one batch inside the caller's transaction; return the position reached and whether there is more."""
+        rows = await connection.fetch(_LOCK, tenant_id, self._names)
+        if len(rows) < len(self._names):
+            await connection.execute(_ENSURE, tenant_id, self._names)
+            rows = await connection.fetch(_LOCK, tenant_id, self._names)
+        positions = {row["projection"]: int(row["position"]) for row in rows if row["parked_seq"] is None}
+        if not positions:
+            return await log.head(connection, tenant_id), False
+        lowest = min(positions.values())
+        # Projections that stand at the same position advance together; those that are behind catch up first.
+        group = [p for p in self._projections if positions.get(p.name) == lowest]
+        next_position = min((position for position in positions.values() if position > lowest), default=None)
+        limit = _BATCH if next_position is None else min(_BATCH, next_position - lowest)
+        if careful:
+            group, limit = group[:1], 1
+        try:
+            events = await log.read_after(connection, tenant_id, lowest, limit)
+        except UnknownEvent as error:
+            if limit == 1:
+                raise Poison(group[0].name, lowest + 1, str(error)) from error
+            raise _BatchFailed from error
+        if events:
+            await self._apply(connection, tenant_id, group, events)
+            lowest = events[-1].seq
+            await connection.execute(_ADVANCE, tenant_id, [projection.name for projection in group], lowest)
+        more = len(events) == limit or next_position is not None or len(group) < len(positions)
+        return lowest, more and bool(events)
+
+    async def _apply(
+        self, connection: Connection, tenant_id: int, group: Sequence[Projection], events: Sequence[RecordedEvent]
+    ) -> None:
+        for projection in group:
+            wanted = [event for event in events if event.kind in projection.kinds]
+            if not wanted:
+                continue
+            try:
+                await projection.apply(connection, tenant_id, wanted)
+            except Exception as error:
+                if is_passing(error):
+                    raise
+                if len(events) == 1:
+                    raise Poison(projection.name, events[0].seq, f"{type(error).__name__}: {error}") from error
+                raise _BatchFailed from error
+
+    async def _park(self, tenant_id: int, poison: Poison) -> None:
+        _log.error("projection parked", tenant_id=tenant_id, projection=poison.projection, seq=poison.seq)
+        async with self._database.transaction() as connection:
+            await connection.execute(_PARK, tenant_id, poison.projection, poison.seq, poison.error)
+
+
+class _BatchFailed(Exception):
+    """A batch could not be applied; which of its events is to blame is not known yet."""

@@ -1,0 +1,192 @@
+"""The registry of services: serves `/services`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import cast
+
+import asyncpg
+import msgspec
+
+from opsentry.domain import service
+from opsentry.domain.service import Service, ServiceEvent
+from opsentry.events.codec import RecordedEvent
+from opsentry.postgres import Connection
+from opsentry.projections.projection import by_stream, continued, freshness
+
+# The rows that this batch goes on from.
+_LOAD = "SELECT service_id, version, retired, body FROM services WHERE tenant_id = $1 AND service_id = ANY($2)"
+
+# One row for each service, whatever the number of its events in the batch.
+_STORE = """
+INSERT INTO services (tenant_id, service_id, version, slug, name, visibility, retired, since, body, ref)
+SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::timestamptz[],
+                         $9::text[], $10::text[])
+ON CONFLICT (tenant_id, service_id) DO UPDATE SET
+    version = excluded.version, slug = excluded.slug, name = excluded.name, visibility = excluded.visibility,
+    retired = excluded.retired, since = excluded.since, body = excluded.body, ref = excluded.ref
+"""
+
+_CLEAR = "DELETE FROM services WHERE tenant_id = $1"
+
+_ANSWER = (
+    """replace(s.body, '"current_status":null', '"current_status":"' || coalesce(t.status, 'operational') || '"')"""
+)
+
+# A page of services by name, as one JSON array's inside. $2 status, $3 visibility, $4 pattern: NULL for any.
+_LIST = f"""
+WITH found AS (
+    SELECT s.name, s.service_id, {_ANSWER} AS answer
+    FROM services s LEFT JOIN service_status t USING (tenant_id, service_id)
+    WHERE s.tenant_id = $1 AND NOT s.retired
+      AND ($2::text IS NULL OR coalesce(t.status, 'operational') = $2)
+      AND ($3::text IS NULL OR s.visibility = $3)
+      AND ($4::text IS NULL OR s.name ILIKE $4 OR s.slug ILIKE $4)
+), page AS (SELECT * FROM found ORDER BY name, service_id LIMIT $5 OFFSET $6)
+SELECT fresh.head, fresh.position, (SELECT count(*) FROM found) AS total,
+    (SELECT string_agg(answer, ',' ORDER BY name, service_id) FROM page) AS items
+FROM {freshness("services", "impact")}
+"""
+
+# One service.
+_ONE = f"""
+SELECT fresh.head, fresh.position, s.version, {_ANSWER} AS body, s.since
+FROM {freshness("services", "impact")}
+LEFT JOIN services s ON s.tenant_id = $1 AND s.service_id = $2 AND NOT s.retired
+LEFT JOIN service_status t ON t.tenant_id = s.tenant_id AND t.service_id = s.service_id
+"""
+
+# How other answers link the services with these ids; retired ones too, for what already links them.
+_REFS = f"""
+SELECT fresh.head, fresh.position,
+    (SELECT array_agg(s.service_id ORDER BY s.service_id) FROM services s
+     WHERE s.tenant_id = $1 AND s.service_id = ANY($2)) AS ids,
+    (SELECT array_agg(s.ref ORDER BY s.service_id) FROM services s
+     WHERE s.tenant_id = $1 AND s.service_id = ANY($2)) AS refs,
+    (SELECT array_agg(s.service_id) FROM services s
+     WHERE s.tenant_id = $1 AND s.service_id = ANY($2) AND s.retired) AS retired
+FROM {freshness("services")}
+"""
+
+
+class ServiceView(msgspec.Struct, kw_only=True):
+    """A service as the API answers it; `current_status` is filled in when reading."""
+
+    id: int
+    slug: str
+    name: str
+    current_status: str | None = None
+    visibility: str
+    tags: tuple[str, ...]
+    description: str | None
+    created_at: datetime
+
+
+class ServiceRef(msgspec.Struct):
+    """A service as other answers link it."""
+
+    id: int
+    slug: str
+    name: str
+
+
+def evolve_view(view: ServiceView | None, recorded: RecordedEvent) -> ServiceView:
+    """Fold one event into the answer. A service's `created_at` is when it came under watch."""
+    state = None
+    if view is not None:
+        state = Service(
+            slug=view.slug,
+            name=view.name,
+            description=view.description,
+            visibility=view.visibility,
+            tags=view.tags,
+        )
+    after = service.evolve(state, cast("ServiceEvent", recorded.event))
+    return ServiceView(
+        id=recorded.stream_id,
+        slug=after.slug,
+        name=after.name,
+        visibility=after.visibility,
+        tags=after.tags,
+        description=after.description,
+        created_at=recorded.occurred_at if view is None else view.created_at,
+    )
+
+
+class Services:
+    """The projection `services`."""
+
+    name = "services"
+    kinds = frozenset({service.KIND})
+
+    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
+        """Write one row for each service touched."""
+        streams = by_stream(events)
+        rows = {}
+        if ids := continued(streams):
+            rows = {row["service_id"]: row for row in await connection.fetch(_LOAD, tenant_id, ids)}
+        changed = []
+        for service_id, stream in streams.items():
+            row = rows.get(service_id)
+            version = 0 if row is None else row["version"]
+            view = None if row is None else msgspec.json.decode(row["body"], type=ServiceView)
+            retired = False if row is None else row["retired"]
+            for recorded in stream:
+                if recorded.version > version:
+                    view = evolve_view(view, recorded)
+                    version = recorded.version
+                    retired = retired or isinstance(recorded.event, service.ServiceRetired)
+            if view is not None:
+                changed.append((view, version, retired))
+        await connection.execute(
+            _STORE,
+            tenant_id,
+            [view.id for view, _, _ in changed],
+            [version for _, version, _ in changed],
+            [view.slug for view, _, _ in changed],
+            [view.name for view, _, _ in changed],
+            [view.visibility for view, _, _ in changed],
+            [retired for _, _, retired in changed],
+            [view.created_at for view, _, _ in changed],
+            [msgspec.json.encode(view).decode() for view, _, _ in changed],
+            [msgspec.json.encode(ServiceRef(view.id, view.slug, view.name)).decode() for view, _, _ in changed],
+        )
+
+    async def clear(self, connection: Connection, tenant_id: int) -> None:
+        """Delete all of the tenant's rows."""
+        await connection.execute(_CLEAR, tenant_id)
+
+
+async def page(
+    connection: Connection,
+    tenant_id: int,
+    *,
+    status: str | None,
+    visibility: str | None,
+    search: str | None,
+    limit: int,
+    offset: int,
+) -> asyncpg.Record:
+    """Return `total` and `items` (the inside of a JSON array) of the tenant's services, by name."""
+    pattern = None
+    if search is not None:
+        escaped = search.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+        pattern = f"%{escaped}%"
+    return await connection.fetchrow(_LIST, tenant_id, status, visibility, pattern, limit, offset)
+
+
+async def one(connection: Connection, tenant_id: int, service_id: int) -> asyncpg.Record:
+    """Return `body`, `version` and `since` of one service; all NULL if there is none."""
+    return await connection.fetchrow(_ONE, tenant_id, service_id)
+
+
+async def refs(connection: Connection, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
+    """Return `ids`, their `refs` (JSON objects as text) and which of them are `retired`; NULL where there are none."""
+    return await connection.fetchrow(_REFS, tenant_id, list(service_ids))
+
+
+def refs_of(row: Mapping[str, Sequence[int] | Sequence[str] | None]) -> dict[int, msgspec.Raw]:
+    """Return the links in a row of `refs` by service id."""
+    return {
+        cast("int", service_id): msgspec.Raw(cast("str", ref).encode())
+        for service_id, ref in zip(row["ids"] or (), row["refs"] or (), strict=True)
+    }

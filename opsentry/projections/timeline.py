@@ -1,0 +1,67 @@
+"""Timeline entries, as incidents and maintenance windows both have them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from opsentry.domain.incident import IncidentUpdated
+from opsentry.domain.maintenance import MaintenanceUpdated
+from opsentry.events.codec import Actor, RecordedEvent
+
+# Who wrote an entry `u`, as JSON; `t` is the token's row, if a token did.
+AUTHOR = "to_json(coalesce(t.name, u.actor_kind))::text"
+
+
+class UpdateView(msgspec.Struct, kw_only=True):
+    """A timeline entry as the API answers it. `id` is its position in the tenant's ledger."""
+
+    id: int
+    status: str
+    message: str
+    is_public: bool
+    author: str | None
+    created_at: datetime
+
+    @classmethod
+    def of(
+        cls, recorded: RecordedEvent, event: IncidentUpdated | MaintenanceUpdated, author: str | None
+    ) -> "UpdateView":
+        """Return the entry that `event`, recorded as `recorded`, makes."""
+        return cls(
+            id=recorded.seq,
+            status=event.status,
+            message=event.message,
+            is_public=event.is_public,
+            author=author,
+            created_at=recorded.occurred_at,
+        )
+
+
+def author_name(actor: Actor, token_names: Mapping[int, str]) -> str:
+    """Return whom an entry names as its author: the token's name, or what kind of actor it was."""
+    if actor.kind == "token" and actor.id is not None:
+        return token_names.get(actor.id, actor.kind)
+    return actor.kind
+
+
+def update_columns(updates: Sequence[RecordedEvent]) -> tuple[list[Any], ...]:
+    """Return ids, versions, actor kinds, actor ids and bodies of `updates`, ready to store."""
+    bodies = []
+    for recorded in updates:
+        if not isinstance(recorded.event, IncidentUpdated | MaintenanceUpdated):
+            raise TypeError(f"{recorded.event.TYPE} is no timeline entry")
+        bodies.append(msgspec.json.encode(UpdateView.of(recorded, recorded.event, None)).decode())
+    return (
+        [recorded.stream_id for recorded in updates],
+        [recorded.version for recorded in updates],
+        [recorded.meta.actor.kind for recorded in updates],
+        [recorded.meta.actor.id for recorded in updates],
+        bodies,
+    )
+
+
+def id_array(ids: Iterable[int]) -> str:
+    """Return `ids` as PostgreSQL writes an array; the driver has no arrays of arrays of different lengths."""
+    return "{" + ",".join(map(str, ids)) + "}"

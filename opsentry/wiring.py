@@ -1,0 +1,136 @@
+"""The composition root: the only module that knows all concrete parts."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from aiohttp import web
+
+from opsentry.access.rate_limit import RateLimiter
+from opsentry.access.tokens import Tokens
+from opsentry.api.app import create_app
+from opsentry.api.health import Readiness
+from opsentry.api.http import Parts
+from opsentry.config import Settings
+from opsentry.events.execute import Commands
+from opsentry.events.writer import Writer
+from opsentry.postgres import Database
+from opsentry.projections.impact import Impact
+from opsentry.projections.incidents import Incidents
+from opsentry.projections.maintenance import MaintenanceWindows
+from opsentry.projections.outbox import Outbox
+from opsentry.projections.projection import Projection
+from opsentry.projections.runner import Runner
+from opsentry.projections.services import Services
+from opsentry.redis import connect
+from opsentry.worker.worker import Worker
+
+KEEPALIVE_SECONDS = 75
+
+
+def projections() -> list[Projection]:
+    """Return all projections there are."""
+    return [Services(), Incidents(), MaintenanceWindows(), Impact(), Outbox()]
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """What every process has: the way to the log and to the read models."""
+
+    database: Database
+    writer: Writer
+    commands: Commands
+    runner: Runner
+
+
+@asynccontextmanager
+async def core(settings: Settings) -> AsyncIterator[Core]:
+    """Put the core together; at the end, let what is being written be written, then close."""
+    database = Database(settings.database_url, size=settings.database_pool)
+    await database.open()
+    writer = Writer(database)
+    try:
+        yield Core(database, writer, Commands(database, writer), Runner(database, projections()))
+    finally:
+        await writer.drain()
+        await database.close()
+
+
+@asynccontextmanager
+async def serving(
+    settings: Settings, parts: Core, *, host: str | None = None, port: int | None = None
+) -> AsyncIterator[str]:
+    """Serve HTTP, on `host` and `port` if given instead of the settings'; yields the base URL."""
+    async with AsyncExitStack() as stack:
+        client = connect(settings.redis_url)
+        stack.push_async_callback(client.aclose)
+        probe = Database(settings.database_url, size=2)
+        await probe.open()
+        stack.push_async_callback(probe.close)
+        limiter = RateLimiter(client, settings.rate_limit, "requests")
+        failures = RateLimiter(client, settings.auth_failure_limit, "failures")
+        stack.push_async_callback(limiter.close)
+        stack.push_async_callback(failures.close)
+        app = create_app(
+            Parts(
+                settings=settings,
+                database=parts.database,
+                commands=parts.commands,
+                runner=parts.runner,
+                tokens=Tokens(parts.database),
+                limiter=limiter,
+                failures=failures,
+            ),
+            Readiness(probe, client),
+        )
+        web_runner = web.AppRunner(
+            app, access_log=None, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=5, handle_signals=False
+        )
+        await web_runner.setup()
+        stack.push_async_callback(web_runner.cleanup)
+        site = web.TCPSite(web_runner, host or settings.host, settings.port if port is None else port, backlog=1024)
+        await site.start()
+        bound, number = web_runner.addresses[0][:2]
+        yield f"http://[{bound}]:{number}" if ":" in bound else f"http://{bound}:{number}"
+
+
+@asynccontextmanager
+async def working(parts: Core) -> AsyncIterator[None]:
+    """Run the worker's loops."""
+    worker = Worker(parts.database, parts.commands, parts.runner)
+    worker.start()
+    try:
+        yield
+    finally:
+        worker.stop()
+
+
+async def until_stopped() -> None:
+    """Return at SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+def configure_logging(level: str) -> None:
+    """Send structured lines to standard error, one JSON object each."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=logging.WARNING)

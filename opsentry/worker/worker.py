@@ -1,0 +1,109 @@
+"""The worker's loops. APScheduler only wakes them up: what has to be done stands in due rows."""
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from apscheduler.executors.asyncio import AsyncIOExecutor
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+from opsentry.domain import maintenance
+from opsentry.domain.decider import TransitionRefused
+from opsentry.domain.maintenance import CompleteMaintenance, MaintenanceCommand, StartMaintenance
+from opsentry.events.codec import Actor, Meta
+from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
+from opsentry.events.writer import TenantBusy
+from opsentry.postgres import Database, DatabaseUnavailable
+from opsentry.projections import maintenance as windows
+from opsentry.projections.runner import Runner
+
+_log = structlog.get_logger()
+
+POLL_SECONDS = 1.0
+_HORIZON_SECONDS = 2 * POLL_SECONDS
+_BATCH = 200
+_META = Meta(Actor("scheduler"))
+_MOVES: dict[str, MaintenanceCommand] = {"scheduled": StartMaintenance(), "active": CompleteMaintenance()}
+
+
+class Worker:
+    """Catches projections up and moves windows on, until stopped.
+
+    Workers need no leader: a checkpoint's lock makes an event be applied once, and the stream's version makes a
+    window be started once, whoever tries.
+    """
+
+    def __init__(self, database: Database, commands: Commands, runner: Runner) -> None:
+        self._database = database
+        self._commands = commands
+        self._runner = runner
+        # A wake-up that comes late is as good as one on time: it looks at what is due now.
+        self._scheduler = AsyncIOScheduler(
+            executors={"default": AsyncIOExecutor()},
+            job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1},
+            timezone=UTC,
+        )
+
+    def start(self) -> None:
+        """Begin to work, on the running loop."""
+        now = datetime.now(UTC)
+        for task in (self.catch_up, self.move_windows):
+            self._scheduler.add_job(
+                _surviving, "interval", args=[task], id=task.__name__, seconds=POLL_SECONDS, next_run_time=now
+            )
+        self._scheduler.start()
+
+    def stop(self) -> None:
+        """Stop waking up; what is under way is left to end."""
+        self._scheduler.shutdown(wait=False)
+
+    async def catch_up(self) -> None:
+        """Bring up to date what commands left behind: they died, or ran out of time."""
+        for tenant_id in await self._runner.behind():
+            await self._runner.catch_up(tenant_id, 0)
+
+    async def move_windows(self) -> None:
+        """Start and complete what is due, and wake up again when the next one is."""
+        async with self._database.connection() as connection:
+            rows = await windows.due(connection, _HORIZON_SECONDS, _BATCH)
+        for row in rows:
+            if row["seconds"] > 0:
+                self._wake_up_in(row["seconds"], row["due_at"])
+            else:
+                await self._move(row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
+        if len(rows) == _BATCH and rows[-1]["seconds"] <= 0:
+            self._wake_up_in(0, datetime.now(UTC))
+
+    def _wake_up_in(self, seconds: float, due_at: datetime) -> None:
+        self._scheduler.add_job(
+            _surviving,
+            "date",
+            args=[self.move_windows],
+            id=f"due {due_at.isoformat()}",
+            run_date=datetime.now(UTC) + timedelta(seconds=seconds),
+            replace_existing=True,
+        )
+
+    async def _move(self, tenant_id: int, maintenance_id: int, command: MaintenanceCommand) -> None:
+        try:
+            executed = await self._commands.execute(maintenance.DECIDER, tenant_id, maintenance_id, command, _META)
+        except (TransitionRefused, ConcurrentChange, NoSuchStream):
+            # Somebody else moved it first; the row is old, and the next poll finds it brought up to date.
+            await self._runner.catch_up(tenant_id, 0)
+            return
+        await self._runner.catch_up(tenant_id, executed.seq)
+        _log.info(
+            "maintenance window moved",
+            tenant_id=tenant_id,
+            maintenance_id=maintenance_id,
+            status=executed.state.status,
+        )
+
+
+async def _surviving(task: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await task()
+    except (DatabaseUnavailable, TenantBusy) as error:
+        _log.warning("will try again", task=getattr(task, "__name__", "?"), error=str(error))
+    except Exception:  # noqa: BLE001 - a loop that dies of a defect would stop all others' windows too
+        _log.exception("unexpected error; will try again", task=getattr(task, "__name__", "?"))

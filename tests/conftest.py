@@ -1,0 +1,216 @@
+"""Fixtures: real servers for all tests, one template database cloned for each."""
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+
+from opsentry.access import tenants, tokens
+from opsentry.config import Settings
+from opsentry.demo.embedded import APP_USER, EmbeddedPostgres, EmbeddedValkey
+from opsentry.domain import service
+from opsentry.domain.service import RegisterService
+from opsentry.events.codec import Actor, Meta
+from opsentry.postgres import migrate, migrations
+from opsentry.wiring import Core, core, serving
+
+META = Meta(Actor("operator"))
+_TEMPLATE = "opsentry_template"
+_numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+def servers_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="opsentry-tests-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def postgres(servers_folder: Path) -> Iterator[EmbeddedPostgres]:
+    server = EmbeddedPostgres(servers_folder / "postgres")
+    server.start()
+    asyncio.run(_make_template(server))
+    yield server
+    server.stop("immediate")
+
+
+async def _make_template(server: EmbeddedPostgres) -> None:
+    connection = await asyncpg.connect(server.url("postgres"))
+    # Tests crash the server's clients, never the machine: nothing has to reach the disk.
+    await connection.execute("ALTER SYSTEM SET fsync = off")
+    await connection.execute("ALTER SYSTEM SET full_page_writes = off")
+    await connection.execute("SELECT pg_reload_conf()")
+    await connection.execute(f"CREATE DATABASE {_TEMPLATE}")
+    await connection.close()
+    connection = await asyncpg.connect(server.url(_TEMPLATE))
+    await migrate(connection, migrations())
+    await connection.execute(f"CREATE ROLE {APP_USER} LOGIN IN ROLE opsentry_app")
+    await connection.close()
+
+
+@pytest.fixture(scope="session")
+def valkey(servers_folder: Path) -> Iterator[EmbeddedValkey]:
+    server = EmbeddedValkey(servers_folder / "valkey")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def database_name(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+    """A migrated database of its own."""
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    connection = await asyncpg.connect(postgres.url("postgres"))
+    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE} STRATEGY file_copy")
+    yield name
+    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await connection.close()
+
+
+@pytest.fixture
+def settings(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_name: str) -> Settings:
+    """Settings of the application's own role, with limits that no test meets by accident."""
+    return Settings(
+        database_url=postgres.url(database_name, APP_USER),
+        migrate_database_url=postgres.url(database_name),
+        redis_url=valkey.url,
+        port=0,
+        rate_limit="1000000/minute",
+        auth_failure_limit="1000000/minute",
+        log_level="error",
+    )
+
+
+@pytest.fixture
+async def owner(settings: Settings) -> AsyncIterator[Any]:
+    """A connection of the database's owner, a superuser."""
+    connection = await asyncpg.connect(settings.migrate_database_url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def app_connection(settings: Settings) -> AsyncIterator[Any]:
+    """A connection of the application's role."""
+    connection = await asyncpg.connect(settings.database_url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def parts(settings: Settings) -> AsyncIterator[Core]:
+    async with core(settings) as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A tenant with a token for everything."""
+
+    id: int
+    slug: str
+    token: str
+
+
+async def make_tenant(parts: Core, slug: str) -> Tenant:
+    async with parts.database.connection(10) as connection:
+        tenant_id = await tenants.create(connection, slug=slug, name=slug.title(), meta=META)
+        token = await tokens.create(connection, tenant_id, name=f"{slug} token", scopes=tokens.SCOPES, meta=META)
+    return Tenant(tenant_id, slug, token)
+
+
+async def make_service(parts: Core, tenant_id: int, slug: str, **fields: Any) -> int:
+    occurred_at = fields.pop("occurred_at", None)
+    command = RegisterService(slug=slug, name=fields.pop("name", slug), **fields)
+    executed = await parts.commands.create(
+        service.DECIDER, tenant_id, command, META, claim=service.claim(slug), occurred_at=occurred_at
+    )
+    await parts.runner.catch_up(tenant_id, executed.seq)
+    return executed.stream_id
+
+
+@pytest.fixture
+async def acme(parts: Core) -> Tenant:
+    return await make_tenant(parts, "acme")
+
+
+@pytest.fixture
+async def globex(parts: Core) -> Tenant:
+    return await make_tenant(parts, "globex")
+
+
+class Client:
+    """An API client of one tenant; answers (status, decoded body, headers)."""
+
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, token: str | None) -> None:
+        self.session = session
+        self.base_url = base_url
+        self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+
+    async def send(self, method: str, path: str, **options: Any) -> tuple[int, Any, Any]:
+        headers = {**self.headers, **options.pop("headers", {})}
+        async with self.session.request(method, self.base_url + path, headers=headers, **options) as response:
+            text = await response.text()
+            body = await response.json() if response.content_type == "application/json" else text
+            return response.status, body, response.headers
+
+    async def get(self, path: str, **options: Any) -> tuple[int, Any, Any]:
+        return await self.send("GET", f"/api/v1{path}", **options)
+
+    async def post(self, path: str, body: Any = None, **options: Any) -> tuple[int, Any, Any]:
+        return await self.send("POST", f"/api/v1{path}", **({} if body is None else {"json": body}), **options)
+
+    async def patch(self, path: str, body: Any, **options: Any) -> tuple[int, Any, Any]:
+        return await self.send("PATCH", f"/api/v1{path}", json=body, **options)
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+@pytest.fixture
+async def base_url(settings: Settings, parts: Core) -> AsyncIterator[str]:
+    """The API, served in this process."""
+    async with serving(settings, parts) as url:
+        yield url
+
+
+@pytest.fixture
+async def api(http: aiohttp.ClientSession, base_url: str, acme: Tenant) -> Client:
+    """A client with every scope of tenant acme."""
+    return Client(http, base_url, acme.token)
+
+
+@pytest.fixture
+async def other_api(http: aiohttp.ClientSession, base_url: str, globex: Tenant) -> Client:
+    """A client with every scope of tenant globex, who must never see anything of acme."""
+    return Client(http, base_url, globex.token)
+
+
+@pytest.fixture
+async def anonymous(http: aiohttp.ClientSession, base_url: str) -> Client:
+    return Client(http, base_url, None)
+
+
+@pytest.fixture
+async def limited_settings(settings: Settings) -> Settings:
+    return replace(settings, rate_limit="5/minute", auth_failure_limit="3/minute")
+
+
+@pytest.fixture(scope="session")
+def real_history() -> Path:
+    """The path of real incident history; skipped aloud where there is none."""
+    path = os.environ.get("OPSENTRY_REAL_HISTORY")
+    if not path:
+        pytest.skip("OPSENTRY_REAL_HISTORY names no file: the real history is not tested here")
+    return Path(path)
