@@ -7,17 +7,17 @@ OPSENTRY_DEMO_DIR ?= .opsentry
 
 .PHONY: demo test check faults bench lock format clean
 
-$(VENV)/.runtime: requirements/runtime.txt pyproject.toml
+$(VENV)/.demo: requirements/demo.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/demo.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.demo requirements/dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@touch $@
 
-demo: $(VENV)/.runtime
+demo: $(VENV)/.demo
 	@exec env PORT="$(PORT)" OPSENTRY_DEMO_DIR="$(OPSENTRY_DEMO_DIR)" $(BIN)/python -m opsentry demo
 
 test: $(VENV)/.dev
@@ -41,7 +41,8 @@ format: $(VENV)/.dev
 
 # Lock files hold names, versions and hashes only: no download address.
 lock:
-	uv pip compile pyproject.toml --extra embedded --extra build --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/runtime.txt
+	uv pip compile pyproject.toml --extra build --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/server.txt
+	uv pip compile pyproject.toml --extra embedded --extra build --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/demo.txt
 	uv pip compile pyproject.toml --extra embedded --extra build --extra dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/dev.txt
 	uv pip compile bench/peers.in --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements/bench.txt
 

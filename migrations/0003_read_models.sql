@@ -24,7 +24,7 @@ CREATE TABLE services (
     ref        text NOT NULL,        -- {"id", "slug", "name"} as other answers link it
     PRIMARY KEY (tenant_id, service_id)
 );
-CREATE INDEX services_by_name ON services (tenant_id, name, service_id);
+CREATE INDEX services_by_name ON services (tenant_id, name COLLATE "C", service_id); -- one order on every server
 
 CREATE TABLE incidents (
     tenant_id   bigint NOT NULL,

@@ -41,9 +41,9 @@ WITH found AS (
       AND ($2::text IS NULL OR coalesce(t.status, 'operational') = $2)
       AND ($3::text IS NULL OR s.visibility = $3)
       AND ($4::text IS NULL OR s.name ILIKE $4 OR s.slug ILIKE $4)
-), page AS (SELECT * FROM found ORDER BY name, service_id LIMIT $5 OFFSET $6)
+), page AS (SELECT * FROM found ORDER BY name COLLATE "C", service_id LIMIT $5 OFFSET $6)
 SELECT fresh.head, fresh.position, (SELECT count(*) FROM found) AS total,
-    (SELECT string_agg(answer, ',' ORDER BY name, service_id) FROM page) AS items
+    (SELECT string_agg(answer, ',' ORDER BY name COLLATE "C", service_id) FROM page) AS items
 FROM {freshness("services", "impact")}
 """
 
