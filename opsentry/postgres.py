@@ -122,8 +122,17 @@ class Database:
         Raises:
             DatabaseUnavailable: As `connection()`; where it was lost at the commit, the outcome is unknown.
         """
-        async with self.connection(seconds) as connection, connection.transaction():
-            yield connection
+        async with self.connection(seconds) as connection:
+            await connection.execute("BEGIN")
+            try:
+                yield connection
+            except asyncio.CancelledError:
+                raise  # the connection is given up: a ROLLBACK would wait for a server that does not answer
+            except BaseException:
+                if not connection.is_closed():
+                    await connection.execute("ROLLBACK")
+                raise
+            await connection.execute("COMMIT")
 
     async def fetchrow(self, query: str, *values: Any, seconds: float = DATABASE_TIMEOUT) -> asyncpg.Record | None:
         """Return the first row of `query`; raises as `connection()`."""

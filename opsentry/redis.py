@@ -18,6 +18,6 @@ def connect(url: str) -> "redis.asyncio.Redis":
         socket_timeout=TIMEOUT,
         socket_connect_timeout=TIMEOUT,
         retry=Retry(NoBackoff(), 0),
-        max_connections=64,
+        max_connections=1024,
     )
     return client

@@ -1,7 +1,8 @@
 """All routes, and the way every request goes, readable at a glance."""
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -9,7 +10,7 @@ from aiohttp.typedefs import Handler
 from opsentry.access.rate_limit import source
 from opsentry.access.tokens import BadToken, Token
 from opsentry.api import errors, health, incidents, maintenance, services
-from opsentry.api.errors import MissingScope, RateLimited, rate_headers
+from opsentry.api.errors import MissingScope, NotFound, RateLimited, rate_headers
 from opsentry.api.health import Readiness
 from opsentry.api.http import MAX_BODY, Call, Parts
 
@@ -39,35 +40,68 @@ ROUTES: tuple[tuple[str, str, str | None, Endpoint], ...] = (
     ("POST", "/maintenance/{id}/{action}", MAINTENANCE, maintenance.act),
 )
 
+# Request ids: random for each process, then counted. Nothing depends on their being hard to guess.
+_PROCESS = os.urandom(6).hex()
+_requests = count(1)
+
 _REQUEST_ID = web.RequestKey("request_id", str)
 
 
 def create_app(parts: Parts, readiness: Readiness) -> web.Application:
-    """Return the HTTP application."""
-    app = web.Application(middlewares=[boundary], client_max_size=MAX_BODY)
-    app.router.add_get("/health", health.probe)
-    app.router.add_get("/health/live", health.live)
-    app.router.add_get("/health/ready", readiness.ready)
+    """Return the HTTP application.
+
+    Handlers are wrapped where they are registered: a middleware of aiohttp costs every request, probes above all, more
+    than the wrapping itself.
+    """
+    app = web.Application(client_max_size=MAX_BODY)
+    routes: dict[str, dict[str, Handler]] = {
+        "/health": {"GET": health.probe},
+        "/health/live": {"GET": health.live},
+        "/health/ready": {"GET": readiness.ready},
+    }
     for method, path, scope, endpoint in ROUTES:
-        handler = _guarded(parts, scope, endpoint)
-        if method == "GET":
-            app.router.add_get(f"/api/v1{path}", handler)  # answers HEAD too
-        else:
-            app.router.add_route(method, f"/api/v1{path}", handler)
+        routes.setdefault(f"/api/v1{path}", {})[method] = _guarded(parts, scope, endpoint)
+    resources = []
+    for path, handlers in routes.items():
+        resource = app.router.add_resource(path)
+        resources.append(resource)
+        methods = {**handlers, **({"HEAD": handlers["GET"]} if "GET" in handlers else {})}
+        for method, handler in methods.items():
+            resource.add_route(method, _bounded(handler))
+    # Only what matched nothing above comes here.
+    app.router.add_route("*", "/{path:.*}", _bounded(_unrouted(resources)))
     return app
 
 
-@web.middleware
-async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give the request its id, and turn every error into an answer: nothing else leaves."""
-    request_id = os.urandom(8).hex()
-    request[_REQUEST_ID] = request_id
-    try:
-        response = await handler(request)
-    except Exception as error:  # noqa: BLE001 - the outermost place, where all of them end
-        response = errors.answer(error, request, request_id)
-    response.headers["X-Request-ID"] = request_id
-    return response
+def _bounded(handler: Handler) -> Handler:
+    """Return a handler that gives the request its id and turns every error into an answer: nothing else leaves."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        request_id = f"{_PROCESS}{next(_requests):08x}"
+        request[_REQUEST_ID] = request_id
+        try:
+            response = await handler(request)
+        except Exception as error:  # noqa: BLE001 - the outermost place, where all of them end
+            response = errors.answer(error, request, request_id)
+        response.headers["X-Request-ID"] = request_id
+        return response
+
+    return handle
+
+
+def _unrouted(resources: Sequence[web.Resource]) -> Handler:
+    """Return the handler of paths and methods that there are not."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        allowed: set[str] = set()
+        for resource in resources:
+            _, methods = await resource.resolve(request)
+            allowed |= methods
+        if allowed:
+            raise web.HTTPMethodNotAllowed(request.method, allowed)
+        raise NotFound
+
+    return handle
 
 
 def _guarded(parts: Parts, scope: str | None, endpoint: Endpoint) -> Handler:

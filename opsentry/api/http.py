@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from opsentry.events.codec import Actor, Meta
 from opsentry.events.execute import Commands
 from opsentry.postgres import Connection, Database, DatabaseUnavailable, OutcomeUnknown
 from opsentry.projections import services
+from opsentry.projections.projection import UNANSWERED_SECONDS
 from opsentry.projections.runner import Runner
 
 MAX_BODY = 64 * 1024
@@ -98,13 +100,14 @@ class Call:
         """Bring the read models up to an event that was just appended.
 
         It is durable, so nothing that goes wrong here makes the command fail: whoever reads next, or the worker,
-        catches up.
+        catches up. But then the answer waits until reads no longer take the event for one that is under way.
         """
+        began = time.monotonic()
         try:
             async with asyncio.timeout(CATCH_UP_TIMEOUT):
                 await self.parts.runner.catch_up(self.tenant_id, seq)
         except (TimeoutError, DatabaseUnavailable):
-            return
+            await asyncio.sleep(max(0.0, began + 1.1 * UNANSWERED_SECONDS - time.monotonic()))
 
     async def links(
         self, service_ids: Sequence[int], token_ids: set[int]

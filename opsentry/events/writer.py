@@ -13,6 +13,10 @@ from opsentry.postgres import DATABASE_TIMEOUT, Database, DatabaseUnavailable, O
 _Waiting = tuple[Append, "asyncio.Future[Outcome]"]
 
 
+# A little more than the second that append_events itself waits for a head.
+_LOCK_TIMEOUT = 1.2
+
+
 class TenantBusy(Exception):
     """Other writers held the tenant's head for too long. Nothing was changed; trying again is safe."""
 
@@ -109,7 +113,7 @@ class Writer:
         """Send the batch; where that fails, tell those who wait and return `None`."""
         sent = False
         try:
-            async with self._database.connection(2 if wait else DATABASE_TIMEOUT) as connection:
+            async with self._database.connection(_LOCK_TIMEOUT if wait else DATABASE_TIMEOUT) as connection:
                 sent = True
                 return await log.append(connection, [command for command, _ in batch], wait=wait)
         except asyncpg.LockNotAvailableError:

@@ -37,9 +37,10 @@ from opsentry.postgres import Connection
 
 # All of a tenant's subscriptions and active windows, which are few, and the incidents and windows of this batch.
 _LOAD = """
-SELECT kind, id, state FROM outbox_state
-WHERE tenant_id = $1
-  AND (kind IN ('subscription', 'active') OR (kind, id) IN (SELECT * FROM unnest($2::text[], $3::bigint[])))
+SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind IN ('subscription', 'active')
+UNION ALL
+SELECT s.kind, s.id, s.state FROM unnest($2::text[], $3::bigint[]) AS wanted (kind, id)
+JOIN outbox_state s ON s.tenant_id = $1 AND s.kind = wanted.kind AND s.id = wanted.id
 """
 
 _STORE = """

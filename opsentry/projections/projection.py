@@ -38,14 +38,23 @@ def continued(streams: dict[int, list[RecordedEvent]]) -> list[int]:
     return [stream_id for stream_id, events in streams.items() if events[0].version > 1]
 
 
-# What a read of a projection's rows must select beside them, to know whether it shows all there is: `head` is where
-# the tenant's ledger ends, `position` where the projection stands. $1 is the tenant. A parked projection counts as
-# up to date: waiting would not help.
+# A command is answered once its events are projected or, where that fails, this long after they were recorded. So an
+# event that is younger than this and not projected yet belongs to a command that nobody has an answer to.
+UNANSWERED_SECONDS = 0.25
+
+
 def freshness(*projections: str) -> str:
-    """Return a FROM item `fresh(head, position)` for `projections`, all rows of one tenant `$1`."""
+    """Return a FROM item `fresh(head, position)` for reads of `projections`' rows, for the tenant `$1`.
+
+    `head` is where the tenant's ledger ends, `position` how far the rows can be trusted: to the head if all that is
+    missing is younger than any answered command. A parked projection counts as up to date: waiting would not help.
+    """
     names = ", ".join(f"'{name}'" for name in projections)
-    return (
-        "(SELECT h.seq AS head, (SELECT min(CASE WHEN c.parked_seq IS NULL THEN c.position ELSE h.seq END)"
-        f" FROM checkpoints c WHERE c.tenant_id = h.tenant_id AND c.projection IN ({names})) AS position"
-        " FROM heads h WHERE h.tenant_id = $1) AS fresh"
-    )
+    return f"""(
+        SELECT h.seq AS head, (
+            SELECT min(CASE WHEN c.position < h.seq AND c.parked_seq IS NULL AND EXISTS (
+                SELECT FROM events e WHERE e.tenant_id = c.tenant_id AND e.seq = c.position + 1
+                  AND e.recorded_at < clock_timestamp() - {UNANSWERED_SECONDS} * interval '1 second')
+                THEN c.position ELSE h.seq END)
+            FROM checkpoints c WHERE c.tenant_id = h.tenant_id AND c.projection IN ({names})) AS position
+        FROM heads h WHERE h.tenant_id = $1) AS fresh"""

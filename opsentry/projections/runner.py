@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import asyncpg
 import structlog
@@ -69,13 +70,18 @@ class Runner:
         """
         while True:
             current = self._passes.get(tenant_id)
-            if current is None:
+            # One that has just ended may still be noted here, and awaiting it would not even yield.
+            if current is None or current.done():
                 current = asyncio.create_task(self._pass(tenant_id))
                 self._passes[tenant_id] = current
-                current.add_done_callback(lambda _: self._passes.pop(tenant_id, None))
+                current.add_done_callback(partial(self._forget, tenant_id))
             # A caller that gives up waiting must not take the pass away from the others.
             if await asyncio.shield(current) >= seq:
                 return
+
+    def _forget(self, tenant_id: int, ended: "asyncio.Task[int]") -> None:
+        if self._passes.get(tenant_id) is ended:
+            del self._passes[tenant_id]
 
     async def behind(self, limit: int = 1000) -> list[int]:
         """Return tenants with projections that lag, at most `limit`."""

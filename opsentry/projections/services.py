@@ -57,14 +57,10 @@ LEFT JOIN service_status t ON t.tenant_id = s.tenant_id AND t.service_id = s.ser
 
 # How other answers link the services with these ids; retired ones too, for what already links them.
 _REFS = f"""
-SELECT fresh.head, fresh.position,
-    (SELECT array_agg(s.service_id ORDER BY s.service_id) FROM services s
-     WHERE s.tenant_id = $1 AND s.service_id = ANY($2)) AS ids,
-    (SELECT array_agg(s.ref ORDER BY s.service_id) FROM services s
-     WHERE s.tenant_id = $1 AND s.service_id = ANY($2)) AS refs,
-    (SELECT array_agg(s.service_id) FROM services s
-     WHERE s.tenant_id = $1 AND s.service_id = ANY($2) AND s.retired) AS retired
-FROM {freshness("services")}
+SELECT fresh.head, fresh.position, found.ids, found.refs, found.retired
+FROM {freshness("services")} CROSS JOIN (
+    SELECT array_agg(service_id) AS ids, array_agg(ref) AS refs, array_agg(service_id) FILTER (WHERE retired) AS retired
+    FROM services WHERE tenant_id = $1 AND service_id = ANY($2)) AS found
 """
 
 
