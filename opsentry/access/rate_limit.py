@@ -1,4 +1,9 @@
-"""Rate limits: counted in Redis for all processes together, in this process alone while Redis is away."""
+"""Rate limits: counted here at once, and in Redis for all processes together a moment later.
+
+No request waits for Redis. Each process counts its own hits and, every few milliseconds, adds them to the shared count
+and takes over the total. So a limit is exact within a process, processes together may exceed it by what reaches them
+within one such interval, and without Redis each process limits by what it has seen itself.
+"""
 
 import asyncio
 import ipaddress
@@ -10,14 +15,16 @@ from typing import NamedTuple
 import redis.asyncio
 import structlog
 from limits import RateLimitItem, parse
-from limits.aio.storage import MemoryStorage, RedisStorage
+from limits.aio.storage import RedisStorage
 from redis.exceptions import RedisError
 
 from opsentry.config import Network
 
 _log = structlog.get_logger()
-_RETRY_AFTER = 1.0
-_WINDOWS = 50_000
+
+SHARE_SECONDS = 0.02
+_RETRY_SECONDS = 1.0
+_MANY = 50_000
 
 
 class Standing(NamedTuple):
@@ -32,82 +39,88 @@ class Standing(NamedTuple):
     """Seconds until the bucket is full again, rounded up."""
 
 
-class RateLimiter:
-    """Counts hits in buckets of `rate`.
+class _Bucket:
+    __slots__ = ("ends", "key", "shared", "total", "unshared")
 
-    Redis is asked once for each hit. Once it fails to answer, nobody waits for it again until a probe in the
-    background has heard from it.
-    """
+    def __init__(self, key: str, ends: float) -> None:
+        self.key = key
+        self.ends = ends
+        self.total = 0  # as it was last shared
+        self.unshared = 0
+        self.shared = False  # whether `ends` is the shared window's
+
+
+class RateLimiter:
+    """Counts hits in buckets of `rate`, such as `600/minute`, under a name that keeps its buckets apart."""
 
     def __init__(self, client: "redis.asyncio.Redis", rate: str, name: str) -> None:
-        self._client = client
         self._item: RateLimitItem = parse(rate)
+        self._limit, self._window = self._item.amount, self._item.get_expiry()
         self._name = name
-        self._shared = RedisStorage(
+        self._storage = RedisStorage(
             "async+redis://",
             implementation="redispy",
             connection_pool=client.connection_pool,  # type: ignore[arg-type]  # passed on as it is
         )
-        self._local = MemoryStorage()
-        self._ends: dict[str, float] = {}
+        self._buckets: dict[tuple[str | int, ...], _Bucket] = {}
+        self._waiting: set[_Bucket] = set()
+        self._sharing: asyncio.Task[None] | None = None
         self._away = False
-        self._probe: asyncio.Task[None] | None = None
 
-    async def hit(self, *bucket: str | int) -> Standing:
-        """Count a hit in the bucket and return how it stands; never fails."""
-        key = self._item.key_for(self._name, *map(str, bucket))
-        window = self._item.get_expiry()
-        if not self._away:
-            try:
-                count = await self._shared.incr(key, window)
-                return self._standing(count, await self._window_end(self._shared, key, count, window))
-            except (RedisError, OSError) as error:
-                self._lose(error)
-        count = await self._local.incr(key, window)
-        return self._standing(count, await self._window_end(self._local, key, count, window))
+    def hit(self, *bucket: str | int) -> Standing:
+        """Count a hit in the bucket, if it is allowed, and return how the bucket stands. Waits for nothing."""
+        now = time.time()
+        found = self._buckets.get(bucket)
+        if found is None or found.ends <= now:
+            if len(self._buckets) >= _MANY:
+                self._buckets = {key: other for key, other in self._buckets.items() if other.ends > now}
+            found = _Bucket(self._item.key_for(self._name, *map(str, bucket)), now + self._window)
+            self._buckets[bucket] = found
+        # A refused hit is not counted: whoever loops on 429s costs nobody anything.
+        allowed = found.total + found.unshared < self._limit
+        if allowed:
+            found.unshared += 1
+            self._waiting.add(found)
+            if self._sharing is None or self._sharing.done():
+                self._sharing = asyncio.create_task(self._share())
+        remaining = max(0, self._limit - found.total - found.unshared)
+        return Standing(allowed, self._limit, self._window, remaining, max(1, -int((now - found.ends) // 1)))
 
     async def close(self) -> None:
-        """Stop probing."""
-        if self._probe is not None:
-            self._probe.cancel()
+        """Stop sharing."""
+        if self._sharing is not None:
+            self._sharing.cancel()
 
-    async def _window_end(self, storage: RedisStorage | MemoryStorage, key: str, count: int, window: int) -> float:
-        """Return when the window ends, in seconds since 1970; asks the storage only where this process missed it."""
-        end = self._ends.get(key)
-        now = time.time()
-        if count == 1:
-            end = now + window
-        elif end is None or end <= now:
-            end = await storage.get_expiry(key)
-        else:
-            return end
-        if len(self._ends) >= _WINDOWS:
-            self._ends.clear()
-        self._ends[key] = end
-        return end
-
-    def _standing(self, count: int, end: float) -> Standing:
-        limit, window = self._item.amount, self._item.get_expiry()
-        reset = min(window, max(1, -int((time.time() - end) // 1)))
-        return Standing(count <= limit, limit, window, max(0, limit - count), reset)
-
-    def _lose(self, error: Exception) -> None:
-        if not self._away:
-            _log.warning("redis is away, limiting locally", error=type(error).__name__)
-            self._away = True
-            self._ends.clear()
-            self._probe = asyncio.create_task(self._probe_until_back())
-
-    async def _probe_until_back(self) -> None:
-        while True:
-            await asyncio.sleep(_RETRY_AFTER)
+    async def _share(self) -> None:
+        """Add what was counted here to the shared counts until there is nothing more to add."""
+        while self._waiting:
+            buckets, self._waiting = self._waiting, set()
             try:
-                await self._client.ping()
-            except (RedisError, OSError):
-                continue
-            self._ends.clear()
-            self._away = False
+                for bucket in buckets:
+                    await self._share_one(bucket)
+            except (RedisError, OSError) as error:
+                if not self._away:
+                    _log.warning("redis is away, limiting locally", error=type(error).__name__)
+                self._away = True
+                now = time.time()
+                self._waiting |= {bucket for bucket in buckets if bucket.unshared and bucket.ends > now}
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                self._away = False
+                await asyncio.sleep(SHARE_SECONDS)
+
+    async def _share_one(self, bucket: _Bucket) -> None:
+        hits = bucket.unshared
+        if not hits:
             return
+        total = await self._storage.incr(bucket.key, self._window, amount=hits)
+        bucket.unshared -= hits
+        bucket.total = total
+        if total == hits:
+            bucket.ends = time.time() + self._window
+        elif not bucket.shared:
+            bucket.ends = await self._storage.get_expiry(bucket.key)
+        bucket.shared = True
 
 
 @lru_cache(maxsize=10_000)

@@ -110,7 +110,7 @@ def _guarded(parts: Parts, scope: str | None, endpoint: Endpoint) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         address = source(request.remote, request.headers.get("X-Forwarded-For"), parts.settings.trusted_proxies)
         token = await _authenticate(parts, request, address)
-        standing = await parts.limiter.hit(token.token_id, address)
+        standing = parts.limiter.hit(token.token_id, address)
         if not standing.allowed:
             raise RateLimited(standing)
         try:
@@ -135,7 +135,7 @@ async def _authenticate(parts: Parts, request: web.Request, address: str) -> Tok
         return await parts.tokens.authenticate(value.strip() if kind.lower() == "bearer" else "")
     except BadToken:
         # Counted after the fact: a token that works is let in however many others failed from the same address.
-        standing = await parts.failures.hit(address)
+        standing = parts.failures.hit(address)
         if not standing.allowed:
             raise RateLimited(standing) from None
         raise

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import asyncpg
 import msgspec
 from aiohttp import web
+from multidict import CIMultiDict
 from yarl import URL
 
 from opsentry.access import tokens
@@ -260,10 +261,12 @@ def utc(field: str, moment: datetime) -> datetime:
 # ---------------------------------------------------------------------------------------------------- answers
 
 
-def object_response(body: bytes | str, *, status: int = 200, version: int | None = None) -> web.Response:
+_JSON = CIMultiDict({"Content-Type": "application/json; charset=utf-8"})
+
+
+def object_response(body: bytes, *, status: int = 200, version: int | None = None) -> web.Response:
     """Return a single thing; `version` is its stream's, from which the ETag is made."""
-    octets = body.encode() if isinstance(body, str) else body
-    response = web.Response(status=status, body=octets, content_type="application/json", charset="utf-8")
+    response = web.Response(status=status, body=body, headers=_JSON)
     if version is not None:
         response.headers["ETag"] = f'"{version}"'
     return response
@@ -275,15 +278,16 @@ def list_response(call: Call, name: str, row: asyncpg.Record, page: tuple[int, i
     Args:
         call: The request.
         name: What the array is called.
-        row: With `items`, the inside of a JSON array as text or NULL, and `total` where there are pages.
+        row: With `items`, the inside of a JSON array in UTF-8 or NULL, and `total` where there are pages.
         page: (limit, offset); without, the array stands alone.
     """
-    items = row["items"] or ""
+    opening, items = f'{{"{name}":['.encode(), row["items"] or b""
     if page is None:
-        return _with_lag(object_response(f'{{"{name}":[{items}]}}'), row)
+        return _with_lag(object_response(b"".join((opening, items, b"]}"))), row)
     limit, offset = page
     total = row["total"]
-    response = object_response(f'{{"{name}":[{items}],"total":{total},"limit":{limit},"offset":{offset}}}')
+    closing = f'],"total":{total},"limit":{limit},"offset":{offset}}}'.encode()
+    response = object_response(b"".join((opening, items, closing)))
     links = []
     if offset + limit < total:
         links.append(_link(call.request.rel_url, limit, offset + limit, "next"))

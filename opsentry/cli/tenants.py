@@ -175,7 +175,7 @@ def list_services(slug: str, *, json_output: bool) -> None:
                     connection, tenant_id, status=None, visibility=None, search=None, limit=MAX_SERVICES, offset=0
                 ),
             )
-        rows = json.loads(f"[{row['items'] or ''}]")
+        rows = json.loads(b"[%s]" % (row["items"] or b""))
         columns = ["id", "slug", "name", "current_status", "visibility", "tags"]
         show(rows, columns, json_output=json_output)
 

@@ -9,8 +9,9 @@ import asyncio
 import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 
@@ -18,7 +19,7 @@ from opsentry.domain import incident, maintenance, service
 from opsentry.domain.decider import InvalidField, check_text, check_title, normal_ids
 from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import (
-    Incident,
+    IncidentEvent,
     IncidentOpened,
     IncidentReopened,
     IncidentResolved,
@@ -26,15 +27,15 @@ from opsentry.domain.incident import (
     IncidentUpdated,
 )
 from opsentry.domain.maintenance import (
-    Maintenance,
     MaintenanceCompleted,
+    MaintenanceEvent,
     MaintenanceScheduled,
     MaintenanceStarted,
     MaintenanceUpdated,
 )
 from opsentry.domain.service import ServiceRegistered
 from opsentry.events import log
-from opsentry.events.codec import Actor, Meta
+from opsentry.events.codec import Actor, Meta, RecordedEvent
 from opsentry.events.log import Append, Appended, Claimed, Conflict, NewEvent
 from opsentry.events.writer import Writer
 from opsentry.postgres import Database
@@ -174,6 +175,10 @@ def read(path: Path) -> Export:
 
 def _check(export: Export) -> None:
     """Refuse what has the right types and still cannot be."""
+    try:
+        check_title("page.id", export.page.id)
+    except InvalidField as error:
+        raise Malformed(str(error)) from None
     sections: tuple[tuple[str, Sequence[Component | IncidentRecord | MaintenanceRecord]], ...] = (
         ("components", export.components),
         ("incidents", export.incidents),
@@ -187,12 +192,37 @@ def _check(export: Export) -> None:
                 raise Malformed(f"{place}.id: {record.id} stands twice")
             seen.add(record.id)
             _check_words(place, record)
+            _check_updates(place, record)
             if isinstance(record, MaintenanceRecord) and record.scheduled_until <= record.scheduled_for:
                 raise Malformed(f"{place}.scheduled_until: must be after scheduled_for")
 
 
+def _check_updates(place: str, record: Component | IncidentRecord | MaintenanceRecord) -> None:
+    _check_moments(place, record)
+    if isinstance(record, Component):
+        return
+    updates: Sequence[IncidentUpdate | MaintenanceUpdate] = record.incident_updates
+    seen: set[str] = set()
+    for index, update in enumerate(updates):
+        if update.id in seen:
+            raise Malformed(f"{place}.incident_updates[{index}].id: {update.id} stands twice")
+        seen.add(update.id)
+        _check_moments(f"{place}.incident_updates[{index}]", update)
+
+
+def _check_moments(place: str, record: msgspec.Struct) -> None:
+    for name in record.__struct_fields__:
+        moment = getattr(record, name)
+        if isinstance(moment, datetime):
+            try:
+                moment.astimezone(UTC)
+            except OverflowError:
+                raise Malformed(f"{place}.{name}: is out of range") from None
+
+
 def _check_words(place: str, record: Component | IncidentRecord | MaintenanceRecord) -> None:
     try:
+        check_title("id", record.id)
         check_title("name", record.name)
         if isinstance(record, Component):
             check_text("description", record.description)
@@ -207,12 +237,15 @@ def _check_words(place: str, record: Component | IncidentRecord | MaintenanceRec
 # ---------------------------------------------------------------------------------------------- what it means
 
 
-def incident_events(record: IncidentRecord, service_ids: tuple[int, ...], state: Incident | None) -> list[Dated]:
+def incident_events(
+    record: IncidentRecord, service_ids: tuple[int, ...], history: Sequence[RecordedEvent] = ()
+) -> list[Dated]:
     """Return what the ledger lacks of an incident, given what it has of it."""
     events: list[Dated] = []
     updates = _in_order(record.incident_updates)
+    began = min([record.started_at or record.created_at, record.created_at, *(_when(u) for u in updates[:1])])
+    state = incident.DECIDER.fold(cast("IncidentEvent", recorded.event) for recorded in history)
     if state is None:
-        began = min([record.started_at or record.created_at, record.created_at, *(_when(u) for u in updates[:1])])
         opened = IncidentOpened(
             title=record.name,
             severity=SEVERITIES.get(record.impact, "informational"),
@@ -222,19 +255,54 @@ def incident_events(record: IncidentRecord, service_ids: tuple[int, ...], state:
         )
         events.append((opened, began))
         state = incident.evolve(None, opened)
+    taken = [(recorded.event, recorded.occurred_at) for recorded in history if recorded.meta.actor == _META.actor]
     status = state.status
-    for update in updates:
-        if update.id in state.sources:
+    moment = began
+    for moment, wanted, moves, update in _steps(record, updates, began):
+        if update is not None and update.id in state.sources:
             continue
-        wanted = "resolved" if update.status == "postmortem" else update.status
-        moment = _when(update)
+        # What has no text leaves no id behind: it was taken where the moves that it makes were.
+        if (update is None or not _has_text(update)) and all((move, moment) in taken for move in moves):
+            continue
         events += [(event, moment) for event in _moved(status, wanted)]
         status = wanted
-        if update.body and update.body.strip():
+        if update is not None and _has_text(update):
             events.append((IncidentUpdated(message=update.body, status=status, source=update.id), moment))
-    if record.resolved_at is not None and status != "resolved":
-        events.append((IncidentResolved(), record.resolved_at))
+    # An entry that was put in between leaves the incident where it is now, not where it was then.
+    if events and status != (now := _incident_status(record.status)):
+        events += [(event, moment) for event in _moved(status, now)]
     return events
+
+
+def _steps(
+    record: IncidentRecord, updates: Sequence[Any], began: datetime
+) -> list[tuple[datetime, str, list[AnyEvent], Any]]:
+    """Return (moment, status, how it gets there from the one before, entry) for each entry, oldest first.
+
+    Where the entries do not lead to the status that the record has now, one more step without an entry does.
+    """
+    steps: list[tuple[datetime, str, list[AnyEvent], Any]] = []
+    status = "investigating"
+    moment = began
+    for update in updates:
+        wanted = _incident_status(update.status)
+        moment = _when(update)
+        steps.append((moment, wanted, _moved(status, wanted), update))
+        status = wanted
+    now = _incident_status(record.status)
+    if status != now:
+        if now == "resolved" and record.resolved_at is not None:
+            moment = max(moment, record.resolved_at)
+        steps.append((moment, now, _moved(status, now), None))
+    return steps
+
+
+def _incident_status(status: str) -> str:
+    return "resolved" if status == "postmortem" else status
+
+
+def _has_text(update: IncidentUpdate | MaintenanceUpdate) -> bool:
+    return bool(update.body and update.body.strip())
 
 
 def _moved(current: str, wanted: str) -> list[AnyEvent]:
@@ -248,11 +316,12 @@ def _moved(current: str, wanted: str) -> list[AnyEvent]:
 
 
 def maintenance_events(
-    record: MaintenanceRecord, service_ids: tuple[int, ...], state: Maintenance | None
+    record: MaintenanceRecord, service_ids: tuple[int, ...], history: Sequence[RecordedEvent] = ()
 ) -> list[Dated]:
     """Return what the ledger lacks of a window, given what it has of it."""
     events: list[Dated] = []
     updates = _in_order(record.incident_updates)
+    state = maintenance.DECIDER.fold(cast("MaintenanceEvent", recorded.event) for recorded in history)
     if state is None:
         scheduled = MaintenanceScheduled(
             title=record.name,
@@ -269,15 +338,31 @@ def maintenance_events(
         if update.id in state.sources:
             continue
         moment = _when(update)
-        if update.status != "scheduled" and status == "scheduled":
-            events.append((MaintenanceStarted(), moment))
-            status = "active"
-        if update.status == "completed" and status == "active":
-            events.append((MaintenanceCompleted(), moment))
-            status = "completed"
-        if update.body and update.body.strip():
+        moves = _window_moves(status, update.status)
+        events += [(event, moment) for event in moves]
+        status = _window_status(status, moves)
+        if _has_text(update):
             events.append((MaintenanceUpdated(message=update.body, status=status, source=update.id), moment))
+    # What the entries do not say went as planned: left open, the scheduler would move it, and tell of it, today.
+    planned = {MaintenanceStarted.TYPE: record.scheduled_for, MaintenanceCompleted.TYPE: record.scheduled_until}
+    events += [(event, planned[event.TYPE]) for event in _window_moves(status, record.status)]
     return events
+
+
+def _window_moves(current: str, wanted: str) -> list[AnyEvent]:
+    moves: list[AnyEvent] = []
+    if wanted != "scheduled" and current == "scheduled":
+        moves.append(MaintenanceStarted())
+        current = "active"
+    if wanted == "completed" and current == "active":
+        moves.append(MaintenanceCompleted())
+    return moves
+
+
+def _window_status(current: str, moves: Sequence[AnyEvent]) -> str:
+    if not moves:
+        return current
+    return "completed" if isinstance(moves[-1], MaintenanceCompleted) else "active"
 
 
 def _in_order(updates: Sequence[IncidentUpdate] | Sequence[MaintenanceUpdate]) -> list[Any]:
@@ -293,15 +378,18 @@ def _when(update: IncidentUpdate | MaintenanceUpdate) -> datetime:
 
 def slugs(components: Iterable[Component]) -> dict[str, str]:
     """Return a slug for each component id; components of one name are told apart by their ids."""
-    taken: dict[str, str] = {}
+    taken: set[str] = set()
     found: dict[str, str] = {}
     for component in components:
         words = re.sub(r"[^a-z0-9]+", "-", component.name.lower()).strip("-")
         unique = re.sub(r"[^a-z0-9]+", "-", component.id.lower()).strip("-")
-        slug = words[:63].strip("-") or unique[:63]
+        slug = words[:63].strip("-") or unique[:63].strip("-") or "service"
         if slug in taken:
             slug = f"{slug[:40].strip('-')}-{unique[:22]}".strip("-")
-        taken[slug] = component.id
+        stem, numbers = slug[:56].strip("-"), count(2)
+        while slug in taken:
+            slug = f"{stem}-{next(numbers)}"
+        taken.add(slug)
         found[component.id] = slug
     return found
 
@@ -379,7 +467,7 @@ class Importer:
             added = await self._bring_up(
                 incident.KIND,
                 f"statuspage:{page}:incident:{record.id}",
-                lambda history: incident_events(record, service_ids, incident.DECIDER.fold(history)),
+                lambda history: incident_events(record, service_ids, history),
             )
         self._count(what, record.incident_updates, added)
         self._result.incidents += any(isinstance(event, IncidentOpened) for event, _ in added)
@@ -394,13 +482,15 @@ class Importer:
             added = await self._bring_up(
                 maintenance.KIND,
                 f"statuspage:{page}:maintenance:{record.id}",
-                lambda history: maintenance_events(record, service_ids, maintenance.DECIDER.fold(history)),
+                lambda history: maintenance_events(record, service_ids, history),
             )
         self._count(what, record.incident_updates, added)
         self._result.maintenance += any(isinstance(event, MaintenanceScheduled) for event, _ in added)
         advance()
 
-    async def _bring_up(self, kind: str, claim: str, lacking: Callable[[Any], list[Dated]]) -> list[Dated]:
+    async def _bring_up(
+        self, kind: str, claim: str, lacking: Callable[[Sequence[RecordedEvent]], list[Dated]]
+    ) -> list[Dated]:
         """Append what a stream lacks; return it."""
         stream_id = 0
         events = lacking(())
@@ -412,7 +502,7 @@ class Importer:
                 stream_id = outcome.stream_id
             async with self._database.connection() as connection:
                 history = await log.read_stream(connection, self._tenant_id, kind, stream_id)
-            events = lacking([recorded.event for recorded in history])
+            events = lacking(history)
             if not events:
                 self._result.unchanged += 1
                 return []
@@ -445,7 +535,7 @@ class Importer:
     def _count(self, what: str, updates: Iterable[IncidentUpdate | MaintenanceUpdate], added: list[Dated]) -> None:
         self._result.updates += sum(isinstance(e, IncidentUpdated | MaintenanceUpdated) for e, _ in added)
         for update in updates:
-            if not (update.body and update.body.strip()):
+            if not _has_text(update):
                 self._skip(f"update {update.id} of {what}", "it has no text; its status was taken")
 
     def _skip(self, what: str, why: str) -> None:

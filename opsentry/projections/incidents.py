@@ -58,15 +58,16 @@ _ORDER = "occurred_at DESC, incident_id DESC"
 
 # The incidents that are not resolved, as one JSON array's inside.
 _ACTIVE = f"""
-SELECT fresh.head, fresh.position, (
+SELECT fresh.head, fresh.position, convert_to((
     SELECT string_agg({_ANSWER}, ',' ORDER BY {_ORDER}) FROM incidents i
-    WHERE i.tenant_id = $1 AND i.status <> 'resolved') AS items
+    WHERE i.tenant_id = $1 AND i.status <> 'resolved'), 'UTF8') AS items
 FROM {freshness("incidents", "services")}
 """
 
 # One incident with its timeline.
 _ONE = f"""
-SELECT fresh.head, fresh.position, i.version, left({_ANSWER}, -1) || ',"updates":[' || {_UPDATES} || ']}}' AS body
+SELECT fresh.head, fresh.position, i.version, convert_to(
+    left({_ANSWER}, -1) || ',"updates":[' || {_UPDATES} || ']}}', 'UTF8') AS body
 FROM {freshness("incidents", "services")}
 LEFT JOIN incidents i ON i.tenant_id = $1 AND i.incident_id = $2
 """
@@ -80,7 +81,7 @@ def _list_query(filters: Sequence[str]) -> str:
             SELECT * FROM incidents WHERE tenant_id = $1{where} ORDER BY {_ORDER} LIMIT $2 OFFSET $3)
         SELECT fresh.head, fresh.position,
             (SELECT count(*) FROM incidents WHERE tenant_id = $1{where}) AS total,
-            (SELECT string_agg({_ANSWER}, ',' ORDER BY {_ORDER}) FROM page i) AS items
+            convert_to((SELECT string_agg({_ANSWER}, ',' ORDER BY {_ORDER}) FROM page i), 'UTF8') AS items
         FROM {freshness("incidents", "services")}
     """
 

@@ -75,21 +75,22 @@ WITH page AS (
     ORDER BY {_NEWEST} LIMIT $3 OFFSET $4)
 SELECT fresh.head, fresh.position,
     (SELECT count(*) FROM maintenance WHERE tenant_id = $1 AND ($2::text IS NULL OR status = $2)) AS total,
-    (SELECT string_agg({_ANSWER}, ',' ORDER BY {_NEWEST}) FROM page m) AS items
+    convert_to((SELECT string_agg({_ANSWER}, ',' ORDER BY {_NEWEST}) FROM page m), 'UTF8') AS items
 FROM {freshness("maintenance", "services")}
 """
 
 # Windows still to come, the next one first.
 _UPCOMING = f"""
-SELECT fresh.head, fresh.position, (
+SELECT fresh.head, fresh.position, convert_to((
     SELECT string_agg({_ANSWER}, ',' ORDER BY {_NEXT}) FROM maintenance m
-    WHERE m.tenant_id = $1 AND m.status = 'scheduled' AND m.scheduled_start > now()) AS items
+    WHERE m.tenant_id = $1 AND m.status = 'scheduled' AND m.scheduled_start > now()), 'UTF8') AS items
 FROM {freshness("maintenance", "services")}
 """
 
 # One window with its timeline.
 _ONE = f"""
-SELECT fresh.head, fresh.position, m.version, left({_ANSWER}, -1) || ',"updates":[' || {_UPDATES} || ']}}' AS body
+SELECT fresh.head, fresh.position, m.version, convert_to(
+    left({_ANSWER}, -1) || ',"updates":[' || {_UPDATES} || ']}}', 'UTF8') AS body
 FROM {freshness("maintenance", "services")}
 LEFT JOIN maintenance m ON m.tenant_id = $1 AND m.maintenance_id = $2
 """

@@ -43,13 +43,13 @@ WITH found AS (
       AND ($4::text IS NULL OR s.name ILIKE $4 OR s.slug ILIKE $4)
 ), page AS (SELECT * FROM found ORDER BY name COLLATE "C", service_id LIMIT $5 OFFSET $6)
 SELECT fresh.head, fresh.position, (SELECT count(*) FROM found) AS total,
-    (SELECT string_agg(answer, ',' ORDER BY name COLLATE "C", service_id) FROM page) AS items
+    convert_to((SELECT string_agg(answer, ',' ORDER BY name COLLATE "C", service_id) FROM page), 'UTF8') AS items
 FROM {freshness("services", "impact")}
 """
 
 # One service.
 _ONE = f"""
-SELECT fresh.head, fresh.position, s.version, {_ANSWER} AS body, s.since
+SELECT fresh.head, fresh.position, s.version, convert_to({_ANSWER}, 'UTF8') AS body, s.since
 FROM {freshness("services", "impact")}
 LEFT JOIN services s ON s.tenant_id = $1 AND s.service_id = $2 AND NOT s.retired
 LEFT JOIN service_status t ON t.tenant_id = s.tenant_id AND t.service_id = s.service_id

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import structlog
 from apscheduler.executors.asyncio import AsyncIOExecutor
@@ -54,13 +55,13 @@ class Worker:
         self._scheduler.start()
 
     def stop(self) -> None:
-        """Stop waking up; what is under way is left to end."""
+        """Stop waking up; what is under way is given up, and left to whoever looks next."""
         self._scheduler.shutdown(wait=False)
 
     async def catch_up(self) -> None:
         """Bring up to date what commands left behind: they died, or ran out of time."""
         for tenant_id in await self._runner.behind():
-            await self._runner.catch_up(tenant_id, 0)
+            await _surviving(self._runner.catch_up, tenant_id, 0)
 
     async def move_windows(self) -> None:
         """Start and complete what is due, and wake up again when the next one is."""
@@ -70,7 +71,8 @@ class Worker:
             if row["seconds"] > 0:
                 self._wake_up_in(row["seconds"], row["due_at"])
             else:
-                await self._move(row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
+                # One by one: a tenant that is busy, or whose window cannot be read, must not hold up the others'.
+                await _surviving(self._move, row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
         if len(rows) == _BATCH and rows[-1]["seconds"] <= 0:
             self._wake_up_in(0, datetime.now(UTC))
 
@@ -100,9 +102,9 @@ class Worker:
         )
 
 
-async def _surviving(task: Callable[[], Awaitable[None]]) -> None:
+async def _surviving(task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
     try:
-        await task()
+        await task(*arguments)
     except (DatabaseUnavailable, TenantBusy) as error:
         _log.warning("will try again", task=getattr(task, "__name__", "?"), error=str(error))
     except Exception:  # noqa: BLE001 - a loop that dies of a defect would stop all others' windows too
