@@ -107,12 +107,10 @@ def _before(note: Path) -> dict[str, Any]:
 
 async def _prepare(parts: Core, before: dict[str, Any]) -> dict[str, Any]:
     """Make sure of tenants, what is in them, and tokens; those of an earlier run are kept where they still work."""
-    tenant_id, new = await seed.tenant(parts, seed.SLUG, seed.NAME)
-    if new:
-        await seed.seed(parts, tenant_id)
-    other_id, new = await seed.tenant(parts, seed.OTHER_SLUG, seed.OTHER_NAME)
-    if new:
-        await seed.seed_other(parts, other_id)
+    tenant_id = await seed.tenant(parts, seed.SLUG, seed.NAME)
+    await seed.seed(parts, tenant_id)
+    other_id = await seed.tenant(parts, seed.OTHER_SLUG, seed.OTHER_NAME)
+    await seed.seed_other(parts, other_id)
     for tenant in (tenant_id, other_id):
         await parts.runner.catch_up(tenant, 0)
     kept = before.get("tokens", {})

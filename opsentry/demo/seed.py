@@ -1,10 +1,14 @@
 """A small, believable tenant to try things on, and a second one to see that they do not see each other."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar, cast
 
 from opsentry.access import tenants, tokens
 from opsentry.access.tenants import NoSuchTenant
 from opsentry.domain import incident, maintenance, service
+from opsentry.domain.decider import Decider, Event
+from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import ChangeIncident, IncidentCommand, OpenIncident, PostUpdate, ResolveIncident
 from opsentry.domain.maintenance import (
     CompleteMaintenance,
@@ -14,7 +18,12 @@ from opsentry.domain.maintenance import (
 )
 from opsentry.domain.service import RegisterService
 from opsentry.events.codec import Actor, Meta
+from opsentry.events.log import Append, Appended, Claimed, NewEvent
 from opsentry.wiring import Core
+
+S = TypeVar("S")
+C = TypeVar("C")
+E = TypeVar("E", bound=Event)
 
 META = Meta(Actor("operator"), silent=True)
 
@@ -29,17 +38,21 @@ TOKENS = {
 }
 
 
-async def tenant(parts: Core, slug: str, name: str) -> tuple[int, bool]:
-    """Return the tenant's id, and whether it is new."""
+async def tenant(parts: Core, slug: str, name: str) -> int:
+    """Return the tenant's id; create it if need be."""
     async with parts.database.connection(10) as connection:
         try:
-            return (await tenants.find(connection, slug))["tenant_id"], False
+            tenant_id: int = (await tenants.find(connection, slug))["tenant_id"]
         except NoSuchTenant:
-            return await tenants.create(connection, slug=slug, name=name, meta=META), True
+            tenant_id = await tenants.create(connection, slug=slug, name=name, meta=META)
+    return tenant_id
 
 
 async def seed(parts: Core, tenant_id: int) -> None:
-    """Give the first tenant services, a resolved and an active incident, a past, an active and an upcoming window."""
+    """Give the first tenant services, a resolved and an active incident, a past, an active and an upcoming window.
+
+    What is there already stays as it is; after an end half-way, what lacks is added.
+    """
     story = _Story(parts, tenant_id)
     api = await story.service("main-api", "Main API", "The public REST API.", tags=("prod", "customer-facing"))
     portal = await story.service("customer-portal", "Customer Portal", "Where customers sign in.", tags=("prod",))
@@ -47,7 +60,8 @@ async def seed(parts: Core, tenant_id: int) -> None:
     jobs = await story.service("background-jobs", "Background Jobs", "Imports, exports, invoices.")
     await story.service("admin-tools", "Admin Tools", "For our own staff.", visibility="internal")
 
-    outage = await story.incident(
+    cause = "Stale DNS cache after failover."
+    await story.incident(
         timedelta(days=6, hours=3),
         OpenIncident(
             title="API requests fail in eu-west",
@@ -55,17 +69,13 @@ async def seed(parts: Core, tenant_id: int) -> None:
             severity="major_outage",
             service_ids=(api, portal),
         ),
-    )
-    cause = "Stale DNS cache after failover."
-    for minutes, command in (
         (9, PostUpdate(status="identified", message="A failover left the resolver with old addresses.")),
         (21, ChangeIncident(severity="partial_outage")),
         (31, PostUpdate(status="monitoring", message="Failover complete. Watching for 15 minutes.")),
         (47, ResolveIncident(root_cause=cause, postmortem="https://internal.notes/inc-2041")),
-    ):
-        await story.change(outage, timedelta(days=6, hours=3) - timedelta(minutes=minutes), command)
+    )
 
-    late = await story.incident(
+    await story.incident(
         timedelta(days=19, hours=8),
         OpenIncident(
             title="Webhooks arrive late",
@@ -73,9 +83,8 @@ async def seed(parts: Core, tenant_id: int) -> None:
             severity="partial_outage",
             service_ids=(hooks,),
         ),
+        (60, PostUpdate(status="resolved", message="The queue is empty, deliveries are on time again.")),
     )
-    done = PostUpdate(status="resolved", message="The queue is empty, deliveries are on time again.")
-    await story.change(late, timedelta(days=19, hours=7), done)
 
     await story.incident(
         timedelta(minutes=25),
@@ -101,40 +110,30 @@ async def seed_other(parts: Core, tenant_id: int) -> None:
 
 
 class _Story:
-    """Writes history as commands that happened in the past."""
+    """Writes history as commands that happened in the past, each stream whole or not at all."""
 
     def __init__(self, parts: Core, tenant_id: int) -> None:
-        self._parts = parts
+        self._writer = parts.writer
         self._tenant_id = tenant_id
         self._now = datetime.now(UTC)
 
     async def service(
         self, slug: str, name: str, description: str, *, visibility: str = "public", tags: tuple[str, ...] = ()
     ) -> int:
-        executed = await self._parts.commands.create(
-            service.DECIDER,
-            self._tenant_id,
-            RegisterService(slug=slug, name=name, description=description, visibility=visibility, tags=tags),
-            META,
-            occurred_at=self._now - timedelta(days=60),
-            claim=service.claim(slug),
-        )
-        return executed.stream_id
+        command = RegisterService(slug=slug, name=name, description=description, visibility=visibility, tags=tags)
+        moment = self._now - timedelta(days=60)
+        return await self._tell(service.DECIDER, service.claim(slug), [(command, moment)])
 
-    async def incident(self, ago: timedelta, command: OpenIncident) -> int:
-        executed = await self._parts.commands.create(
-            incident.DECIDER, self._tenant_id, command, META, occurred_at=self._now - ago
-        )
-        return executed.stream_id
-
-    async def change(self, incident_id: int, ago: timedelta, command: IncidentCommand) -> None:
-        await self._parts.commands.execute(
-            incident.DECIDER, self._tenant_id, incident_id, command, META, occurred_at=self._now - ago
-        )
+    async def incident(self, ago: timedelta, command: OpenIncident, *later: tuple[int, IncidentCommand]) -> int:
+        """Tell of an incident that began `ago`; `later` are minutes after that, and what was done then."""
+        began = self._now - ago
+        commands: list[tuple[IncidentCommand, datetime]] = [(command, began)]
+        commands += [(change, began + timedelta(minutes=minutes)) for minutes, change in later]
+        return await self._tell(incident.DECIDER, f"demo:incident:{command.title}", commands)
 
     async def window(
         self, ago: timedelta, length: timedelta, title: str, service_ids: tuple[int, ...], *, over: bool = False
-    ) -> None:
+    ) -> int:
         start = (self._now - ago).replace(microsecond=0)
         command = ScheduleMaintenance(
             title=title,
@@ -144,19 +143,31 @@ class _Story:
             exclude_from_sla=True,
             suppress_alerts=True,
         )
-        executed = await self._parts.commands.create(
-            maintenance.DECIDER,
-            self._tenant_id,
-            command,
-            META,
-            occurred_at=min(start, self._now) - timedelta(days=2),
-        )
-        moves: list[tuple[MaintenanceCommand, datetime]] = []
+        commands: list[tuple[MaintenanceCommand, datetime]] = [(command, min(start, self._now) - timedelta(days=2))]
         if start <= self._now:
-            moves.append((StartMaintenance(), start))
+            commands.append((StartMaintenance(), start))
         if over:
-            moves.append((CompleteMaintenance(), start + length))
-        for move, moment in moves:
-            await self._parts.commands.execute(
-                maintenance.DECIDER, self._tenant_id, executed.stream_id, move, META, occurred_at=moment
+            commands.append((CompleteMaintenance(), start + length))
+        return await self._tell(maintenance.DECIDER, f"demo:maintenance:{title}", commands)
+
+    async def _tell(self, decider: Decider[S, C, E], claim: str, commands: Sequence[tuple[C, datetime]]) -> int:
+        """Return the id of the stream that holds `claim`; write it with the outcome of `commands` if there is none."""
+        events: list[NewEvent] = []
+        state: S | None = None
+        for command, moment in commands:
+            decided = decider.decide(state, command)
+            state = decider.fold(decided, state)
+            events += [NewEvent(cast("AnyEvent", event), META, moment) for event in decided]
+        outcome = await self._writer.append(
+            Append(
+                tenant_id=self._tenant_id,
+                kind=decider.kind,
+                stream_id=0,
+                expected_version=0,
+                events=events,
+                claim=claim,
             )
+        )
+        if not isinstance(outcome, Appended | Claimed):
+            raise TypeError(f"{claim}: {outcome}")
+        return outcome.stream_id

@@ -58,7 +58,13 @@ class Encoded(NamedTuple):
 
 
 class UnknownEvent(Exception):
-    """The log holds an event that this version of Opsentry cannot read."""
+    """The log holds an event that this version of Opsentry cannot read.
+
+    Attributes:
+        kind: The kind of stream it lies in, where it was read from the log.
+    """
+
+    kind: str | None = None
 
 
 # (type, schema version) -> a function from that version's fields to the next one's. Old events are read for ever.
@@ -104,7 +110,7 @@ def decode(type_: str, schema_version: int, data: str, words: str | None) -> Any
         for version in range(schema_version, event_type.VERSION):
             fields = UPCASTERS[type_, version](fields)
         return cast("AnyEvent", msgspec.convert(fields, event_type))
-    except (msgspec.MsgspecError, KeyError, AttributeError, TypeError) as error:
+    except (msgspec.MsgspecError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UnknownEvent(f"{type_} version {schema_version} does not have the fields it should: {error}") from error
 
 
@@ -114,8 +120,15 @@ def encode_meta(meta: Meta) -> str:
 
 
 def decode_meta(text: str) -> Meta:
-    """Return the meta data that `text` holds."""
-    return _meta_decoder.decode(text)
+    """Return the meta data that `text` holds.
+
+    Raises:
+        UnknownEvent: Its fields are not those that meta data has.
+    """
+    try:
+        return _meta_decoder.decode(text)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise UnknownEvent(f"meta data does not have the fields it should: {error}") from error
 
 
 def to_microseconds(moment: datetime) -> int:

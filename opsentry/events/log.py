@@ -9,7 +9,16 @@ import asyncpg
 import msgspec
 
 from opsentry.domain.events import AnyEvent
-from opsentry.events.codec import Meta, RecordedEvent, decode, decode_meta, encode, encode_meta, to_microseconds
+from opsentry.events.codec import (
+    Meta,
+    RecordedEvent,
+    UnknownEvent,
+    decode,
+    decode_meta,
+    encode,
+    encode_meta,
+    to_microseconds,
+)
 from opsentry.postgres import Connection
 
 # Appends a batch of commands in one round trip; see the function's comment in the migrations.
@@ -190,14 +199,20 @@ def recorded(row: asyncpg.Record) -> RecordedEvent:
     Raises:
         UnknownEvent: This version of Opsentry cannot read it.
     """
+    try:
+        event = decode(row["type"], row["schema_version"], row["data"], row["words"])
+        meta = decode_meta(row["meta"])
+    except UnknownEvent as error:
+        error.kind = row["stream_kind"]
+        raise
     return RecordedEvent(
         tenant_id=row["tenant_id"],
         seq=row["seq"],
         kind=row["stream_kind"],
         stream_id=row["stream_id"],
         version=row["version"],
-        event=decode(row["type"], row["schema_version"], row["data"], row["words"]),
+        event=event,
         occurred_at=row["occurred_at"],
         recorded_at=row["recorded_at"],
-        meta=decode_meta(row["meta"]),
+        meta=meta,
     )

@@ -8,13 +8,17 @@ import asyncpg
 
 from opsentry.events import log
 from opsentry.events.log import Append, Busy, Outcome
-from opsentry.postgres import DATABASE_TIMEOUT, Database, DatabaseUnavailable, OutcomeUnknown
+from opsentry.postgres import DATABASE_TIMEOUT, Database, DatabaseUnavailable, OutcomeUnknown, is_passing
 
 _Waiting = tuple[Append, "asyncio.Future[Outcome]"]
 
 
 # A little more than the second that append_events itself waits for a head.
 _LOCK_TIMEOUT = 1.2
+
+
+# So many connections may wait for heads at once; the others of the pool stay for everybody else.
+_PATIENT = 4
 
 
 class TenantBusy(Exception):
@@ -35,6 +39,8 @@ class Writer:
         self._queues: dict[int, deque[_Waiting]] = {}
         self._under_way: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._held: set[asyncio.Task[None]] = set()
+        self._patient = asyncio.Semaphore(_PATIENT)
 
     async def append(self, command: Append) -> Outcome:
         """Append one command and return its outcome, once it is durable.
@@ -53,8 +59,8 @@ class Writer:
 
     async def drain(self) -> None:
         """Wait until nothing is under way."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while under_way := self._tasks | self._held:
+            await asyncio.wait(under_way)
 
     def _start_lane(self) -> None:
         if len(self._tasks) < self._lanes and any(t not in self._under_way for t in self._queues):
@@ -73,63 +79,74 @@ class Writer:
             tenants = {command.tenant_id for command, _ in batch}
             self._under_way |= tenants
             try:
-                await self._commit(batch)
+                tenants -= await self._commit(batch)
             finally:
                 self._under_way -= tenants
 
     def _take(self) -> list[_Waiting]:
         taken: list[_Waiting] = []
         for tenant in [t for t in self._queues if t not in self._under_way]:
-            queue = self._queues[tenant]
+            # A tenant whose queue is longer than a batch goes behind the others, who then have their turn.
+            queue = self._queues.pop(tenant)
             while queue and len(taken) < self._batch:
                 taken.append(queue.popleft())
-            if not queue:
-                del self._queues[tenant]
+            if queue:
+                self._queues[tenant] = queue
             if len(taken) == self._batch:
                 break
         taken.sort(key=lambda waiting: waiting[0].tenant_id)
         return taken
 
-    async def _commit(self, batch: Sequence[_Waiting]) -> None:
+    async def _commit(self, batch: Sequence[_Waiting]) -> set[int]:
+        """Send the batch; return the tenants that are still under way, because others hold their heads."""
         outcomes = await self._attempt(batch, wait=False)
-        if outcomes is None:
-            return
         held: dict[int, list[_Waiting]] = {}
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Busy):
                 held.setdefault(waiting[0].tenant_id, []).append(waiting)
             else:
                 _answer(waiting, outcome)
-        if held:
-            # By themselves, tenant by tenant: whoever waits for a lock holds up nobody else.
-            await asyncio.gather(*map(self._wait_for_head, held.values()))
+        for tenant, commands in held.items():
+            # By themselves, tenant by tenant, beside the lanes: whoever waits for a lock holds up nobody else.
+            task = asyncio.create_task(self._wait_for_head(tenant, commands))
+            self._held.add(task)
+            task.add_done_callback(self._held.discard)
+        return set(held)
 
-    async def _wait_for_head(self, commands: Sequence[_Waiting]) -> None:
-        outcomes = await self._attempt(commands, wait=True)
-        for waiting, outcome in zip(commands, outcomes or (), strict=False):
-            _answer(waiting, outcome)
+    async def _wait_for_head(self, tenant: int, commands: Sequence[_Waiting]) -> None:
+        try:
+            async with self._patient:
+                outcomes = await self._attempt(commands, wait=True)
+            for waiting, outcome in zip(commands, outcomes, strict=True):
+                _answer(waiting, outcome)
+        finally:
+            self._under_way.discard(tenant)
+            self._start_lane()
 
-    async def _attempt(self, batch: Sequence[_Waiting], *, wait: bool) -> list[Outcome] | None:
-        """Send the batch; where that fails, tell those who wait and return `None`."""
+    async def _attempt(self, batch: Sequence[_Waiting], *, wait: bool) -> list[Outcome | None]:
+        """Send the batch; `None` stands for a command that failed, whose sender has been told."""
         sent = False
         try:
             async with self._database.connection(_LOCK_TIMEOUT if wait else DATABASE_TIMEOUT) as connection:
                 sent = True
-                return await log.append(connection, [command for command, _ in batch], wait=wait)
+                return list(await log.append(connection, [command for command, _ in batch], wait=wait))
         except asyncpg.LockNotAvailableError:
             failure: Exception = TenantBusy("the tenant is busy")
         except DatabaseUnavailable as error:
             # A connection that was lost before anything was sent left no doubt; after that, only the log knows.
             failure = OutcomeUnknown(str(error)) if sent else error
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+            if len(batch) > 1 and not is_passing(error):
+                # A command that can never be recorded took the whole batch back: the others go by themselves.
+                return [outcome for waiting in batch for outcome in await self._attempt([waiting], wait=wait)]
             failure = error
         for _, future in batch:
             if not future.done():
                 future.set_exception(failure)
-        return None
+        return [None] * len(batch)
 
 
-def _answer(waiting: _Waiting, outcome: Outcome) -> None:
+def _answer(waiting: _Waiting, outcome: Outcome | None) -> None:
     future = waiting[1]
-    if not future.done():
+    if outcome is not None and not future.done():
         future.set_result(outcome)

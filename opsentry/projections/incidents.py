@@ -11,7 +11,7 @@ from opsentry.domain import incident
 from opsentry.domain.incident import Incident, IncidentEvent, IncidentResolved, IncidentUpdated
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.projection import by_stream, continued, freshness
+from opsentry.projections.projection import by_stream, continued, fold, freshness
 from opsentry.projections.timeline import AUTHOR, UpdateView, author_name, id_array, update_columns
 
 # The rows that this batch goes on from.
@@ -117,6 +117,9 @@ class IncidentDetail(IncidentView, kw_only=True):
     updates: Sequence[UpdateView]
 
 
+_decode = msgspec.json.Decoder(IncidentView).decode
+
+
 def evolve_view(view: IncidentView | None, recorded: RecordedEvent) -> IncidentView:
     """Fold one event into the answer.
 
@@ -164,11 +167,7 @@ def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], to
         refs: How to link services, by id.
         token_names: Names of the tokens that may have written timeline entries, by id.
     """
-    view = None
-    for recorded in history:
-        view = evolve_view(view, recorded)
-    if view is None:
-        raise ValueError("an incident without events")
+    ((view, _),) = fold(by_stream(history), {}, evolve_view)
     view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
     updates = [
         UpdateView.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
@@ -187,20 +186,11 @@ class Incidents:
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each incident touched, and its new timeline entries."""
         streams = by_stream(events)
-        rows = {}
+        stored = {}
         if ids := continued(streams):
-            rows = {row["incident_id"]: row for row in await connection.fetch(_LOAD, tenant_id, ids)}
-        changed: list[tuple[IncidentView, int]] = []
-        for incident_id, stream in streams.items():
-            row = rows.get(incident_id)
-            version = 0 if row is None else row["version"]
-            view = None if row is None else msgspec.json.decode(row["body"], type=IncidentView)
-            for recorded in stream:
-                if recorded.version > version:
-                    view = evolve_view(view, recorded)
-                    version = recorded.version
-            if view is not None:
-                changed.append((view, version))
+            rows = await connection.fetch(_LOAD, tenant_id, ids)
+            stored = {row["incident_id"]: (row["version"], _decode(row["body"])) for row in rows}
+        changed = fold(streams, stored, evolve_view)
         await connection.execute(
             _STORE,
             tenant_id,

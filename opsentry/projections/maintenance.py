@@ -18,7 +18,7 @@ from opsentry.domain.maintenance import (
 )
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.projection import by_stream, continued, freshness
+from opsentry.projections.projection import by_stream, continued, fold, freshness
 from opsentry.projections.timeline import AUTHOR, UpdateView, author_name, id_array, update_columns
 
 # The rows that this batch goes on from.
@@ -149,6 +149,9 @@ class MaintenanceDetail(MaintenanceView, kw_only=True):
     updates: Sequence[UpdateView]
 
 
+_decode = msgspec.json.Decoder(MaintenanceView).decode
+
+
 class _Moments(NamedTuple):
     started_at: datetime | None = None
     completed_at: datetime | None = None
@@ -184,11 +187,7 @@ def evolve_view(view: MaintenanceView | None, recorded: RecordedEvent) -> Mainte
 
 def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], token_names: Mapping[int, str]) -> bytes:
     """Return the window with its timeline, as its events leave it; see the same in incidents."""
-    view = None
-    for recorded in history:
-        view = evolve_view(view, recorded)
-    if view is None:
-        raise ValueError("a maintenance window without events")
+    ((view, _),) = fold(by_stream(history), {}, evolve_view)
     view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
     updates = [
         UpdateView.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
@@ -207,33 +206,24 @@ class MaintenanceWindows:
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each window touched, and its new timeline entries."""
         streams = by_stream(events)
-        rows = {}
+        stored, announced = {}, {stream[0].stream_id: stream[0].occurred_at for stream in streams.values()}
         if ids := continued(streams):
-            rows = {row["maintenance_id"]: row for row in await connection.fetch(_LOAD, tenant_id, ids)}
-        changed: list[tuple[MaintenanceView, int, datetime]] = []
-        for maintenance_id, stream in streams.items():
-            row = rows.get(maintenance_id)
-            announced_at = stream[0].occurred_at if row is None else row["announced_at"]
-            version = 0 if row is None else row["version"]
-            view = None if row is None else msgspec.json.decode(row["body"], type=MaintenanceView)
-            for recorded in stream:
-                if recorded.version > version:
-                    view = evolve_view(view, recorded)
-                    version = recorded.version
-            if view is not None:
-                changed.append((view, version, announced_at))
+            rows = await connection.fetch(_LOAD, tenant_id, ids)
+            stored = {row["maintenance_id"]: (row["version"], _decode(row["body"])) for row in rows}
+            announced |= {row["maintenance_id"]: row["announced_at"] for row in rows}
+        changed = fold(streams, stored, evolve_view)
         await connection.execute(
             _STORE,
             tenant_id,
-            [view.id for view, _, _ in changed],
-            [version for _, version, _ in changed],
-            [view.status for view, _, _ in changed],
-            [view.visibility for view, _, _ in changed],
-            [id_array(view.service_ids) for view, _, _ in changed],
-            [announced_at for _, _, announced_at in changed],
-            [view.scheduled_start for view, _, _ in changed],
-            [view.state().due_at for view, _, _ in changed],
-            [msgspec.json.encode(view).decode() for view, _, _ in changed],
+            [view.id for view, _ in changed],
+            [version for _, version in changed],
+            [view.status for view, _ in changed],
+            [view.visibility for view, _ in changed],
+            [id_array(view.service_ids) for view, _ in changed],
+            [announced[view.id] for view, _ in changed],
+            [view.scheduled_start for view, _ in changed],
+            [view.state().due_at for view, _ in changed],
+            [msgspec.json.encode(view).decode() for view, _ in changed],
         )
         if updates := [e for e in events if isinstance(e.event, MaintenanceUpdated)]:
             await connection.execute(_STORE_UPDATES, tenant_id, *update_columns(updates))

@@ -1,10 +1,12 @@
 """What every projection is, and what they share."""
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
+
+V = TypeVar("V")
 
 
 class Projection(Protocol):
@@ -36,6 +38,30 @@ def by_stream(events: Iterable[RecordedEvent]) -> dict[int, list[RecordedEvent]]
 def continued(streams: dict[int, list[RecordedEvent]]) -> list[int]:
     """Return the ids of streams that do not begin in this batch, whose rows must be read before going on."""
     return [stream_id for stream_id, events in streams.items() if events[0].version > 1]
+
+
+def fold(
+    streams: Mapping[int, Sequence[RecordedEvent]],
+    stored: Mapping[int, tuple[int, V]],
+    evolve: Callable[[V | None, RecordedEvent], V],
+) -> list[tuple[V, int]]:
+    """Return the view of each stream after its events, with the version that it shows.
+
+    Args:
+        streams: Events by stream, each stream's in order.
+        stored: (version, view) of streams that do not begin here; events that they show already are passed over.
+        evolve: Folds one event into a view.
+    """
+    folded = []
+    for stream_id, events in streams.items():
+        version, view = stored.get(stream_id, (0, None))
+        for recorded in events:
+            if recorded.version > version:
+                view = evolve(view, recorded)
+                version = recorded.version
+        if view is not None:
+            folded.append((view, version))
+    return folded
 
 
 # A command is answered once its events are projected or, where that fails, this long after they were recorded. So an

@@ -27,7 +27,11 @@ _LOCK = (
 
 _ADVANCE = "UPDATE checkpoints SET position = $3 WHERE tenant_id = $1 AND projection = ANY($2)"
 
-_PARK = "UPDATE checkpoints SET position = $3 - 1, parked_seq = $3, error = $4 WHERE tenant_id = $1 AND projection = $2"
+# Unless another process, which may know the event, has gone past it since.
+_PARK = (
+    "UPDATE checkpoints SET parked_seq = $3, error = $4"
+    " WHERE tenant_id = $1 AND projection = $2 AND position = $3 - 1 AND parked_seq IS NULL"
+)
 
 # Tenants whose ledger has gone further than one of their projections.
 _BEHIND = (
@@ -145,9 +149,13 @@ class Runner:
         try:
             events = await log.read_after(connection, tenant_id, lowest, limit)
         except UnknownEvent as error:
-            if limit == 1:
+            if limit > 1 or len(group) > 1:
+                raise _BatchFailed from error
+            if error.kind in group[0].kinds:
                 raise Poison(group[0].name, lowest + 1, str(error)) from error
-            raise _BatchFailed from error
+            # It lies in a stream of a kind that this projection does not read, so it need not be understood here.
+            await connection.execute(_ADVANCE, tenant_id, [group[0].name], lowest + 1)
+            return lowest + 1, True
         if events:
             await self._apply(connection, tenant_id, group, events)
             lowest = events[-1].seq

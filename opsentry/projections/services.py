@@ -11,7 +11,7 @@ from opsentry.domain import service
 from opsentry.domain.service import Service, ServiceEvent
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.projection import by_stream, continued, freshness
+from opsentry.projections.projection import by_stream, continued, fold, freshness
 
 # The rows that this batch goes on from.
 _LOAD = "SELECT service_id, version, retired, body FROM services WHERE tenant_id = $1 AND service_id = ANY($2)"
@@ -77,6 +77,9 @@ class ServiceView(msgspec.Struct, kw_only=True):
     created_at: datetime
 
 
+_decode = msgspec.json.Decoder(ServiceView).decode
+
+
 class ServiceRef(msgspec.Struct):
     """A service as other answers link it."""
 
@@ -117,34 +120,25 @@ class Services:
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each service touched."""
         streams = by_stream(events)
-        rows = {}
+        stored = {}
+        retired = {e.stream_id for e in events if isinstance(e.event, service.ServiceRetired)}
         if ids := continued(streams):
-            rows = {row["service_id"]: row for row in await connection.fetch(_LOAD, tenant_id, ids)}
-        changed = []
-        for service_id, stream in streams.items():
-            row = rows.get(service_id)
-            version = 0 if row is None else row["version"]
-            view = None if row is None else msgspec.json.decode(row["body"], type=ServiceView)
-            retired = False if row is None else row["retired"]
-            for recorded in stream:
-                if recorded.version > version:
-                    view = evolve_view(view, recorded)
-                    version = recorded.version
-                    retired = retired or isinstance(recorded.event, service.ServiceRetired)
-            if view is not None:
-                changed.append((view, version, retired))
+            rows = await connection.fetch(_LOAD, tenant_id, ids)
+            stored = {row["service_id"]: (row["version"], _decode(row["body"])) for row in rows}
+            retired |= {row["service_id"] for row in rows if row["retired"]}
+        changed = fold(streams, stored, evolve_view)
         await connection.execute(
             _STORE,
             tenant_id,
-            [view.id for view, _, _ in changed],
-            [version for _, version, _ in changed],
-            [view.slug for view, _, _ in changed],
-            [view.name for view, _, _ in changed],
-            [view.visibility for view, _, _ in changed],
-            [retired for _, _, retired in changed],
-            [view.created_at for view, _, _ in changed],
-            [msgspec.json.encode(view).decode() for view, _, _ in changed],
-            [msgspec.json.encode(ServiceRef(view.id, view.slug, view.name)).decode() for view, _, _ in changed],
+            [view.id for view, _ in changed],
+            [version for _, version in changed],
+            [view.slug for view, _ in changed],
+            [view.name for view, _ in changed],
+            [view.visibility for view, _ in changed],
+            [view.id in retired for view, _ in changed],
+            [view.created_at for view, _ in changed],
+            [msgspec.json.encode(view).decode() for view, _ in changed],
+            [msgspec.json.encode(ServiceRef(view.id, view.slug, view.name)).decode() for view, _ in changed],
         )
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
