@@ -1,0 +1,104 @@
+"""An HTTP/1.1 load generator that costs little: keep-alive connections, ready-made requests, one at a time on each.
+
+`python -m bench.load` reads {"url", "method", "path", "headers", "body", "connections", "seconds"} from standard
+input and prints {"rate", "errors", "p50_ms", "p99_ms"}.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvloop
+
+
+class Connection(asyncio.Protocol):
+    """Sends the request again as soon as its answer is complete, until the end."""
+
+    def __init__(self, request: bytes, end: float, latencies: list[float], done: "asyncio.Future[int]") -> None:
+        self._request = request
+        self._end = end
+        self._latencies = latencies
+        self._done = done
+        self._errors = 0
+        self._received = b""
+        self._needed = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+        self._send()
+
+    def _send(self) -> None:
+        self._received, self._needed = b"", 0
+        self._sent_at = time.perf_counter()
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if not self._needed:
+            head_end = self._received.find(b"\r\n\r\n")
+            if head_end < 0:
+                return
+            at = self._received.index(b"Content-Length: ") + 16
+            self._needed = head_end + 4 + int(self._received[at : self._received.index(b"\r", at)])
+        if len(self._received) < self._needed:
+            return
+        now = time.perf_counter()
+        self._latencies.append(now - self._sent_at)
+        self._errors += self._received[9:10] != b"2"
+        if now < self._end:
+            self._send()
+        else:
+            self._transport.close()
+            self._done.set_result(self._errors)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if not self._done.done():
+            self._done.set_result(self._errors + 1)
+
+
+async def generate(order: dict[str, Any]) -> dict[str, float]:
+    where = urlsplit(order["url"])
+    body = order.get("body", "").encode()
+    headers = {"Host": where.netloc, **order.get("headers", {})}
+    if body:
+        headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    request = f"{order['method']} {order['path']} HTTP/1.1\r\n{head}\r\n".encode() + body
+    loop = asyncio.get_running_loop()
+    latencies: list[float] = []
+    began = time.perf_counter()
+    end = began + order["seconds"]
+    waiting = []
+    for _ in range(order["connections"]):
+        done: asyncio.Future[int] = loop.create_future()
+        await loop.create_connection(lambda d=done: Connection(request, end, latencies, d), where.hostname, where.port)  # type: ignore[misc]
+        waiting.append(done)
+    errors = sum(await asyncio.gather(*waiting))
+    took = time.perf_counter() - began
+    latencies.sort()
+    return {
+        "rate": len(latencies) / took,
+        "errors": errors,
+        "p50_ms": 1000 * latencies[len(latencies) // 2],
+        "p99_ms": 1000 * latencies[len(latencies) * 99 // 100],
+    }
+
+
+def load(url: str, method: str, path: str, connections: int, seconds: float, **more: Any) -> dict[str, float]:
+    """Generate load from a process of its own; raise where any answer was no success."""
+    order = {"url": url, "method": method, "path": path, "connections": connections, "seconds": seconds, **more}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load"], input=json.dumps(order), check=True, capture_output=True, text=True
+    )
+    result: dict[str, float] = json.loads(done.stdout)
+    if result["errors"]:
+        raise RuntimeError(f"{method} {path}: {result['errors']} requests failed")
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(uvloop.run(generate(json.load(sys.stdin)))))
