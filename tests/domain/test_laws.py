@@ -1,0 +1,80 @@
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import UNSET
+
+from opsentry.domain import incident
+from opsentry.domain.decider import DomainError
+from opsentry.domain.incident import (
+    SEVERITIES,
+    STATUSES,
+    VISIBILITIES,
+    ChangeIncident,
+    OpenIncident,
+    PostUpdate,
+    ResolveIncident,
+)
+
+words = st.text(max_size=20)
+ids = st.lists(st.integers(1, 5), max_size=6).map(tuple)
+
+
+def maybe(strategy):
+    return st.one_of(st.just(UNSET), strategy)
+
+
+changes = st.builds(
+    ChangeIncident,
+    title=maybe(words),
+    description=maybe(st.none() | words),
+    severity=maybe(st.sampled_from(SEVERITIES)),
+    visibility=maybe(st.sampled_from(VISIBILITIES)),
+    status=maybe(st.sampled_from(STATUSES)),
+    service_ids=maybe(ids),
+    root_cause=maybe(st.none() | words),
+    postmortem=maybe(st.none() | words),
+)
+updates = st.builds(PostUpdate, message=words, status=st.none() | st.sampled_from(STATUSES), is_public=st.booleans())
+resolves = st.builds(ResolveIncident, root_cause=maybe(words), postmortem=maybe(words))
+histories = st.lists(st.one_of(changes, updates, resolves), max_size=12)
+
+
+def lived(commands):
+    """The states an incident goes through, refused commands left out."""
+    state = incident.DECIDER.fold(incident.decide(None, OpenIncident(title="T", service_ids=(2, 1))))
+    states = [state]
+    for command in commands:
+        try:
+            state = incident.DECIDER.fold(incident.decide(state, command), state)
+        except DomainError:
+            continue
+        states.append(state)
+    return states
+
+
+@given(histories)
+def test_whatever_is_sent_an_incident_stays_one(commands):
+    for state in lived(commands):
+        assert state.status in STATUSES
+        assert state.severity in SEVERITIES
+        assert state.title.strip()
+        assert list(state.service_ids) == sorted(set(state.service_ids))
+
+
+@given(histories, changes)
+def test_changing_to_the_same_twice_is_one_change(commands, change):
+    state = lived(commands)[-1]
+    try:
+        events = incident.decide(state, change)
+    except DomainError:
+        return
+    assert list(incident.decide(incident.DECIDER.fold(events, state), change)) == []
+
+
+@given(histories)
+def test_a_resolved_incident_only_goes_back_to_investigating(commands):
+    states = lived(commands)
+    for before, after in pairwise(states):
+        if before.status == "resolved":
+            assert after.status in {"resolved", "investigating"}

@@ -1,0 +1,68 @@
+import pytest
+
+from opsentry.domain import service, subscription
+from opsentry.domain.decider import InvalidField, TransitionRefused
+from opsentry.domain.service import ChangeService, RegisterService, RetireService, ServiceChanged, ServiceRegistered
+from opsentry.domain.service import ServiceRetired as Retired
+from opsentry.domain.subscription import CreateSubscription, RemoveSubscription, SubscriptionCreated
+from opsentry.domain.subscription import SubscriptionRemoved as Removed
+from tests.domain.spec import given
+
+API = ServiceRegistered(slug="main-api", name="Main API", visibility="public", tags=("prod",))
+HOOK = SubscriptionCreated(channel="webhook", target="https://example.com/hook", audience="public")
+
+
+def test_a_service_is_registered():
+    command = RegisterService(slug="main-api", name="Main API", tags=("prod",))
+    given(service.DECIDER).when(command).then(API)
+
+
+@pytest.mark.parametrize("slug", ["", "-a", "a-", "A", "ä", "a b", "a" * 64])
+def test_a_slug_that_no_address_could_carry_is_refused(slug):
+    given(service.DECIDER).when(RegisterService(slug=slug, name="N")).refused(InvalidField, "slug: must be")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (RegisterService(slug="a", name=" "), "name: must not be blank"),
+        (RegisterService(slug="a", name="N", visibility="x"), "visibility: must be one of"),
+        (RegisterService(slug="a", name="N", tags=("",)), "tags: must not be blank"),
+        (RegisterService(slug="a", name="N", tags=("t",) * 51), "tags: must be at most"),
+        (RegisterService(slug="a", name="N", description="\x00"), "description: must not contain"),
+    ],
+)
+def test_registering_with_something_wrong_names_the_field(command, message):
+    given(service.DECIDER).when(command).refused(InvalidField, message)
+
+
+def test_only_what_differs_is_changed():
+    command = ChangeService(name="Main API", description="The API", tags=())
+    given(service.DECIDER, API).when(command).then(ServiceChanged(description="The API", tags=()))
+    given(service.DECIDER, API).when(ChangeService(name="Main API", visibility="public")).then()
+
+
+def test_a_retired_service_is_gone():
+    given(service.DECIDER, API).when(RetireService()).then(Retired())
+    given(service.DECIDER, API, Retired()).when(RetireService()).refused(TransitionRefused, "does not exist")
+    given(service.DECIDER, API, Retired()).when(ChangeService(name="N")).refused(TransitionRefused, "does not exist")
+
+
+def test_a_subscription_is_created_and_removed():
+    command = CreateSubscription(channel="webhook", target="https://example.com/hook")
+    given(subscription.DECIDER).when(command).then(HOOK)
+    given(subscription.DECIDER, HOOK).when(RemoveSubscription()).then(Removed())
+    given(subscription.DECIDER, HOOK, Removed()).when(RemoveSubscription()).refused(TransitionRefused, "does not exist")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (CreateSubscription(channel="pigeon", target="t"), "channel: must be one of"),
+        (CreateSubscription(channel="email", target=" "), "target: must not be blank"),
+        (CreateSubscription(channel="email", target="t", audience="x"), "audience: must be one of"),
+        (CreateSubscription(channel="email", target="t", lowest_severity="x"), "lowest_severity: must be one of"),
+    ],
+)
+def test_subscribing_with_something_wrong_names_the_field(command, message):
+    given(subscription.DECIDER).when(command).refused(InvalidField, message)

@@ -1,0 +1,74 @@
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opsentry.domain.status import LEVELS, Period, uptime
+
+ZERO = datetime(2026, 1, 1, tzinfo=UTC)
+WINDOW = 300
+TENTHS = {0: 0, 1: 0, 2: 3, 3: 10, 4: 10}
+
+
+def at(second: float) -> datetime:
+    return ZERO + timedelta(seconds=second)
+
+
+def period(start: float, end: float, severity: str = "major_outage", *, excluded: bool = False) -> Period:
+    return Period(at(start), at(end), LEVELS[severity], excluded)
+
+
+@pytest.mark.parametrize(
+    ("periods", "expected"),
+    [
+        ([], 100.0),
+        ([period(0, 100)], 0.0),
+        ([period(10, 20)], 90.0),
+        ([period(10, 20, "critical")], 90.0),
+        ([period(10, 20, "partial_outage")], 97.0),
+        ([period(10, 20, "degraded"), period(30, 40, "informational")], 100.0),
+        ([period(10, 20), period(15, 25)], 85.0),  # an overlap counts once
+        ([period(10, 30, "partial_outage"), period(10, 20)], 87.0),  # at the worst
+        ([period(-50, 10), period(90, 500)], 80.0),  # only what lies inside
+        ([period(10, 20), period(10, 20, "informational", excluded=True)], 100.0),  # cut from both sides
+        ([period(0, 20), period(0, 50, "informational", excluded=True), period(60, 70)], 80.0),
+        ([period(0, 100, "informational", excluded=True)], 100.0),  # nothing observed
+        ([period(20, 20)], 100.0),
+    ],
+)
+def test_uptime_of_a_hundred_seconds(periods, expected):
+    assert uptime(periods, at(0), at(100)) == expected
+
+
+def test_a_hundred_percent_means_no_downtime_at_all():
+    blip = Period(at(5), at(5) + timedelta(microseconds=1), LEVELS["partial_outage"], excluded=False)
+    assert uptime([blip], at(0), at(30 * 86_400)) == 99.99
+
+
+def test_an_empty_window_has_no_downtime():
+    assert uptime([period(0, 100)], at(50), at(50)) == 100.0
+
+
+def naive(periods: list[Period]) -> float:
+    """The same by walking second by second."""
+    observed = lost = 0
+    for second in range(WINDOW):
+        covering = [p for p in periods if p.start <= at(second) < p.end]
+        if any(p.excluded for p in covering):
+            continue
+        observed += 1
+        lost += max((TENTHS[p.level] for p in covering), default=0)
+    return 100.0 if not observed else (10_000 * (10 * observed - lost) // (10 * observed)) / 100
+
+
+@st.composite
+def some_period(draw: st.DrawFn) -> Period:
+    start = draw(st.integers(-60, WINDOW + 60))
+    end = start + draw(st.integers(0, 200))
+    return Period(at(start), at(end), draw(st.integers(0, 4)), draw(st.booleans()))
+
+
+@given(st.lists(some_period(), max_size=12))
+def test_uptime_is_what_walking_second_by_second_gives(periods):
+    assert uptime(periods, at(0), at(WINDOW)) == naive(periods)
