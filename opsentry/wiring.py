@@ -31,6 +31,8 @@ from opsentry.redis import connect
 from opsentry.worker.worker import Worker
 
 KEEPALIVE_SECONDS = 75
+# After an answer to a body that is not read to its end, so long may the client go on sending before it is cut off.
+LINGER_SECONDS = 2
 
 
 def projections() -> list[Projection]:
@@ -89,7 +91,12 @@ async def serving(
             Readiness(probe, client),
         )
         web_runner = web.AppRunner(
-            app, access_log=None, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=5, handle_signals=False
+            app,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_SECONDS,
+            lingering_time=LINGER_SECONDS,
+            shutdown_timeout=5,
+            handle_signals=False,
         )
         await web_runner.setup()
         stack.push_async_callback(web_runner.cleanup)

@@ -90,6 +90,7 @@ class RateLimiter:
         """Stop sharing."""
         if self._sharing is not None:
             self._sharing.cancel()
+            await asyncio.wait([self._sharing])
 
     async def _share(self) -> None:
         """Add what was counted here to the shared counts until there is nothing more to add."""

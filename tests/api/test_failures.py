@@ -1,0 +1,147 @@
+"""Dependencies that are down or frozen: a clear answer in a bounded time, and recovery without restart."""
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import replace
+
+import asyncpg
+import psutil
+import pytest
+
+from opsentry.api import health
+from opsentry.demo.embedded import APP_USER, EmbeddedPostgres, EmbeddedValkey
+from opsentry.postgres import migrate, migrations
+from opsentry.wiring import core, serving
+from tests.conftest import Client, make_tenant
+
+
+@pytest.fixture
+async def own_postgres(tmp_path):
+    """A server of this test's own, which may be stopped and frozen."""
+    server = EmbeddedPostgres(tmp_path / "postgres")
+    server.start()
+    connection = await asyncpg.connect(server.url("postgres"))
+    await connection.execute("CREATE DATABASE opsentry")
+    await connection.close()
+    connection = await asyncpg.connect(server.url())
+    await migrate(connection, migrations())
+    await connection.execute(f"CREATE ROLE {APP_USER} LOGIN IN ROLE opsentry_app")
+    await connection.close()
+    yield server
+    server.stop("immediate")
+
+
+@pytest.fixture
+async def own_valkey(tmp_path):
+    server = EmbeddedValkey(tmp_path / "valkey")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def stack(monkeypatch, settings, own_postgres, own_valkey, http):
+    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+    own = replace(settings, database_url=own_postgres.url(user=APP_USER), redis_url=own_valkey.url, body_timeout=1)
+    async with core(own) as parts, serving(own, parts) as url:
+        tenant = await make_tenant(parts, "acme")
+        yield Client(http, url, tenant.token)
+
+
+async def timed(call):
+    began = time.monotonic()
+    answer = await call
+    return *answer, time.monotonic() - began
+
+
+async def assert_database_down(api):
+    for call in (api.get("/incidents"), api.post("/incidents", {"title": "T"}), api.get("/services/1/uptime")):
+        status, body, headers, seconds = await timed(call)
+        assert (status, set(body)) == (503, {"error", "request_id"})
+        assert headers["Retry-After"] == "1"
+        assert body["request_id"] == headers["X-Request-ID"]
+        assert seconds < 2
+    status, _, _, seconds = await timed(api.send("GET", "/health"))
+    assert status == 200
+    status, body, _, seconds = await timed(api.send("GET", "/health/ready"))
+    assert (status, body["status"]) == (503, "unavailable")
+    assert (body["checks"]["postgres"]["status"], body["checks"]["redis"]["status"]) == ("fail", "ok")
+    assert seconds < 1
+
+
+async def until_ready(api):
+    async with asyncio.timeout(20):
+        while (await api.send("GET", "/health/ready"))[0] != 200:  # noqa: ASYNC110 - only asking tells
+            await asyncio.sleep(0.05)
+
+
+async def test_a_stopped_database_is_said_and_its_return_is_noticed(stack, own_postgres):
+    assert (await stack.post("/incidents", {"title": "before"}))[0] == 201
+    own_postgres.stop("immediate")
+    await assert_database_down(stack)
+    own_postgres.start()
+    await until_ready(stack)
+    assert (await stack.post("/incidents", {"title": "after"}))[0] == 201
+    assert [i["title"] for i in (await stack.get("/incidents"))[1]["incidents"]] == ["after", "before"]
+
+
+async def test_a_frozen_database_is_said_and_its_return_is_noticed(stack, own_postgres):
+    assert (await stack.post("/incidents", {"title": "before"}))[0] == 201
+    postmaster = psutil.Process(own_postgres.pid)
+    frozen = [postmaster, *postmaster.children()]
+    for process in frozen:
+        process.suspend()
+    try:
+        await assert_database_down(stack)
+    finally:
+        for process in frozen:
+            process.resume()
+    await until_ready(stack)
+    assert (await stack.post("/incidents", {"title": "after"}))[0] == 201
+    titles = [i["title"] for i in (await stack.get("/incidents"))[1]["incidents"]]
+    # What was asked for while it was frozen may have happened, and then is to be seen, once.
+    assert titles in (["after", "before"], ["after", "T", "before"])
+
+
+async def test_a_server_starts_while_the_database_is_down(settings, own_postgres, own_valkey, http, monkeypatch):
+    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+    own = replace(settings, database_url=own_postgres.url(user=APP_USER), redis_url=own_valkey.url)
+    async with core(own) as parts:
+        tenant = await make_tenant(parts, "acme")
+    own_postgres.stop()
+    async with core(own) as parts, serving(own, parts) as url:
+        api = Client(http, url, tenant.token)
+        await assert_database_down(api)
+        own_postgres.start()
+        await until_ready(api)
+        assert (await api.get("/incidents"))[0] == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_without_redis_requests_go_on_and_readiness_says_so(stack, own_valkey, number):
+    assert (await stack.get("/incidents"))[0] == 200
+    os.kill(own_valkey.pid, number)
+    for _ in range(20):
+        status, _, headers = await stack.get("/incidents")
+        assert status == 200
+        assert "RateLimit" in headers
+    status, body, _ = await stack.send("GET", "/health/ready")
+    assert (status, body["checks"]["redis"]["status"], body["checks"]["postgres"]["status"]) == (503, "fail", "ok")
+    if number == signal.SIGSTOP:
+        os.kill(own_valkey.pid, signal.SIGCONT)
+        await until_ready(stack)
+
+
+async def test_a_body_that_trickles_in_is_cut(stack):
+    host, port = stack.base_url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /api/v1/incidents HTTP/1.1\r\nHost: x\r\nAuthorization: {stack.headers['Authorization']}\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: 40\r\n\r\n".encode() + b'{"title": ')
+    async with asyncio.timeout(10):
+        answer = await reader.read()  # to the end: the connection is closed
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'{"error":"the request body did not arrive in time"}' in answer
+    writer.close()
+    assert (await stack.get("/incidents"))[1]["total"] == 0

@@ -1,0 +1,110 @@
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+
+from opsentry.api import health
+
+
+async def test_the_probe_is_plain_and_needs_nothing(anonymous):
+    status, body, headers = await anonymous.send("GET", "/health")
+    assert (status, body, headers["Content-Type"]) == (200, "OK", "text/plain; charset=utf-8")
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["X-Request-ID"]
+
+
+async def test_liveness(anonymous):
+    status, body, _ = await anonymous.send("GET", "/health/live")
+    assert (status, body) == (200, {"status": "ok"})
+
+
+async def test_ready_says_how_each_check_went(anonymous):
+    status, body, _ = await anonymous.send("GET", "/health/ready")
+    assert (status, body["status"]) == (200, "ready")
+    assert set(body["checks"]) == {"postgres", "redis", "outbox"}
+    for check in body["checks"].values():
+        assert check["status"] == "ok"
+        assert 0 < check["duration_ms"] < 500
+
+
+async def add_intents(owner, tenant_id, count, created_at, *, suppressed=False):
+    rows = [
+        (tenant_id, uuid4(), 1, 1, "webhook", "incident.opened", "incident", 1, suppressed, created_at)
+        for _ in range(count)
+    ]
+    await owner.copy_records_to_table("outbox_intents", records=rows)
+
+
+async def ready_again(monkeypatch, anonymous):
+    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+    return await anonymous.send("GET", "/health/ready")
+
+
+@pytest.mark.parametrize(
+    ("count", "age", "suppressed", "expected"),
+    [
+        (1000, 0, False, 200),
+        (1001, 0, False, 503),
+        (1, 299, False, 200),
+        (1, 301, False, 503),
+        (2000, 900, True, 200),
+    ],
+)
+async def test_readiness_follows_the_backlog(
+    monkeypatch, anonymous, acme, parts, owner, count, age, suppressed, expected
+):
+    await parts.runner.catch_up(acme.id, 0)
+    created_at = datetime.now(UTC) - timedelta(seconds=age)
+    await add_intents(owner, acme.id, count, created_at, suppressed=suppressed)
+    status, body, _ = await ready_again(monkeypatch, anonymous)
+    assert status == expected
+    outbox = body["checks"]["outbox"]
+    assert outbox["status"] == ("ok" if expected == 200 else "fail")
+    assert outbox["pending"] == (0 if suppressed else count)
+    await owner.execute("DELETE FROM outbox_intents")
+    assert (await ready_again(monkeypatch, anonymous))[0] == 200
+
+
+async def test_an_outbox_that_stands_still_does_not_look_healthy(monkeypatch, anonymous, api, parts, acme, owner):
+    await api.post("/incidents", {"title": "A"})
+    await owner.execute("UPDATE checkpoints SET position = 0, parked_seq = 1 WHERE projection = 'outbox'")
+    _, body, _ = await ready_again(monkeypatch, anonymous)
+    assert body["checks"]["outbox"]["lag_events"] == 3
+    monkeypatch.setattr(health, "MAX_AGE_SECONDS", 0)
+    status, body, _ = await ready_again(monkeypatch, anonymous)
+    assert (status, body["checks"]["outbox"]["status"]) == (503, "fail")
+
+
+async def test_many_probes_are_one_round_of_checks(anonymous):
+    answers = {str((await anonymous.send("GET", "/health/ready"))[1]) for _ in range(5)}
+    assert len(answers) == 1
+    assert health.CACHE_SECONDS <= 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/health", "GET, HEAD"),
+        ("DELETE", "/api/v1/incidents", "GET, HEAD, POST"),
+        ("PUT", "/api/v1/incidents/1", "GET, HEAD, PATCH"),
+        ("GET", "/api/v1/incidents/1/updates", "POST"),
+        ("PATCH", "/api/v1/services", "GET, HEAD"),
+    ],
+)
+async def test_another_method_is_told_which_there_are(anonymous, method, path, allow):
+    status, body, headers = await anonymous.send(method, path)
+    assert (status, body, headers["Allow"]) == (405, {"error": "method not allowed"}, allow)
+    assert headers["X-Request-ID"]
+
+
+@pytest.mark.parametrize("path", ["/", "/nope", "/api/v1", "/api/v1/", "/api/v1/nope", "/api/v1/incidents/1/nope"])
+async def test_another_path_is_not_found(anonymous, path):
+    status, body, headers = await anonymous.send("GET", path)
+    assert (status, body) == (404, {"error": "not found"})
+    assert headers["X-Request-ID"]
+
+
+async def test_head_answers_like_get_without_a_body(api):
+    status, body, headers = await api.send("HEAD", "/api/v1/incidents")
+    assert (status, body) == (200, None)
+    assert int(headers["Content-Length"]) > 0
