@@ -2,10 +2,11 @@
 
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
+import asyncpg
 import click
 import uvloop
 from rich.console import Console
@@ -45,15 +46,24 @@ def settings() -> Settings:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`; what people can do something about ends with a clear line and exit code 1 (or 2: wrong use)."""
-    try:
+    """Run `work`, its errors explained."""
+    with explained():
         return uvloop.run(work)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """End what people can do something about with a clear line and exit code 1 (or 2: wrong use)."""
+    try:
+        yield
     except InvalidField as error:
         raise click.UsageError(str(error)) from None
     except OutcomeUnknown as error:
         raise click.ClickException(f"{error}: it may or may not be recorded; look before trying again") from None
     except DatabaseUnavailable as error:
         raise click.ClickException(f"{error} (is OPSENTRY_DATABASE_URL right, and the database migrated?)") from None
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise click.ClickException(f"database: {error} (OPSENTRY_MIGRATE_DATABASE_URL must be its owner's)") from None
     except (
         DomainError,
         Malformed,

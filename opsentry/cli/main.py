@@ -1,11 +1,13 @@
 """The top of the command line, and the commands that run processes."""
 
+import asyncio
+
 import click
 from rich.console import Console
 from rich.table import Table
 
 from opsentry import __version__
-from opsentry.cli.common import PATIENCE, run, settings
+from opsentry.cli.common import PATIENCE, explained, run, settings
 from opsentry.cli.import_ import import_group
 from opsentry.cli.tenants import service_group, tenant_group, token_group
 from opsentry.config import Settings
@@ -32,8 +34,7 @@ def serve(host: str | None, port: int | None) -> None:
 
     async def work() -> None:
         async with core(found) as parts, serving(found, parts, host=host, port=port) as url:
-            click.echo(f"serving {url}")
-            await until_stopped()
+            await _announced(f"serving {url}")
 
     run(work())
 
@@ -45,10 +46,17 @@ def worker() -> None:
 
     async def work() -> None:
         async with core(found) as parts, working(parts):
-            click.echo("working")
-            await until_stopped()
+            await _announced("working")
 
     run(work())
+
+
+async def _announced(line: str) -> None:
+    """Print `line` once signals are listened to, since whoever reads it may send one; return when one came."""
+    stopped = asyncio.create_task(until_stopped())
+    await asyncio.sleep(0)
+    click.echo(line)
+    await stopped
 
 
 @cli.command(name="migrate")
@@ -85,7 +93,8 @@ def demo() -> None:
     """Run everything on embedded servers, with a tenant to try it on, until Ctrl-C."""
     from opsentry.demo.run import run_demo  # noqa: PLC0415 - only this command needs the extra `embedded`
 
-    run_demo(settings())
+    with explained():
+        run_demo(settings())
 
 
 cli.add_command(tenant_group)

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import warnings
@@ -33,7 +34,23 @@ class EmbeddedPostgres:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
+        # Stands from the first start until it has succeeded once: data that were left half-made never start.
+        making = self._folder.with_name(f"{self._folder.name}.making")
+        if making.exists():
+            self._discard()
+        if not (self._folder / "PG_VERSION").exists():
+            making.touch()
         self._server = get_server(self._folder, cleanup_mode=None)
+        making.unlink(missing_ok=True)
+
+    def _discard(self) -> None:
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if process.info["name"] in {"initdb", "postgres"} and str(self._folder) in (process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    process.wait(5)
+        shutil.rmtree(self._folder)
+        self._folder.mkdir()
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server, by `smart`, `fast` or `immediate` (as if it had crashed)."""

@@ -1,8 +1,10 @@
 """The demo's life: servers up, schema, tenants, API and worker, until Ctrl-C; then everything down again."""
 
+import asyncio
 import fcntl
 import json
 import os
+import signal
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,6 +33,8 @@ def run_demo(settings: Settings) -> None:
     if not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the highest port
         raise click.UsageError("PORT: must be a port number")
     folder.mkdir(parents=True, exist_ok=True)
+    # Like Ctrl-C from the beginning, also before the loop listens: what was started is stopped again.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
         lock = stack.enter_context((folder / "lock").open("w"))
         try:
@@ -78,6 +82,7 @@ async def _migrate(url: str) -> None:
 
 
 async def _live(settings: Settings, folder: Path) -> None:
+    stopped = asyncio.create_task(until_stopped())
     async with core(settings) as parts:
         note = folder / "demo.json"
         facts = await _prepare(parts, _before(note))
@@ -94,7 +99,7 @@ async def _live(settings: Settings, folder: Path) -> None:
             }
             _write(note, facts)
             _welcome(base_url, facts["tokens"]["full"], note)
-            await until_stopped()
+            await stopped
 
 
 def _before(note: Path) -> dict[str, Any]:

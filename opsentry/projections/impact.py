@@ -38,6 +38,7 @@ FROM unnest($3::bigint[], $4::int[], $5::bool[], $6::smallint[], $7::bool[], $8:
 ON CONFLICT (tenant_id, kind, source_id) DO UPDATE SET
     version = excluded.version, live = excluded.live, level = excluded.level, excluded = excluded.excluded,
     visibility = excluded.visibility, service_ids = excluded.service_ids
+WHERE impact_sources.version < excluded.version
 """
 
 # Ends the periods that still last.

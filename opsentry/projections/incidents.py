@@ -27,6 +27,7 @@ FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::tex
 ON CONFLICT (tenant_id, incident_id) DO UPDATE SET
     version = excluded.version, status = excluded.status, severity = excluded.severity,
     visibility = excluded.visibility, service_ids = excluded.service_ids, body = excluded.body
+WHERE incidents.version < excluded.version
 """
 
 # Timeline entries are written once.

@@ -39,6 +39,7 @@ ON CONFLICT (tenant_id, maintenance_id) DO UPDATE SET
     version = excluded.version, status = excluded.status, visibility = excluded.visibility,
     service_ids = excluded.service_ids, scheduled_start = excluded.scheduled_start, due_at = excluded.due_at,
     body = excluded.body
+WHERE maintenance.version < excluded.version
 """
 
 # Timeline entries are written once.

@@ -115,18 +115,20 @@ class Runner:
 
     async def _pass(self, tenant_id: int) -> int:
         """Apply what there is; return the position reached."""
-        careful = False
+        careful = 0
         while True:
             try:
                 async with self._database.transaction(_PASS_TIMEOUT) as connection:
-                    reached, more = await self._step(connection, tenant_id, careful=careful)
+                    reached, more = await self._step(connection, tenant_id, careful=careful > 0)
             except _BatchFailed:
-                careful = True  # one projection and one event at a time, until the one to blame is found
+                # One projection and one event at a time, until the one to blame is found or left behind.
+                careful = _BATCH * len(self._projections)
                 continue
             except Poison as poison:
                 await self._park(tenant_id, poison)
-                careful = False
+                careful = 0
                 continue
+            careful = max(0, careful - 1)
             if not more:
                 return reached
 

@@ -24,6 +24,7 @@ SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::te
 ON CONFLICT (tenant_id, service_id) DO UPDATE SET
     version = excluded.version, slug = excluded.slug, name = excluded.name, visibility = excluded.visibility,
     retired = excluded.retired, since = excluded.since, body = excluded.body, ref = excluded.ref
+WHERE services.version < excluded.version
 """
 
 _CLEAR = "DELETE FROM services WHERE tenant_id = $1"

@@ -1,6 +1,8 @@
 """The worker's loops. APScheduler only wakes them up: what has to be done stands in due rows."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -50,7 +52,7 @@ class Worker:
         now = datetime.now(UTC)
         for task in (self.catch_up, self.move_windows):
             self._scheduler.add_job(
-                _surviving, "interval", args=[task], id=task.__name__, seconds=POLL_SECONDS, next_run_time=now
+                _job, "interval", args=[task], id=task.__name__, seconds=POLL_SECONDS, next_run_time=now
             )
         self._scheduler.start()
 
@@ -61,7 +63,13 @@ class Worker:
     async def catch_up(self) -> None:
         """Bring up to date what commands left behind: they died, or ran out of time."""
         for tenant_id in await self._runner.behind():
-            await _surviving(self._runner.catch_up, tenant_id, 0)
+            await _surviving(self._catch_up_one, tenant_id)
+
+    async def _catch_up_one(self, tenant_id: int) -> None:
+        # A pass that takes longer goes on by itself; it must not hold up the other tenants.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_SECONDS):
+                await self._runner.catch_up(tenant_id, 0)
 
     async def move_windows(self) -> None:
         """Start and complete what is due, and wake up again when the next one is."""
@@ -78,7 +86,7 @@ class Worker:
 
     def _wake_up_in(self, seconds: float, due_at: datetime) -> None:
         self._scheduler.add_job(
-            _surviving,
+            _job,
             "date",
             args=[self.move_windows],
             id=f"due {due_at.isoformat()}",
@@ -100,6 +108,13 @@ class Worker:
             maintenance_id=maintenance_id,
             status=executed.state.status,
         )
+
+
+async def _job(task: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await _surviving(task)
+    except asyncio.CancelledError:
+        return  # the worker stops: APScheduler cancels what runs, and would log that as the job's failure
 
 
 async def _surviving(task: Callable[..., Awaitable[None]], *arguments: Any) -> None:

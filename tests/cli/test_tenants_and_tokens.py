@@ -1,0 +1,126 @@
+import json
+
+import pytest
+
+from opsentry.access import tokens
+from tests.conftest import Client
+from tests.system.processes import environment, opsentry, until
+
+
+@pytest.fixture
+def run(settings):
+    """Run a command that must succeed; its output."""
+
+    async def succeed(*arguments):
+        ran = await opsentry(environment(settings), *arguments)
+        assert (ran.code, ran.err) == (0, "")
+        return ran.out
+
+    return succeed
+
+
+@pytest.fixture
+def fail(settings):
+    """Run a command that must fail with this code; what it says."""
+
+    async def refused(code, *arguments):
+        ran = await opsentry(environment(settings), *arguments)
+        assert (ran.code, ran.out) == (code, "")
+        assert "Traceback" not in ran.err
+        return ran.err.splitlines()[-1]
+
+    return refused
+
+
+async def test_a_tenant_is_created_once_and_listed(run, fail):
+    (made,) = json.loads(await run("tenant", "create", "acme", "--name", "Acme Cloud", "--json"))
+    assert made["slug"] == "acme"
+    (listed,) = json.loads(await run("tenant", "list", "--json"))
+    assert (listed["tenant_id"], listed["slug"], listed["name"]) == (made["tenant_id"], "acme", "Acme Cloud")
+    assert listed["created_at"].endswith("Z")
+    assert "Acme Cloud" in await run("tenant", "list")
+    assert await fail(1, "tenant", "create", "acme") == "Error: slug: acme is taken"
+    assert (await fail(2, "tenant", "create", "Acme!")).startswith("Error: slug: must be 1 to 63 of")
+    assert await fail(2, "tenant", "create", "blank", "--name", " ") == "Error: name: must not be blank"
+    assert len(json.loads(await run("tenant", "list", "--json"))) == 1
+
+
+async def test_a_token_works_is_never_shown_again_and_can_be_revoked(run, fail, acme, anonymous, owner):
+    value = (await run("token", "create", "--tenant", "acme", "--name", "CI", "--scope", "read:status")).removesuffix(
+        "\n"
+    )
+    assert tokens.well_formed(value)
+    api = Client(anonymous.session, anonymous.base_url, value)
+    status, health, _ = await api.get("/health")
+    assert (status, health["tenant_id"], health["scopes"]) == (200, acme.id, ["read:status"])
+    assert (await api.post("/incidents", {"title": "x"}))[0] == 403
+
+    prefix = tokens.prefix(value)
+    listed = json.loads(await run("token", "list", "--tenant", "acme", "--json"))
+    assert [(one["prefix"], one["name"], one["scopes"], one["revoked_at"]) for one in listed][1] == (
+        prefix,
+        "CI",
+        ["read:status"],
+        None,
+    )
+    secret = value[12:]
+    table = await run("token", "list", "--tenant", "acme")
+    assert prefix in table
+    stored = [str(await owner.fetch(f"SELECT * FROM {name}")) for name in ("tokens", "events", "claims")]
+    for text in (json.dumps(listed), table, *stored):
+        assert secret not in text
+
+    assert await run("token", "revoke", "--tenant", "acme", prefix) == f"revoked {prefix}\n"
+
+    async def refused():
+        return (await api.get("/health"))[0] == 401
+
+    await until(refused, seconds=5)
+    again = await fail(1, "token", "revoke", "--tenant", "acme", prefix)
+    assert again == f"Error: no token {prefix} that could be revoked"
+    listed = json.loads(await run("token", "list", "--tenant", "acme", "--json"))
+    assert listed[1]["revoked_at"] is not None
+
+
+async def test_a_token_as_json(run, acme, anonymous):
+    arguments = ("--tenant", "acme", "--name", "CI", "--scope", "write:incidents", "--scope", "read:status", "--json")
+    (made,) = json.loads(await run("token", "create", *arguments, "--expires", "2999-01-01"))
+    assert made["prefix"] == tokens.prefix(made["token"])
+    _, health, _ = await Client(anonymous.session, anonymous.base_url, made["token"]).get("/health")
+    assert health["scopes"] == ["read:status", "write:incidents"]
+    listed = json.loads(await run("token", "list", "--tenant", "acme", "--json"))
+    assert listed[1]["expires_at"] == "2999-01-01T00:00:00Z"
+
+
+async def test_a_token_that_expired_does_not_work(run, acme, anonymous):
+    value = await run(
+        "token", "create", "--tenant", "acme", "--name", "Old", "--scope", "read:status", "--expires", "2020-01-01"
+    )
+    assert (await Client(anonymous.session, anonymous.base_url, value.strip()).get("/health"))[0] == 401
+
+
+async def test_tokens_that_cannot_be_are_refused(fail, acme, globex):
+    create = ("token", "create", "--tenant", "acme", "--name")
+    assert "scopes: must be one or more of" in await fail(2, *create, "CI", "--scope", "write:everything")
+    assert await fail(2, *create, "", "--scope", "read:status") == "Error: name: must not be blank"
+    nobody = ("token", "create", "--tenant", "nobody", "--name", "CI", "--scope", "read:status")
+    assert await fail(1, *nobody) == "Error: no tenant has the slug nobody"
+    foreign = tokens.prefix(globex.token)
+    said = await fail(1, "token", "revoke", "--tenant", "acme", foreign)
+    assert said == f"Error: no token {foreign} that could be revoked"
+
+
+async def test_a_service_is_registered_once_and_listed(run, fail, acme, globex, api):
+    create = ("service", "create", "--tenant", "acme", "main-api")
+    fields = ("--name", "Main API", "--description", "REST", "--visibility", "internal", "--tag", "prod", "--tag", "eu")
+    (made,) = json.loads(await run(*create, *fields, "--json"))
+    _, shown, _ = await api.get(f"/services/{made['service_id']}")
+    assert (shown["slug"], shown["name"], shown["description"]) == ("main-api", "Main API", "REST")
+    assert (shown["visibility"], shown["tags"]) == ("internal", ["prod", "eu"])
+    (listed,) = json.loads(await run("service", "list", "--tenant", "acme", "--json"))
+    assert (listed["id"], listed["current_status"]) == (made["service_id"], "operational")
+    assert json.loads(await run("service", "list", "--tenant", "globex", "--json")) == []
+    assert await fail(1, *create) == f"Error: slug: main-api is taken by service {made['service_id']}"
+    assert "slug: must be" in await fail(2, "service", "create", "--tenant", "acme", "Main API")
+    assert "'--visibility'" in await fail(2, *create, "--visibility", "secret")
+    assert "no tenant has the slug nobody" in await fail(1, "service", "list", "--tenant", "nobody")

@@ -1,0 +1,135 @@
+import socket
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from opsentry import __version__
+from opsentry.cli.main import cli
+from opsentry.config import Settings
+from tests.system.processes import environment, free_port, opsentry
+
+
+def commands(command=cli, path=()):
+    """Every command there is, groups too, as words."""
+    yield path
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from commands(below, (*path, name))
+
+
+def test_every_command_explains_itself():
+    found = list(commands())
+    assert len(found) > 12
+    for path in found:
+        for option in ("--help", "-h"):
+            ran = CliRunner().invoke(cli, [*path, option], prog_name="opsentry")
+            assert (ran.exit_code, ran.stderr) == (0, "")
+            usage, _, says = ran.stdout.partition("\n\n")
+            assert usage.startswith(" ".join(("Usage: opsentry", *path)))
+            assert says.strip()
+
+
+async def test_the_process_explains_itself():
+    ran = await opsentry(environment(), "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert "Exit codes: 0 done, 1 failed, 2 wrong use." in " ".join(ran.out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nonsense",), "No such command 'nonsense'"),
+        (("tenant", "nonsense"), "No such command 'nonsense'"),
+        (("tenant", "create"), "Missing argument 'SLUG'"),
+        (("token", "create", "--tenant", "acme", "--name", "CI"), "Missing option '--scope'"),
+        (("serve", "--port", "70000"), "Invalid value for '--port'"),
+        (("serve", "--nonsense"), "No such option '--nonsense'"),
+        (("token", "create", "--tenant", "a", "--name", "b", "--scope", "c", "--expires", "soon"), "Invalid value for"),
+        (("import", "statuspage"), "Missing argument 'FILE'"),
+    ],
+)
+def test_wrong_use_is_exit_code_2_and_says_what(arguments, says):
+    ran = CliRunner().invoke(cli, list(arguments), prog_name="opsentry")
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert says in ran.stderr
+
+
+async def test_wrong_use_of_the_process_is_exit_code_2():
+    ran = await opsentry(environment(), "nonsense")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.endswith("Error: No such command 'nonsense'.\n")
+
+
+async def test_the_version_is_told():
+    assert await opsentry(environment(), "--version") == (0, f"opsentry, version {__version__}\n", "")
+
+
+async def test_all_settings_are_listed():
+    ran = await opsentry(environment(COLUMNS="200"), "config")
+    assert ran.code == 0
+    for variable, default, says in Settings.catalogue():
+        (line,) = [line for line in ran.out.splitlines() if line.startswith(f"│ {variable} ")]
+        assert default in line
+        assert says.split()[0] in line
+
+
+@pytest.mark.parametrize("arguments", [("serve",), ("migrate",), ("tenant", "list"), ("demo",)])
+async def test_every_bad_setting_is_named_at_once(arguments, tmp_path):
+    env = environment(
+        OPSENTRY_PORT="http",
+        OPSENTRY_RATE_LIMIT="lots",
+        OPSENTRY_DATABASE_URL="",
+        OPSENTRY_TRUSTED_PROXIES="10.0.0.0/99",
+        OPSENTRY_LOG_LEVEL="loud",
+        OPSENTRY_HOST="127.0.0.1",
+        OPSENTRY_DEMO_DIR=str(tmp_path),
+    )
+    ran = await opsentry(env, *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    named = [line for line in ran.err.splitlines() if "OPSENTRY_" in line]
+    assert [name in line for name, line in zip(BAD, named, strict=True)] == [True] * len(BAD)
+    assert "Traceback" not in ran.err
+
+
+BAD = ("DATABASE_URL", "PORT", "RATE_LIMIT", "TRUSTED_PROXIES", "LOG_LEVEL")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("migrate",),
+        ("tenant", "create", "acme"),
+        ("tenant", "list"),
+        ("token", "create", "--tenant", "acme", "--name", "CI", "--scope", "read:status"),
+        ("token", "list", "--tenant", "acme"),
+        ("token", "revoke", "--tenant", "acme", "00000000"),
+        ("service", "create", "--tenant", "acme", "main-api"),
+        ("service", "list", "--tenant", "acme"),
+    ],
+)
+async def test_a_database_that_refuses_is_one_clear_line(arguments):
+    env = environment(OPSENTRY_DATABASE_URL=f"postgresql://opsentry@127.0.0.1:{free_port()}/opsentry")
+    ran = await opsentry(env, *arguments)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("Error: database: ")
+    assert "OPSENTRY_DATABASE_URL" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+async def test_a_database_url_that_is_none_is_one_clear_line():
+    ran = await opsentry(environment(OPSENTRY_DATABASE_URL="nonsense"), "tenant", "list")
+    assert ran.code in {1, 2}
+    assert ran.err.rstrip().splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in ran.err
+
+
+async def test_a_port_that_is_taken_is_one_clear_line(settings):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ran = await opsentry(environment(settings), "serve", "--port", str(taken.getsockname()[1]))
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("Error: ")
+    assert "address already in use" in ran.err
+    assert ran.err.count("\n") == 1

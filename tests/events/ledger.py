@@ -1,0 +1,71 @@
+"""What tests of the log share: short commands, and the rows as they lie in the table."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+from opsentry.domain.incident import IncidentUpdated
+from opsentry.events import log
+from opsentry.events.codec import Actor, Meta
+from opsentry.events.log import Append, NewEvent, Outcome
+from opsentry.postgres import Connection
+
+META = Meta(Actor("operator"))
+
+
+def note(text: str, occurred_at: datetime | None = None) -> NewEvent:
+    return NewEvent(IncidentUpdated(message=text, status="monitoring"), META, occurred_at)
+
+
+def notes(
+    tenant_id: int, *texts: str, stream: int = 0, expected: int = 0, kind: str = "incident", claim: str | None = None
+) -> Append:
+    return Append(
+        tenant_id=tenant_id,
+        kind=kind,
+        stream_id=stream,
+        expected_version=expected,
+        events=[note(text) for text in texts],
+        claim=claim,
+    )
+
+
+async def append(connection: Connection, command: Append, *, wait: bool = True) -> Outcome:
+    (outcome,) = await log.append(connection, [command], wait=wait)
+    return outcome
+
+
+async def new_tenant(connection: Connection, slug: str) -> int:
+    return int(await connection.fetchval("INSERT INTO tenants (slug, name) VALUES ($1, $1) RETURNING tenant_id", slug))
+
+
+async def rows(connection: Connection, tenant_id: int) -> Sequence[Any]:
+    return list(await connection.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY seq", tenant_id))
+
+
+async def messages(connection: Connection, tenant_id: int) -> list[str]:
+    recorded = await log.read_after(connection, tenant_id, 0, 100_000)
+    return [r.event.message for r in recorded if isinstance(r.event, IncidentUpdated)]
+
+
+@asynccontextmanager
+async def held(connection: Connection, tenant_id: int) -> AsyncIterator[None]:
+    transaction = connection.transaction()
+    await transaction.start()
+    await append(connection, notes(tenant_id, "never committed"))
+    try:
+        yield
+    finally:
+        await transaction.rollback()
+
+
+async def blocked_backend(watcher: Connection) -> int:
+    async with asyncio.timeout(20):
+        while True:
+            pid = await watcher.fetchval(
+                "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            if pid is not None:
+                return int(pid)

@@ -1,0 +1,170 @@
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import UNSET
+
+from opsentry.domain.decider import REDACTED, Event
+from opsentry.domain.events import EVENT_TYPES
+from opsentry.domain.incident import IncidentEdited, IncidentOpened
+from opsentry.events import codec
+from opsentry.events.codec import Actor, Meta, UnknownEvent, decode, decode_meta, encode, encode_meta
+
+# What has ever been written to a ledger. Entries are added, never changed: ledgers that hold them exist.
+GOLDEN_FILE = Path(__file__).with_name("golden.json")
+GOLDEN: list[dict[str, Any]] = json.loads(GOLDEN_FILE.read_text())
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+def plain(event: Event) -> dict[str, Any]:
+    fields = {name: getattr(event, name) for name in event.__struct_fields__}
+    return {
+        name: value.isoformat() if isinstance(value, datetime) else list(value) if isinstance(value, tuple) else value
+        for name, value in fields.items()
+        if value is not UNSET
+    }
+
+
+def stored(entry: dict[str, Any]) -> tuple[str, int, str, str | None]:
+    return entry["type"], entry["version"], entry["data"], entry["words"]
+
+
+def test_every_version_of_every_event_is_in_the_golden_file():
+    written = {(entry["type"], entry["version"]) for entry in GOLDEN}
+    known = {(name, version) for name, kind in EVENT_TYPES.items() for version in range(1, kind.VERSION + 1)}
+    assert written == known
+
+
+def test_every_field_is_in_the_golden_file_with_a_value():
+    seen: dict[str, set[str]] = {name: set() for name in EVENT_TYPES}
+    for entry in GOLDEN:
+        if entry["version"] == EVENT_TYPES[entry["type"]].VERSION:
+            seen[entry["type"]] |= {name for name, value in entry["fields"].items() if value is not None}
+    assert seen == {name: set(kind.__struct_fields__) for name, kind in EVENT_TYPES.items()}
+
+
+@pytest.mark.parametrize("entry", GOLDEN, ids=lambda entry: entry["type"])
+def test_what_was_once_written_is_read_as_what_it_meant(entry):
+    event = decode(*stored(entry))
+    assert type(event) is EVENT_TYPES[entry["type"]]
+    assert plain(event) == entry["fields"]
+
+
+@pytest.mark.parametrize("entry", GOLDEN, ids=lambda entry: entry["type"])
+def test_what_was_once_written_would_be_written_the_same_way_again(entry):
+    if entry["version"] == EVENT_TYPES[entry["type"]].VERSION:
+        assert encode(decode(*stored(entry))) == stored(entry)
+
+
+@pytest.mark.parametrize("entry", [e for e in GOLDEN if e["words"]], ids=lambda entry: entry["type"])
+def test_erased_words_read_redacted_and_facts_stay(entry):
+    words = json.loads(entry["words"])
+    event = decode(entry["type"], entry["version"], entry["data"], None)
+    assert plain(event) == entry["fields"] | dict.fromkeys(words, REDACTED)
+
+
+@pytest.mark.parametrize("name", EVENT_TYPES)
+@given(data=st.data())
+def test_facts_never_hold_what_people_wrote(name, data):
+    kind = EVENT_TYPES[name]
+    fullest = max((e for e in GOLDEN if e["type"] == name), key=lambda e: len(e["words"] or ""))
+    marks = {field: f"§{data.draw(TEXT)}§" for field in sorted(kind.WORDS)}
+    event = msgspec.structs.replace(decode(*stored(fullest)), **marks)
+    encoded = encode(event)
+    assert "§" not in encoded.data
+    assert encoded.words is None or json.loads(encoded.words) == marks
+    assert (encoded.words is None) == (not kind.WORDS)
+    assert decode(*encoded) == event
+
+
+def test_words_that_are_absent_cleared_and_empty_stay_apart():
+    for edited in (
+        IncidentEdited(title="t"),
+        IncidentEdited(title="t", description=None),
+        IncidentEdited(title="t", description=""),
+    ):
+        assert decode(*encode(edited)) == edited
+
+
+def test_the_same_event_is_always_the_same_text():
+    one = IncidentOpened(title="t", severity="critical", visibility="public", service_ids=(1, 2), source="s")
+    other = IncidentOpened(source="s", service_ids=(1, 2), visibility="public", severity="critical", title="t")
+    assert encode(one) == encode(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "data", "words"),
+    [
+        ("incident.exploded", 1, "{}", None),
+        ("incident.reopened", 2, "{}", None),
+        ("incident.reopened", 0, "{}", None),
+        ("incident.status_changed", 1, "{}", None),
+        ("incident.status_changed", 1, '{"status":7}', None),
+        ("incident.status_changed", 1, "not json", None),
+        ("incident.status_changed", 1, "[]", None),
+        ("incident.status_changed", 1, "[" * 100_000, None),
+        ("incident.updated", 1, '{"status":"monitoring","words":["message"]}', "not json"),
+        ("incident.updated", 1, '{"status":"monitoring","words":["message"]}', "[]"),
+        ("incident.updated", 1, '{"status":"monitoring","words":7}', None),
+        ("incident.updated", 1, '{"status":"monitoring"}', None),
+    ],
+)
+def test_what_cannot_be_read_says_so(name, version, data, words):
+    with pytest.raises(UnknownEvent, match=name.replace(".", r"\.")):
+        decode(name, version, data, words)
+
+
+def test_an_old_version_is_brought_forward_step_by_step(monkeypatch):
+    class Renamed(Event, frozen=True, kw_only=True):
+        TYPE = "incident.renamed"
+        VERSION = 3
+        WORDS = frozenset({"title"})
+        title: str
+        reason: str
+
+    monkeypatch.setitem(EVENT_TYPES, Renamed.TYPE, Renamed)
+    monkeypatch.setitem(codec.UPCASTERS, (Renamed.TYPE, 1), lambda old: {"title": old["name"]})
+    monkeypatch.setitem(codec.UPCASTERS, (Renamed.TYPE, 2), lambda old: old | {"reason": "unknown"})
+    current: Event = Renamed(title="New", reason="unknown")
+    assert decode(Renamed.TYPE, 1, '{"words":["name"]}', '{"name":"New"}') == current
+    assert decode(Renamed.TYPE, 2, '{"words":["title"]}', '{"title":"New"}') == current
+    assert decode(*encode(current)) == current
+    erased: Event = Renamed(title=REDACTED, reason="unknown")
+    assert decode(Renamed.TYPE, 1, '{"words":["name"]}', None) == erased
+
+
+def test_an_old_version_without_a_way_forward_is_unknown(monkeypatch):
+    class Renamed(Event, frozen=True, kw_only=True):
+        TYPE = "incident.renamed"
+        VERSION = 2
+
+    monkeypatch.setitem(EVENT_TYPES, Renamed.TYPE, Renamed)
+    with pytest.raises(UnknownEvent):
+        decode(Renamed.TYPE, 1, "{}", None)
+
+
+@pytest.mark.parametrize(
+    ("meta", "text"),
+    [
+        (Meta(Actor("operator")), '{"actor":{"kind":"operator"}}'),
+        (Meta(Actor("scheduler")), '{"actor":{"kind":"scheduler"}}'),
+        (
+            Meta(Actor("token", 7), request_id="r-1", silent=True),
+            '{"actor":{"kind":"token","id":7},"request_id":"r-1","silent":true}',
+        ),
+    ],
+)
+def test_what_stands_beside_an_event_is_read_for_ever(meta, text):
+    assert encode_meta(meta) == text
+    assert decode_meta(text) == meta
+
+
+@pytest.mark.parametrize("text", ["", "null", "{}", '{"actor":"me"}', "[" * 100_000])
+def test_meta_data_that_cannot_be_read_says_so(text):
+    with pytest.raises(UnknownEvent, match="meta data"):
+        decode_meta(text)

@@ -1,0 +1,193 @@
+"""Histories made with the deciders, as they would stand in the ledger of a tenant."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+from hypothesis import strategies as st
+
+from opsentry.domain import incident, maintenance, service, subscription
+from opsentry.domain.decider import Decider, DomainError
+from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, ResolveIncident
+from opsentry.domain.maintenance import (
+    CancelMaintenance,
+    CompleteMaintenance,
+    ScheduleMaintenance,
+    StartMaintenance,
+)
+from opsentry.domain.service import ChangeService, RegisterService, RetireService
+from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
+from opsentry.events.codec import Actor, Meta, RecordedEvent
+from opsentry.postgres import Connection
+from opsentry.projections.projection import Projection
+
+DECIDERS: Mapping[str, Decider[Any, Any, Any]] = {
+    d.kind: d for d in (incident.DECIDER, maintenance.DECIDER, service.DECIDER, subscription.DECIDER)
+}
+TABLES = (
+    "services",
+    "incidents",
+    "incident_updates",
+    "maintenance",
+    "maintenance_updates",
+    "impact_sources",
+    "impact_periods",
+    "outbox_intents",
+    "outbox_state",
+)
+META = Meta(Actor("operator"))
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def at(hours: float) -> datetime:
+    return BEGIN + timedelta(hours=hours)
+
+
+class History:
+    """What happened in one tenant. Event n is recorded n minutes after the beginning."""
+
+    def __init__(self, tenant_id: int = 1) -> None:
+        self.tenant_id = tenant_id
+        self.events: list[RecordedEvent] = []
+        self.states: dict[tuple[str, int], Any] = {}
+        self.versions: dict[tuple[str, int], int] = {}
+
+    def do(
+        self, kind: str, stream_id: int, command: Any, *, when: datetime | None = None, meta: Meta = META
+    ) -> Sequence[RecordedEvent]:
+        key = (kind, stream_id)
+        decider = DECIDERS[kind]
+        new = []
+        for event in decider.decide(self.states.get(key), command):
+            self.states[key] = decider.evolve(self.states.get(key), event)
+            self.versions[key] = self.versions.get(key, 0) + 1
+            recorded_at = BEGIN + timedelta(minutes=len(self.events) + 1)
+            new.append(
+                RecordedEvent(
+                    tenant_id=self.tenant_id,
+                    seq=len(self.events) + 1,
+                    kind=kind,
+                    stream_id=stream_id,
+                    version=self.versions[key],
+                    event=event,
+                    occurred_at=when or recorded_at,
+                    recorded_at=recorded_at,
+                    meta=meta,
+                )
+            )
+            self.events.append(new[-1])
+        return new
+
+    def incident(self, stream_id: int, command: Any, **options: Any) -> Sequence[RecordedEvent]:
+        return self.do(incident.KIND, stream_id, command, **options)
+
+    def window(self, stream_id: int, command: Any, **options: Any) -> Sequence[RecordedEvent]:
+        return self.do(maintenance.KIND, stream_id, command, **options)
+
+    def service(self, stream_id: int, command: Any, **options: Any) -> Sequence[RecordedEvent]:
+        return self.do(service.KIND, stream_id, command, **options)
+
+    def subscription(self, stream_id: int, command: Any, **options: Any) -> Sequence[RecordedEvent]:
+        return self.do(subscription.KIND, stream_id, command, **options)
+
+
+def schedule(**fields: Any) -> ScheduleMaintenance:
+    return ScheduleMaintenance(**{"title": "Move", "scheduled_start": at(10), "scheduled_end": at(12), **fields})
+
+
+async def apply(connection: Connection, projection: Projection, events: Iterable[RecordedEvent]) -> None:
+    """Give `projection` those of `events`, all of one tenant, that it reads."""
+    if wanted := [event for event in events if event.kind in projection.kinds]:
+        await projection.apply(connection, wanted[0].tenant_id, wanted)
+
+
+async def dump(connection: Connection, tables: Iterable[str] = TABLES) -> dict[str, list[str]]:
+    return {
+        table: [row["line"] for row in await connection.fetch(f"SELECT t::text AS line FROM {table} t ORDER BY 1")]
+        for table in tables
+    }
+
+
+_TITLES = st.sampled_from(["Down", 'with "services":[] in it', '"author":null', "Ünïcode 🧯 \\ \t \x7f \u2028"])
+_SERVICES = st.lists(st.integers(1, 3), max_size=3).map(tuple)
+_SEVERITY = st.sampled_from(incident.SEVERITIES)
+_VISIBILITY = st.sampled_from(incident.VISIBILITIES)
+_STATUS = st.sampled_from(incident.STATUSES)
+_FLAG = st.booleans()
+_OPEN = st.builds(
+    OpenIncident,
+    title=_TITLES,
+    description=st.none() | _TITLES,
+    severity=_SEVERITY,
+    visibility=_VISIBILITY,
+    service_ids=_SERVICES,
+)
+_SCHEDULE = st.builds(
+    schedule,
+    title=_TITLES,
+    visibility=_VISIBILITY,
+    service_ids=_SERVICES,
+    exclude_from_sla=_FLAG,
+    suppress_alerts=_FLAG,
+    auto_start=_FLAG,
+    auto_complete=_FLAG,
+)
+_REGISTER = st.builds(RegisterService, slug=st.sampled_from("abc"), name=_TITLES, visibility=_VISIBILITY)
+_SUBSCRIBE = st.builds(
+    CreateSubscription,
+    channel=st.sampled_from(subscription.CHANNELS),
+    target=st.just("x"),
+    audience=st.sampled_from(subscription.AUDIENCES),
+    service_ids=st.just(()) | _SERVICES,
+    lowest_severity=_SEVERITY,
+)
+_BEGINNINGS: Mapping[str, st.SearchStrategy[Any]] = {
+    incident.KIND: _OPEN,
+    maintenance.KIND: _SCHEDULE,
+    service.KIND: _REGISTER,
+    subscription.KIND: _SUBSCRIBE,
+}
+_COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
+    incident.KIND: st.one_of(
+        _OPEN,
+        st.builds(ChangeIncident, title=_TITLES, severity=_SEVERITY),
+        st.builds(ChangeIncident, visibility=_VISIBILITY, service_ids=_SERVICES, description=st.none() | _TITLES),
+        st.builds(PostUpdate, message=_TITLES, status=st.none() | _STATUS, is_public=_FLAG),
+        st.builds(ResolveIncident, root_cause=_TITLES),
+    ),
+    maintenance.KIND: st.one_of(
+        _SCHEDULE,
+        st.just(StartMaintenance()),
+        st.just(StartMaintenance()),
+        st.just(CompleteMaintenance()),
+        st.just(CancelMaintenance()),
+    ),
+    service.KIND: st.one_of(
+        _REGISTER,
+        st.builds(ChangeService, name=_TITLES, tags=st.just(("a", "b")) | st.just(())),
+        st.just(RetireService()),
+    ),
+    subscription.KIND: st.one_of(
+        _SUBSCRIBE,
+        st.just(RemoveSubscription()),
+    ),
+}
+_METAS = st.sampled_from([META, META, msgspec.structs.replace(META, silent=True), Meta(Actor("token", 1))])
+
+
+@st.composite
+def histories(draw: st.DrawFn, tenants: int = 2, longest: int = 40) -> list[History]:
+    """Valid histories of tenants 1, 2, …, in which streams of all kinds interleave."""
+    made = [History(tenant_id) for tenant_id in range(1, tenants + 1)]
+    for _ in range(draw(st.integers(1, longest))):
+        history = draw(st.sampled_from(made))
+        kind = draw(st.sampled_from(sorted(_COMMANDS)))
+        stream_id = draw(st.integers(1, 3))
+        begun = (kind, stream_id) in history.states
+        command = draw((_COMMANDS if begun else _BEGINNINGS)[kind])
+        when = draw(st.none() | st.integers(0, 500).map(lambda hours: at(hours / 7)))
+        with suppress(DomainError):  # what is refused here would never have come into a ledger
+            history.do(kind, stream_id, command, when=when, meta=draw(_METAS))
+    return made

@@ -1,0 +1,209 @@
+from typing import Any
+
+import msgspec
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from opsentry.domain import incident, maintenance, service
+from opsentry.domain.status import LEVELS
+from opsentry.projections import incidents as incidents_module
+from opsentry.projections import maintenance as maintenance_module
+from opsentry.wiring import projections
+from tests.projections.histories import DECIDERS, apply, dump, histories
+
+with_a_database = hypothesis_settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+async def undo_after(connection, work):
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        return await work()
+    finally:
+        await transaction.rollback()
+
+
+@st.composite
+def batches(draw, made):
+    """Yield (tenant, events) in an order that keeps each tenant's events in theirs."""
+    waiting = {history.tenant_id: list(history.events) for history in made}
+    cut = []
+    while left := [tenant_id for tenant_id in waiting if waiting[tenant_id]]:
+        tenant_id = draw(st.sampled_from(left))
+        size = draw(st.integers(1, 9))
+        cut.append(waiting[tenant_id][:size])
+        del waiting[tenant_id][:size]
+    return cut
+
+
+async def from_scratch(connection, made):
+    for projection in projections():
+        for history in made:
+            await apply(connection, projection, history.events)
+    return await dump(connection)
+
+
+@with_a_database
+@given(data=st.data())
+async def test_rows_do_not_depend_on_how_the_log_is_cut(app_connection, data):
+    made = data.draw(histories())
+    cuts = [(projection, data.draw(batches(made))) for projection in projections()]
+
+    async def cut_up():
+        for projection, cut in cuts:
+            for events in cut:
+                await apply(app_connection, projection, events)
+        return await dump(app_connection)
+
+    expected = await undo_after(app_connection, lambda: from_scratch(app_connection, made))
+    assert await undo_after(app_connection, cut_up) == expected
+
+
+@with_a_database
+@given(data=st.data())
+async def test_applying_everything_twice_is_harmless(app_connection, data):
+    made = data.draw(histories())
+    first, second = data.draw(batches(made)), data.draw(batches(made))
+
+    async def twice():
+        for projection in projections():
+            for events in first:
+                await apply(app_connection, projection, events)
+        before = await dump(app_connection)
+        for projection in projections():
+            for events in second:
+                await apply(app_connection, projection, events)
+        return before, await dump(app_connection)
+
+    before, after = await undo_after(app_connection, twice)
+    assert after == before
+
+
+@with_a_database
+@given(data=st.data())
+async def test_applying_any_part_again_changes_no_row_of_a_stream(app_connection, data):
+    made = data.draw(histories())
+    cut = data.draw(batches(made))
+    streams = [projection for projection in projections() if projection.name != "outbox"]
+
+    async def again():
+        for projection in streams:
+            for events in cut:
+                await apply(app_connection, projection, events)
+        before = await dump(app_connection)
+        for projection in streams:
+            for events in data.draw(st.permutations(cut)):
+                await apply(app_connection, projection, events)
+                assert await dump(app_connection) == before
+
+    await undo_after(app_connection, again)
+
+
+@with_a_database
+@given(data=st.data())
+async def test_one_tenants_rows_are_untouched_by_another(app_connection, data):
+    first, second = data.draw(histories())
+
+    async def both():
+        await from_scratch(app_connection, [first])
+        alone = await dump(app_connection)
+        await from_scratch(app_connection, [second])
+        for projection in projections():
+            await projection.clear(app_connection, second.tenant_id)
+        return alone, await dump(app_connection)
+
+    alone, after = await undo_after(app_connection, both)
+    assert after == alone
+
+
+@with_a_database
+@given(made=histories(tenants=1))
+async def test_rows_show_the_state_that_the_domain_gives(app_connection, made):
+    (history,) = made
+
+    async def rows():
+        await from_scratch(app_connection, made)
+        return {
+            kind: {row["id"]: row for row in await app_connection.fetch(f"SELECT {kind}_id AS id, * FROM {table}")}
+            for kind, table in (("incident", "incidents"), ("maintenance", "maintenance"), ("service", "services"))
+        }
+
+    found = await undo_after(app_connection, rows)
+    shown = {(kind, stream_id): row for kind, rows in found.items() for stream_id, row in rows.items()}
+    assert shown.keys() == {key for key in history.states if key[0] != "subscription"}
+    for (kind, stream_id), row in shown.items():
+        state = history.states[kind, stream_id]
+        body = msgspec.json.decode(row["body"])
+        assert row["version"] == history.versions[kind, stream_id]
+        for field in set(body) & set(state.__struct_fields__):
+            assert body[field] == msgspec.json.decode(msgspec.json.encode(getattr(state, field))), field
+        if kind == service.KIND:
+            assert row["retired"] == state.retired
+        else:
+            assert (row["status"], row["visibility"]) == (state.status, state.visibility)
+            assert tuple(row["service_ids"]) == state.service_ids
+        if kind == maintenance.KIND:
+            assert row["due_at"] == state.due_at
+
+
+@with_a_database
+@given(data=st.data())
+async def test_a_service_is_touched_by_what_touches_it_at_every_point_of_the_log(app_connection, data):
+    (history,) = data.draw(histories(tenants=1))
+    impact = next(projection for projection in projections() if projection.name == "impact")
+    states: dict[tuple[str, int], Any] = {}
+
+    async def follow():
+        for events in data.draw(batches([history])):
+            await apply(app_connection, impact, events)
+            for recorded in events:
+                key = (recorded.kind, recorded.stream_id)
+                states[key] = DECIDERS[recorded.kind].evolve(states.get(key), recorded.event)
+            lasting = await app_connection.fetch(
+                "SELECT kind, source_id, service_id, level, excluded FROM impact_periods WHERE to_at = 'infinity'"
+            )
+            assert sorted(map(tuple, lasting)) == sorted(touched())
+
+    def touched():
+        for (kind, stream_id), state in states.items():
+            if kind == incident.KIND and state.status != "resolved":
+                yield from ((kind, stream_id, s, LEVELS[state.severity], False) for s in state.service_ids)
+            if kind == maintenance.KIND and state.status == "active":
+                yield from ((kind, stream_id, s, 0, state.exclude_from_sla) for s in state.service_ids)
+
+    await undo_after(app_connection, follow)
+
+
+@with_a_database
+@given(made=histories(tenants=1))
+async def test_an_answer_to_a_command_is_what_a_read_of_the_row_gives(app_connection, owner, made):
+    (history,) = made
+
+    async def compare():
+        await from_scratch(app_connection, made)
+        refs = {
+            row["service_id"]: msgspec.Raw(row["ref"].encode())
+            for row in await app_connection.fetch("SELECT service_id, ref FROM services")
+        }
+        for kind, module in (("incident", incidents_module), ("maintenance", maintenance_module)):
+            for stream_id in {e.stream_id for e in history.events if e.kind == kind}:
+                stream = [e for e in history.events if (e.kind, e.stream_id) == (kind, stream_id)]
+                row = await module.one(app_connection, history.tenant_id, stream_id)
+                assert row["body"] == module.render(stream, refs, {1: TOKEN_NAME})
+
+    await owner.execute(
+        "INSERT INTO tenants (tenant_id, slug, name) OVERRIDING SYSTEM VALUE VALUES (1, 'one', 'One')"
+        " ON CONFLICT DO NOTHING"
+    )
+    await owner.execute(
+        "INSERT INTO tokens (tenant_id, token_id, prefix, digest, name, scopes) OVERRIDING SYSTEM VALUE"
+        " VALUES (1, 1, 'p', 'd', $1, '{}') ON CONFLICT DO NOTHING",
+        TOKEN_NAME,
+    )
+    await undo_after(app_connection, compare)
+
+
+TOKEN_NAME = 'Zoë\'s "CI" \\ / \t\n\r\b\f\x01\x1f\x7f \u2028 🧯 "author":null "services":[]'

@@ -1,0 +1,135 @@
+import pytest
+
+from opsentry.domain.incident import ChangeIncident, OpenIncident, ResolveIncident
+from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, StartMaintenance
+from opsentry.domain.service import RegisterService, RetireService
+from opsentry.domain.status import LEVELS, Period, uptime
+from opsentry.projections import impact
+from opsentry.projections.impact import Impact
+from opsentry.projections.services import Services
+from tests.projections.histories import apply, at, schedule
+
+CRITICAL, DEGRADED = LEVELS["critical"], LEVELS["degraded"]
+LONG = 100_000
+
+
+@pytest.fixture
+async def periods(app_connection, history):
+    async def project(service_id=1):
+        for projection in (Services(), Impact()):
+            await apply(app_connection, projection, history.events)
+        row = await impact.recent(app_connection, history.tenant_id, service_id, LONG)
+        found = impact.periods(row)
+        for period, end in zip(found, row["ends"] or (), strict=True):
+            assert end is not None or period.end == row["now"]
+        lasting = [end is None for end in row["ends"] or ()]
+        return [
+            (
+                (p.start - at(0)).total_seconds() / 3600,
+                None if lasts else (p.end - at(0)).total_seconds() / 3600,
+                *p[2:],
+            )
+            for p, lasts in zip(found, lasting, strict=True)
+        ]
+
+    return project
+
+
+async def test_an_incident_touches_its_services_from_opening_to_resolution(periods, history):
+    history.incident(1, OpenIncident(title="i", severity="critical", service_ids=(1, 2)), when=at(1))
+    history.incident(1, ChangeIncident(status="monitoring", title="j"), when=at(2))
+    history.incident(1, ResolveIncident(), when=at(3))
+    assert await periods(1) == await periods(2) == [(1, 3, CRITICAL, False)]
+    assert await periods(3) == []
+
+
+async def test_an_open_incident_lasts(periods, history):
+    history.incident(1, OpenIncident(title="i", severity="critical", service_ids=(1,)), when=at(1))
+    assert await periods() == [(1, None, CRITICAL, False)]
+
+
+async def test_another_severity_begins_another_period(periods, history):
+    history.incident(1, OpenIncident(title="i", severity="degraded", service_ids=(1,)), when=at(1))
+    history.incident(1, ChangeIncident(severity="critical"), when=at(2))
+    history.incident(1, ChangeIncident(severity="degraded"), when=at(3))
+    history.incident(1, ResolveIncident(), when=at(4))
+    history.incident(1, ChangeIncident(severity="critical"), when=at(5))
+    assert await periods() == [(1, 2, DEGRADED, False), (2, 3, CRITICAL, False), (3, 4, DEGRADED, False)]
+
+
+async def test_services_come_and_go(periods, history):
+    history.incident(1, OpenIncident(title="i", severity="critical", service_ids=(1,)), when=at(1))
+    history.incident(1, ChangeIncident(service_ids=(1, 2)), when=at(2))
+    history.incident(1, ChangeIncident(service_ids=(2,)), when=at(3))
+    history.incident(1, ChangeIncident(service_ids=(1, 2)), when=at(4))
+    history.incident(1, ResolveIncident(), when=at(5))
+    assert await periods(1) == [(1, 3, CRITICAL, False), (4, 5, CRITICAL, False)]
+    assert await periods(2) == [(2, 5, CRITICAL, False)]
+
+
+async def test_a_reopened_incident_touches_again(periods, history):
+    history.incident(1, OpenIncident(title="i", severity="critical", service_ids=(1,)), when=at(1))
+    history.incident(1, ResolveIncident(), when=at(2))
+    history.incident(1, ChangeIncident(service_ids=(1, 2)), when=at(3))
+    history.incident(1, ChangeIncident(status="investigating"), when=at(4))
+    assert await periods(1) == [(1, 2, CRITICAL, False), (4, None, CRITICAL, False)]
+    assert await periods(2) == [(4, None, CRITICAL, False)]
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+async def test_a_window_touches_while_it_is_active(periods, history, excluded):
+    for number in (1, 2, 3):
+        history.window(number, schedule(service_ids=(1,), exclude_from_sla=excluded), when=at(1))
+    history.window(1, StartMaintenance(), when=at(10))
+    history.window(1, CompleteMaintenance(), when=at(12))
+    history.window(2, CancelMaintenance(), when=at(5))
+    history.window(3, StartMaintenance(), when=at(13))
+    assert await periods() == [(10, 12, 0, excluded), (13, None, 0, excluded)]
+
+
+async def test_overlaps_are_kept_apart_and_resolved_when_reading(periods, history):
+    history.service(1, RegisterService(slug="web", name="Web"), when=at(0))
+    history.incident(1, OpenIncident(title="i", severity="partial_outage", service_ids=(1,)), when=at(10))
+    history.incident(2, OpenIncident(title="i", severity="major_outage", service_ids=(1,)), when=at(20))
+    history.incident(2, ResolveIncident(), when=at(30))
+    history.incident(1, ResolveIncident(), when=at(40))
+    history.window(1, schedule(service_ids=(1,), exclude_from_sla=True))
+    history.window(1, StartMaintenance(), when=at(25))
+    history.window(1, CompleteMaintenance(), when=at(125))
+    found = await periods()
+    assert found == [
+        (10, 40, LEVELS["partial_outage"], False),
+        (20, 30, LEVELS["major_outage"], False),
+        (25, 125, 0, True),
+    ]
+    # Of 200 hours 100 are cut out; 10 weigh three tenths, and 5 in full.
+    periods_read = [Period(at(start), at(end), level, cut) for start, end, level, cut in found]
+    assert uptime(periods_read, at(0), at(200)) == 92.0
+
+
+async def test_only_what_reaches_into_the_window_is_read(app_connection, owner, history):
+    now = await owner.fetchval("SELECT now()")
+    days = (now - at(0)).days + 1
+    history.service(1, RegisterService(slug="web", name="Web"), when=at(-24 * 400))
+    for number, (start, end) in enumerate([(-24 * 300, -24 * 299), (-24 * 200, 24), (1, None)], 1):
+        history.incident(number, OpenIncident(title="i", service_ids=(1,)), when=at(start))
+        if end is not None:
+            history.incident(number, ResolveIncident(), when=at(end))
+    for projection in (Services(), Impact()):
+        await apply(app_connection, projection, history.events)
+    row = await impact.recent(app_connection, history.tenant_id, 1, days)
+    assert row["starts"] == [at(-24 * 200), at(1)]
+    assert row["ends"] == [at(24), None]
+    assert row["since"] == at(-24 * 400)
+
+
+async def test_a_service_that_is_not_there_has_no_beginning(periods, app_connection, history, other_history):
+    history.service(1, RegisterService(slug="web", name="Web"))
+    history.service(1, RetireService())
+    other_history.service(2, RegisterService(slug="web", name="Web"))
+    other_history.incident(1, OpenIncident(title="i", service_ids=(1, 2)))
+    for projection in (Services(), Impact()):
+        await apply(app_connection, projection, other_history.events)
+    for service_id in (1, 2, 3):
+        assert await periods(service_id) == []
+        assert (await impact.recent(app_connection, history.tenant_id, service_id, LONG))["since"] is None

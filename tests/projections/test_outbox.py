@@ -1,0 +1,271 @@
+import msgspec
+import pytest
+
+from opsentry.domain import subscription
+from opsentry.domain.incident import DECIDER, ChangeIncident, OpenIncident, PostUpdate, ResolveIncident
+from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, StartMaintenance
+from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
+from opsentry.projections import outbox
+from opsentry.projections.outbox import Outbox
+from tests.projections.histories import META, apply, schedule
+
+
+def wish(**fields):
+    return CreateSubscription(
+        **{"channel": "webhook", "target": "https://example.org", "audience": "internal"} | fields
+    )
+
+
+def incident(**fields):
+    return OpenIncident(**{"title": "Down", "severity": "major_outage", "service_ids": (1,)} | fields)
+
+
+@pytest.fixture
+async def intents(app_connection, history):
+    async def project(events=None):
+        await apply(app_connection, Outbox(), history.events if events is None else events)
+        return await app_connection.fetch(
+            "SELECT * FROM outbox_intents WHERE tenant_id = $1 ORDER BY seq, subscription_id", history.tenant_id
+        )
+
+    return project
+
+
+def told(rows):
+    return [(row["subscription_id"], row["topic"]) for row in rows]
+
+
+async def test_each_subscription_is_told_of_each_event(intents, history):
+    history.subscription(1, wish())
+    history.subscription(2, wish(channel="email"))
+    history.incident(7, incident())
+    history.incident(7, ResolveIncident())
+    rows = await intents()
+    assert told(rows) == [
+        (1, "incident.opened"),
+        (2, "incident.opened"),
+        (1, "incident.resolved"),
+        (2, "incident.resolved"),
+    ]
+    first = rows[0]
+    assert (first["seq"], first["channel"], first["stream_kind"], first["stream_id"]) == (3, "webhook", "incident", 7)
+    assert first["created_at"] == history.events[2].recorded_at
+    assert rows[1]["channel"] == "email"
+    assert not any(row["suppressed"] for row in rows)
+
+
+async def test_what_is_worth_telling(intents, history):
+    history.subscription(1, wish())
+    history.incident(7, incident(description="It is down"))
+    history.incident(7, ChangeIncident(title="t", service_ids=(1, 2), visibility="internal"))
+    history.incident(7, ChangeIncident(severity="critical", status="identified"))
+    history.incident(7, PostUpdate(message="m"))
+    history.incident(7, ChangeIncident(status="resolved"))
+    history.incident(7, ChangeIncident(status="investigating"))
+    for number in (1, 2):
+        history.window(number, schedule(service_ids=(1,)))
+    history.window(1, StartMaintenance())
+    history.window(1, CompleteMaintenance())
+    history.window(2, CancelMaintenance())
+    assert [topic for _, topic in told(await intents())] == [
+        "incident.opened",
+        "incident.updated",
+        "incident.severity_changed",
+        "incident.status_changed",
+        "incident.updated",
+        "incident.resolved",
+        "incident.reopened",
+        "maintenance.scheduled",
+        "maintenance.scheduled",
+        "maintenance.started",
+        "maintenance.completed",
+        "maintenance.cancelled",
+    ]
+
+
+async def test_nobody_is_told_of_what_came_before_they_asked_or_after_they_left(intents, history):
+    history.incident(7, incident())
+    history.subscription(1, wish())
+    history.incident(7, ChangeIncident(status="identified"))
+    history.subscription(1, RemoveSubscription())
+    history.incident(7, ResolveIncident())
+    assert told(await intents()) == [(1, "incident.status_changed")]
+
+
+async def test_subscriptions_filter_by_service(intents, history):
+    history.subscription(1, wish(service_ids=(1, 5)))
+    history.subscription(2, wish(service_ids=(2,)))
+    history.subscription(3, wish())
+    history.incident(7, incident(service_ids=(1, 3)))
+    history.incident(8, incident(service_ids=()))
+    history.incident(7, ChangeIncident(service_ids=(2,)))
+    history.incident(7, ResolveIncident())
+    assert told(await intents()) == [
+        (1, "incident.opened"),
+        (3, "incident.opened"),
+        (3, "incident.opened"),
+        (2, "incident.resolved"),
+        (3, "incident.resolved"),
+    ]
+
+
+async def test_subscriptions_filter_by_severity_as_it_then_is(intents, history):
+    history.subscription(1, wish(lowest_severity="major_outage"))
+    history.incident(7, incident(severity="partial_outage"))
+    history.incident(7, ChangeIncident(severity="critical"))
+    history.incident(7, PostUpdate(message="m"))
+    history.incident(7, ChangeIncident(severity="degraded"))
+    history.incident(7, ResolveIncident())
+    history.window(1, schedule(service_ids=(1,)))
+    assert [topic for _, topic in told(await intents())] == [
+        "incident.severity_changed",
+        "incident.updated",
+        "maintenance.scheduled",
+    ]
+
+
+async def test_subscriptions_choose_between_incidents_and_maintenance(intents, history):
+    history.subscription(1, wish(incidents=False))
+    history.subscription(2, wish(maintenance=False))
+    history.incident(7, incident())
+    history.window(1, schedule(service_ids=(1,)))
+    assert told(await intents()) == [(2, "incident.opened"), (1, "maintenance.scheduled")]
+
+
+async def test_the_public_is_told_of_public_things_only(intents, history):
+    history.subscription(1, wish(audience="public"))
+    history.subscription(2, wish(audience="internal"))
+    history.incident(7, incident(visibility="internal"))
+    history.incident(7, ChangeIncident(visibility="public"))
+    history.incident(7, PostUpdate(message="private", is_public=False))
+    history.incident(7, PostUpdate(message="public"))
+    history.incident(7, ChangeIncident(visibility="internal"))
+    history.incident(7, ResolveIncident())
+    history.window(1, schedule(visibility="internal"))
+    history.window(2, schedule(visibility="public"))
+    rows = await intents()
+    assert [topic for subscription_id, topic in told(rows) if subscription_id == 1] == [
+        "incident.updated",
+        "maintenance.scheduled",
+    ]
+    public = [row for row in rows if row["subscription_id"] == 1]
+    assert [(row["seq"], row["stream_id"]) for row in public] == [(6, 7), (10, 2)]
+    assert len(rows) - len(public) == 6
+
+
+async def test_what_is_done_silently_is_told_to_nobody(intents, history):
+    silent = msgspec.structs.replace(META, silent=True)
+    history.subscription(1, wish())
+    history.incident(7, incident(), meta=silent)
+    history.incident(7, ChangeIncident(severity="critical"), meta=silent)
+    history.incident(7, ResolveIncident())
+    assert told(await intents()) == [(1, "incident.resolved")]
+
+
+async def test_a_window_that_suppresses_alerts_does_so_while_it_is_active(intents, history):
+    history.subscription(1, wish())
+    history.window(1, schedule(service_ids=(1, 2), suppress_alerts=True))
+    history.incident(1, incident())
+    history.window(1, StartMaintenance())
+    history.incident(2, incident())
+    history.incident(1, ResolveIncident())
+    history.window(1, CompleteMaintenance())
+    history.incident(2, ResolveIncident())
+    assert [(row["topic"], row["stream_id"], row["suppressed"]) for row in await intents()] == [
+        ("maintenance.scheduled", 1, False),
+        ("incident.opened", 1, False),
+        ("maintenance.started", 1, False),
+        ("incident.opened", 2, True),
+        ("incident.resolved", 1, True),
+        ("maintenance.completed", 1, False),
+        ("incident.resolved", 2, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("suppress", "service_ids", "suppressed"),
+    [(True, (1,), True), (True, (1, 2), True), (True, (1, 3), False), (True, (), False), (False, (1,), False)],
+)
+async def test_only_incidents_that_lie_within_the_window_are_suppressed(
+    intents, history, suppress, service_ids, suppressed
+):
+    history.subscription(1, wish(maintenance=False))
+    history.window(1, schedule(service_ids=(1, 2), suppress_alerts=suppress))
+    history.window(1, StartMaintenance())
+    history.incident(1, incident(service_ids=service_ids))
+    assert [row["suppressed"] for row in await intents()] == [suppressed]
+
+
+async def test_the_same_history_gives_the_same_ids_however_it_is_cut(intents, app_connection, history):
+    for number in (1, 2):
+        history.subscription(number, wish())
+    history.incident(7, incident(description="d"))
+    history.incident(7, ResolveIncident())
+    whole = await intents()
+    assert len({row["intent_id"] for row in whole}) == 6
+    assert {row["intent_id"].version for row in whole} == {8}
+    await Outbox().clear(app_connection, history.tenant_id)
+    assert await intents([]) == []
+    for event in history.events:
+        singly = await intents([event])
+    assert singly == whole
+
+
+async def test_intents_of_two_tenants_never_share_an_id(intents, app_connection, history, other_history):
+    for each in (history, other_history):
+        each.subscription(1, wish())
+        each.incident(7, incident())
+    (mine,) = await intents()
+    await apply(app_connection, Outbox(), other_history.events)
+    theirs = await app_connection.fetchrow("SELECT * FROM outbox_intents WHERE tenant_id = $1", other_history.tenant_id)
+    assert (mine["seq"], mine["subscription_id"]) == (theirs["seq"], theirs["subscription_id"])
+    assert mine["intent_id"] != theirs["intent_id"]
+
+
+async def test_the_outbox_keeps_no_words(app_connection, history):
+    history.subscription(1, wish(target="https://example.org/secret"))
+    history.incident(7, incident(title="secret", description="secret"))
+    history.window(1, schedule(title="secret", suppress_alerts=True, service_ids=(1,)))
+    history.window(1, StartMaintenance())
+    await apply(app_connection, Outbox(), history.events)
+    for table, count in (("outbox_intents", 4), ("outbox_state", 4)):
+        rows = await app_connection.fetch(f"SELECT t::text AS line FROM {table} t")
+        assert len(rows) == count
+        assert not [row for row in rows if "secret" in row["line"]]
+
+
+async def test_a_subscription_made_by_command_is_told(parts, acme, app_connection):
+    created = await parts.commands.create(subscription.DECIDER, acme.id, wish(audience="public"), META)
+    opened = await parts.commands.create(DECIDER, acme.id, incident(), META)
+    await parts.runner.catch_up(acme.id, opened.seq)
+    (row,) = await app_connection.fetch("SELECT * FROM outbox_intents")
+    assert (row["subscription_id"], row["seq"], row["topic"]) == (created.stream_id, opened.seq, "incident.opened")
+    assert row["created_at"] == opened.history[-1].recorded_at
+
+
+async def test_the_backlog_counts_what_waits_and_what_was_not_seen(parts, acme, globex, app_connection, owner):
+    for tenant in (acme, globex):
+        await parts.runner.catch_up(tenant.id, 0)
+    assert dict(await outbox.backlog(app_connection, 10)) == {
+        "pending": 0,
+        "pending_seconds": None,
+        "unseen": 0,
+        "unseen_seconds": None,
+    }
+    created = await parts.commands.create(subscription.DECIDER, acme.id, wish(), META)
+    await parts.runner.catch_up(acme.id, created.seq)
+    for _ in range(3):
+        await parts.commands.create(DECIDER, acme.id, incident(), META)
+    lagging = await outbox.backlog(app_connection, 10)
+    assert (lagging["pending"], lagging["unseen"]) == (0, 3)
+    assert lagging["unseen_seconds"] >= 0
+    await parts.runner.catch_up(acme.id, created.seq + 3)
+    waiting = await outbox.backlog(app_connection, 10)
+    assert (waiting["pending"], waiting["unseen"], waiting["unseen_seconds"]) == (3, 0, None)
+    assert waiting["pending_seconds"] >= 0
+    assert (await outbox.backlog(app_connection, 2))["pending"] == 2
+    await owner.execute("UPDATE outbox_intents SET suppressed = true")
+    assert (await outbox.backlog(app_connection, 10))["pending"] == 0
+    await owner.execute("DELETE FROM checkpoints WHERE tenant_id = $1", globex.id)
+    head = await owner.fetchval("SELECT seq FROM heads WHERE tenant_id = $1", globex.id)
+    assert (await outbox.backlog(app_connection, 10))["unseen"] == head

@@ -1,0 +1,173 @@
+import msgspec
+import pytest
+
+from opsentry.domain import incident, service
+from opsentry.domain.incident import OpenIncident
+from opsentry.domain.service import RegisterService
+from opsentry.projections import incidents, services
+from opsentry.projections import runner as runner_module
+from opsentry.projections.impact import Impact
+from opsentry.projections.runner import Poison
+from opsentry.wiring import projections
+from tests.projections.histories import META
+from tests.projections.planting import age, plant
+
+NAMES = {projection.name for projection in projections()}
+OF_INCIDENTS = {projection.name for projection in projections() if "incident" in projection.kinds}
+
+POISON = {
+    "of a type that nobody knows": {"type": "incident.exploded"},
+    "of a version to come": {"schema_version": 99},
+    "without its fields": {"data": "{}"},
+    "whose data is no JSON": {"data": "{"},
+    "whose words are no JSON": {"words": "{"},
+    "without an actor": {"meta": "{}"},
+    "of another kind of stream": {"type": "service.retired", "data": "{}"},
+}
+
+
+async def checkpoints(connection, tenant_id):
+    rows = await connection.fetch("SELECT * FROM checkpoints WHERE tenant_id = $1", tenant_id)
+    return {row["projection"]: row for row in rows}
+
+
+async def parked(connection, tenant_id):
+    return {name for name, row in (await checkpoints(connection, tenant_id)).items() if row["parked_seq"] is not None}
+
+
+async def opened(parts, tenant, title="Down", **fields):
+    return await parts.commands.create(incident.DECIDER, tenant.id, OpenIncident(title=title, **fields), META)
+
+
+async def registered(parts, tenant, slug):
+    return await parts.commands.create(service.DECIDER, tenant.id, RegisterService(slug=slug, name=slug), META)
+
+
+@pytest.mark.parametrize("columns", POISON.values(), ids=POISON)
+async def test_an_event_that_cannot_be_applied_parks_who_reads_it_and_nobody_else(
+    parts, acme, globex, owner, app_connection, columns
+):
+    before = await opened(parts, acme)
+    web = await registered(parts, acme, "web")
+    seq = await plant(owner, acme.id, before.stream_id, 2, **columns)
+    after = await registered(parts, acme, "db")
+    other = await opened(parts, globex)
+    for tenant, last in ((acme, after.seq), (globex, other.seq)):
+        await parts.runner.catch_up(tenant.id, last)
+    found = await checkpoints(app_connection, acme.id)
+    stopped = await parked(app_connection, acme.id)
+    assert stopped
+    assert stopped <= OF_INCIDENTS
+    assert "incidents" in stopped
+    for name, row in found.items():
+        if name in stopped:
+            assert (row["position"], row["parked_seq"]) == (seq - 1, seq)
+            assert row["error"]
+        else:
+            assert (row["position"], row["parked_seq"], row["error"]) == (after.seq, None, None)
+    assert {name: row["position"] for name, row in (await checkpoints(app_connection, globex.id)).items()} == (
+        dict.fromkeys(NAMES, other.seq)
+    )
+    assert await parked(app_connection, globex.id) == set()
+    shown = await app_connection.fetch("SELECT service_id FROM services ORDER BY 1")
+    assert [row["service_id"] for row in shown] == sorted([web.stream_id, after.stream_id])
+
+
+async def test_reads_of_a_parked_projection_still_answer_with_what_came_before(parts, acme, owner):
+    first = await opened(parts, acme, "Before")
+    await plant(owner, acme.id, first.stream_id, 2, type="incident.exploded")
+    await opened(parts, acme, "After")
+    await age(owner, acme.id)
+    for _ in range(2):
+        row = await parts.runner.read(acme.id, lambda connection: incidents.active(connection, acme.id))
+        assert [item["title"] for item in msgspec.json.decode(b"[" + row["items"] + b"]")] == ["Before"]
+        assert row["position"] == row["head"]
+
+
+async def test_what_is_parked_is_not_tried_again_and_again(parts, acme, owner, monkeypatch):
+    first = await opened(parts, acme)
+    await plant(owner, acme.id, first.stream_id, 2, type="incident.exploded")
+    await parts.runner.catch_up(acme.id, 0)
+    assert await parts.runner.behind() == []
+    parkings: list[object] = []
+    monkeypatch.setattr(parts.runner, "_park", parkings.append)
+    made = await registered(parts, acme, "web")
+    await parts.runner.catch_up(acme.id, made.seq)
+    assert parkings == []
+    row = await parts.runner.read(acme.id, lambda connection: services.one(connection, acme.id, made.stream_id))
+    assert row["version"] == 1
+
+
+async def test_a_parked_projection_goes_on_where_it_stopped_once_the_cause_is_gone(parts, acme, owner, monkeypatch):
+    real = Impact.apply
+    made = await opened(parts, acme)
+
+    async def broken(self, connection, tenant_id, events):
+        if any(event.seq == made.seq for event in events):
+            raise ZeroDivisionError("a defect")
+        await real(self, connection, tenant_id, events)
+
+    monkeypatch.setattr(Impact, "apply", broken)
+    last = await opened(parts, acme)
+    await parts.runner.catch_up(acme.id, last.seq)
+    row = (await checkpoints(owner, acme.id))["impact"]
+    assert (row["position"], row["parked_seq"], row["error"]) == (
+        made.seq - 1,
+        made.seq,
+        "ZeroDivisionError: a defect",
+    )
+    assert await parked(owner, acme.id) == {"impact"}
+    monkeypatch.undo()
+    await owner.execute("UPDATE checkpoints SET parked_seq = NULL, error = NULL")
+    await parts.runner.catch_up(acme.id, last.seq)
+    assert {r["position"] for r in (await checkpoints(owner, acme.id)).values()} == {last.seq}
+    assert await owner.fetchval("SELECT count(*) FROM impact_sources") == 2
+
+
+async def test_the_event_to_blame_is_found_in_the_middle_of_a_batch(parts, acme, owner, monkeypatch):
+    monkeypatch.setattr(runner_module, "_BATCH", 20)
+    good = [await opened(parts, acme, str(number)) for number in range(8)]
+    seq = await plant(owner, acme.id, good[-1].stream_id, 2, data="{}")
+    for number in range(8):
+        last = await opened(parts, acme, str(number))
+    await parts.runner.catch_up(acme.id, last.seq)
+    assert await parked(owner, acme.id) == OF_INCIDENTS
+    assert await owner.fetchval("SELECT count(*) FROM incidents") == 8
+    assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {seq - 1, last.seq}
+
+
+async def test_an_unknown_kind_of_stream_stops_nobody(parts, acme, owner, monkeypatch):
+    monkeypatch.setattr(runner_module, "_BATCH", 4)
+    for number in range(6):
+        await plant(owner, acme.id, number + 1, 1, kind="weather", type="weather.changed")
+        last = await opened(parts, acme, str(number))
+    await parts.runner.catch_up(acme.id, last.seq)
+    assert await parked(owner, acme.id) == set()
+    assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {last.seq}
+    assert await owner.fetchval("SELECT count(*) FROM incidents") == 6
+
+
+async def test_a_failure_of_the_moment_parks_nobody(parts, acme, owner, monkeypatch):
+    real = Impact.apply
+    failures = iter([True, False])
+
+    async def interrupted(self, connection, tenant_id, events):
+        if next(failures, False):
+            await connection.execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
+        await real(self, connection, tenant_id, events)
+
+    monkeypatch.setattr(Impact, "apply", interrupted)
+    made = await opened(parts, acme)
+    with pytest.raises(Exception, match=r"40001|unhandled"):
+        await parts.runner.catch_up(acme.id, made.seq)
+    assert await parked(owner, acme.id) == set()
+    await parts.runner.catch_up(acme.id, made.seq)
+    assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {made.seq}
+
+
+async def test_parking_does_not_undo_what_another_process_could_apply(parts, acme, owner):
+    made = await opened(parts, acme)
+    await parts.runner.catch_up(acme.id, made.seq)
+    await parts.runner._park(acme.id, Poison("incidents", made.seq, "an older version does not know it"))
+    assert await parked(owner, acme.id) == set()
+    assert (await checkpoints(owner, acme.id))["incidents"]["position"] == made.seq

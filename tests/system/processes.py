@@ -1,0 +1,132 @@
+"""Real processes of `opsentry`, for tests."""
+
+import asyncio
+import os
+import socket
+import sys
+from asyncio.subprocess import PIPE, STDOUT, Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeVar
+
+from opsentry.config import Settings
+
+T = TypeVar("T")
+
+START_TIMEOUT = 60
+
+
+class Ran(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Running:
+    """A process that runs until it is told not to; `said` is all that it has printed."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.said = ""
+        self._more = asyncio.Condition()
+        # Read all the time: a process whose pipe is full stands still.
+        self._reader = asyncio.create_task(self._read())
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        while raw := await self.process.stdout.readline():
+            async with self._more:
+                self.said += raw.decode()
+                self._more.notify_all()
+
+    async def line(self, beginning: str) -> str:
+        """Return the rest of the first line that begins so."""
+
+        def found() -> list[str]:
+            return [line.removeprefix(beginning) for line in self.said.splitlines() if line.startswith(beginning)]
+
+        async with asyncio.timeout(START_TIMEOUT), self._more:
+            await self._more.wait_for(lambda: found() or self._reader.done())
+        assert found(), f"ended without saying {beginning!r}: {self.said}"
+        return found()[0]
+
+    async def mentions(self, text: str) -> None:
+        """Return when it has printed this."""
+        async with asyncio.timeout(START_TIMEOUT), self._more:
+            await self._more.wait_for(lambda: text in self.said or self._reader.done())
+        assert text in self.said, f"ended without mentioning {text!r}: {self.said}"
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self.process.kill()
+
+    async def ended(self, seconds: float = START_TIMEOUT) -> int:
+        """Return the exit code."""
+        async with asyncio.timeout(seconds):
+            await self._reader
+            return await self.process.wait()
+
+
+def environment(settings: Settings | None = None, **more: str) -> dict[str, str]:
+    """Return this process's environment with nothing of Opsentry in it but `settings` and `more`."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith(("OPSENTRY_", "PORT"))}
+    if settings is not None:
+        for setting in fields(settings):
+            value = getattr(settings, setting.name)
+            found[settings.variable(setting.name)] = (
+                ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            )
+    return found | more
+
+
+@asynccontextmanager
+async def running(env: Mapping[str, str], *arguments: str, **options: Any) -> AsyncIterator[Running]:
+    """Run `opsentry` with `arguments`; it is killed at the end if it still runs."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "opsentry", *arguments, env=env, stdout=PIPE, stderr=STDOUT, **options
+    )
+    found = Running(process)
+    try:
+        yield found
+    finally:
+        found.kill()
+        await found.ended()
+
+
+@asynccontextmanager
+async def server(settings: Settings, *arguments: str) -> AsyncIterator[tuple[Running, str]]:
+    """Run `opsentry serve` and lend it with its base URL."""
+    async with running(environment(settings), "serve", *arguments) as process:
+        yield process, await process.line("serving ")
+
+
+async def opsentry(env: Mapping[str, str], *arguments: str) -> Ran:
+    """Run `opsentry` with `arguments` to its end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "opsentry", *arguments, env=env, stdout=PIPE, stderr=PIPE
+    )
+    async with asyncio.timeout(START_TIMEOUT):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return Ran(process.returncode, out.decode(), err.decode())
+
+
+async def until(question: Callable[[], Awaitable[T]], seconds: float = 30) -> T:
+    """Return the first answer that is true."""
+    async with asyncio.timeout(seconds):
+        while not (answer := await question()):  # noqa: ASYNC110 - another process has no event to wait for
+            await asyncio.sleep(0.01)
+    return answer
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

@@ -1,0 +1,196 @@
+import json
+import os
+import signal
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+
+import aiohttp
+import psutil
+import pytest
+
+from opsentry.access import tokens
+from tests.conftest import Client
+from tests.system.processes import environment, free_port, opsentry, running, until
+
+FACTS = {"base_url", "pid", "tenant_id", "tenant_slug", "database_url", "redis_url", "tokens", "other"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for all: what one demo leaves, the next one finds."""
+    found = tmp_path_factory.mktemp("demo")
+    yield found
+    for process in servers(found):
+        process.kill()
+
+
+def servers(folder):
+    """Processes that work in the folder: PostgreSQL's and Valkey's."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cwd().startswith(str(folder)):
+                found.append(process)
+    return found
+
+
+@asynccontextmanager
+async def demo(folder):
+    """Run the demo, as from a terminal: in a process group of its own."""
+    env = environment(OPSENTRY_DEMO_DIR=str(folder), PORT=str(free_port()), OPSENTRY_LOG_LEVEL="error")
+    async with running(env, "demo", start_new_session=True) as process:
+        await process.line("Opsentry runs at ")
+        yield process, json.loads((folder / "demo.json").read_text())
+
+
+def interrupt(process):
+    """Press Ctrl-C: all processes of the group get it."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+async def titles(api):
+    return [(i["title"], i["status"]) for i in (await api.get("/incidents"))[1]["incidents"]]
+
+
+async def test_the_note_has_what_is_needed_for_the_owners_eyes_only(folder):
+    async with demo(folder) as (process, facts), aiohttp.ClientSession() as http:
+        assert facts.keys() == FACTS
+        assert (folder / "demo.json").stat().st_mode & 0o777 == 0o600
+        assert facts["pid"] == process.pid
+        assert facts["tokens"].keys() == {"full", "read", "incidents", "maintenance"}
+        scopes = {}
+        for name, token in {**facts["tokens"], "other": facts["other"]["token"]}.items():
+            status, body, _ = await Client(http, facts["base_url"], token).get("/health")
+            assert status == 200
+            scopes[name] = (body["tenant_id"], body["scopes"])
+        mine, other = facts["tenant_id"], facts["other"]["tenant_id"]
+        assert mine != other
+        assert scopes == {
+            "full": (mine, sorted(tokens.SCOPES)),
+            "read": (mine, ["read:status"]),
+            "incidents": (mine, ["write:incidents"]),
+            "maintenance": (mine, ["write:maintenance"]),
+            "other": (other, sorted(tokens.SCOPES)),
+        }
+        interrupt(process)
+        assert await process.ended() == 0
+
+
+async def test_there_is_something_to_look_at(folder):
+    async with demo(folder) as (_, facts), aiohttp.ClientSession() as http:
+        api = Client(http, facts["base_url"], facts["tokens"]["full"])
+        _, services, _ = await api.get("/services")
+        assert services["total"] >= 3
+        assert {service["current_status"] for service in services["services"]} > {"operational"}
+        _, incidents, _ = await api.get("/incidents")
+        assert {incident["status"] for incident in incidents["incidents"]} == {"resolved", "investigating"}
+        _, active, _ = await api.get("/incidents/active")
+        assert len(active["incidents"]) == 1
+        _, windows, _ = await api.get("/maintenance")
+        assert sorted(window["status"] for window in windows["maintenance"]) == ["active", "completed", "scheduled"]
+        _, upcoming, _ = await api.get("/maintenance/upcoming")
+        (window,) = upcoming["maintenance"]
+        assert datetime.fromisoformat(window["scheduled_start"]) > datetime.now(UTC)
+        status, ready, _ = await api.send("GET", "/health/ready")
+        assert (status, ready["status"]) == (200, "ready")
+
+        other = Client(http, facts["base_url"], facts["other"]["token"])
+        _, theirs, _ = await other.get("/services")
+        assert not {s["id"] for s in theirs["services"]} & {s["id"] for s in services["services"]}
+        assert not set(await titles(other)) & set(await titles(api))
+        assert (await other.get("/maintenance"))[1]["maintenance"] == []
+        for path in (f"/incidents/{active['incidents'][0]['id']}", f"/services/{services['services'][0]['id']}"):
+            assert (await api.get(path))[0] == 200
+            assert (await other.get(path))[0] == 404
+
+
+@pytest.mark.parametrize(
+    "stop", [interrupt, lambda process: os.kill(process.pid, signal.SIGINT)], ids=["ctrl-c", "pid"]
+)
+async def test_an_interrupt_stops_all_that_it_started(folder, stop):
+    async with demo(folder) as (process, _):
+        assert {started.name() for started in servers(folder)} == {"postgres", "valkey-server"}
+        stop(process)
+        assert await process.ended() == 0
+    assert servers(folder) == []
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+async def test_it_goes_on_with_the_same_data_and_tokens(folder, end):
+    async with demo(folder) as (process, before), aiohttp.ClientSession() as http:
+        api = Client(http, before["base_url"], before["tokens"]["full"])
+        status, made, _ = await api.post("/incidents", {"title": f"Before {end.name}"})
+        assert status == 201
+        shown = await titles(api)
+        process.process.send_signal(end)
+        assert await process.ended() == (0 if end == signal.SIGTERM else -end)
+    async with demo(folder) as (process, after), aiohttp.ClientSession() as http:
+        assert (after["tokens"], after["other"]) == (before["tokens"], before["other"])
+        api = Client(http, after["base_url"], after["tokens"]["full"])
+        assert await titles(api) == shown
+        assert (await api.post(f"/incidents/{made['id']}/resolve"))[0] == 200
+        interrupt(process)
+        assert await process.ended() == 0
+    assert servers(folder) == []
+
+
+async def test_a_second_demo_in_the_folder_is_refused(folder):
+    async with demo(folder) as (process, facts), aiohttp.ClientSession() as http:
+        second = await opsentry(environment(OPSENTRY_DEMO_DIR=str(folder), PORT=str(free_port())), "demo")
+        assert (second.code, second.out) == (1, "")
+        assert second.err == f"Error: another demo runs in {folder}\n"
+        assert json.loads((folder / "demo.json").read_text()) == facts
+        assert (await Client(http, facts["base_url"], facts["tokens"]["read"]).get("/services"))[0] == 200
+        interrupt(process)
+        assert await process.ended() == 0
+
+
+def terminate(process):
+    os.kill(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("says", "stop"),
+    [("starting PostgreSQL", interrupt), ("starting Valkey", interrupt), ("starting Valkey", terminate)],
+)
+async def test_an_end_while_it_starts_leaves_nothing_either(tmp_path, says, stop):
+    env = environment(OPSENTRY_DEMO_DIR=str(tmp_path), PORT=str(free_port()))
+    async with running(env, "demo", start_new_session=True) as process:
+        await process.line(says)
+        stop(process)
+        assert await process.ended() != 0
+    assert servers(tmp_path) == []
+    async with demo(tmp_path) as (process, _):
+        interrupt(process)
+        assert await process.ended() == 0
+
+
+async def test_a_first_start_that_was_killed_half_way_is_begun_again(tmp_path):
+    env = environment(OPSENTRY_DEMO_DIR=str(tmp_path), PORT=str(free_port()))
+    async with running(env, "demo", start_new_session=True) as process:
+
+        async def half_made():
+            return (tmp_path / "postgres" / "PG_VERSION").exists()
+
+        await until(half_made)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert await process.ended() == -9
+    async with demo(tmp_path) as (process, _):
+        interrupt(process)
+        assert await process.ended() == 0
+    assert servers(tmp_path) == []
+
+
+async def test_a_port_that_is_taken_or_none_is_said_and_nothing_is_left(folder):
+    async with demo(folder) as (process, facts):
+        port = facts["base_url"].rpartition(":")[2]
+        env = environment(OPSENTRY_DEMO_DIR=str(folder.parent / "elsewhere"), PORT=port)
+        taken = await opsentry(env, "demo")
+        assert taken.code == 1
+        assert taken.err.startswith("Error: ")
+        assert "address already in use" in taken.err
+        assert servers(folder.parent / "elsewhere") == []
+        interrupt(process)
+        assert await process.ended() == 0
+    for port in ("http", "70000", "-1"):
+        assert (await opsentry(env | {"PORT": port}, "demo")).code == 2

@@ -1,0 +1,122 @@
+from contextlib import AsyncExitStack
+
+import pytest
+
+from opsentry.domain import maintenance
+from opsentry.domain.maintenance import CancelMaintenance, StartMaintenance
+from opsentry.wiring import core, working
+from opsentry.worker.worker import Worker
+from tests.conftest import META, make_tenant
+from tests.system.processes import environment, running
+from tests.worker.windows import DONE, completed, lateness, schedule, story, types
+
+WINDOWS = 10
+
+
+async def on_time_and_once(owner):
+    await completed(owner, WINDOWS)
+    assert await types(owner) == dict.fromkeys(DONE, WINDOWS)
+    late = await lateness(owner)
+    assert len(late) == 2 * WINDOWS
+    assert min(late) >= 0
+    assert max(late) < 1
+    actors = await owner.fetch("SELECT DISTINCT meta::json -> 'actor' ->> 'kind' FROM events WHERE version > 1")
+    assert [actor for (actor,) in actors] == ["scheduler"]
+
+
+async def test_several_workers_move_windows_on_time_and_once(settings, parts, acme, globex, owner):
+    async with AsyncExitStack() as stack:
+        cores = [await stack.enter_async_context(core(settings)) for _ in range(4)]
+        for one in cores:
+            await stack.enter_async_context(working(one))
+        for number in range(WINDOWS):
+            await schedule(parts, (acme, globex)[number % 2].id, 1 + number / 50, 0.5)
+        await on_time_and_once(owner)
+        # Whoever looks again finds nothing to do.
+        for one in cores:
+            await Worker(one.database, one.commands, one.runner).move_windows()
+        assert await types(owner) == dict.fromkeys(DONE, WINDOWS)
+
+
+async def test_several_worker_processes_move_windows_on_time_and_once(settings, parts, acme, owner):
+    async with AsyncExitStack() as stack:
+        processes = [await stack.enter_async_context(running(environment(settings), "worker")) for _ in range(3)]
+        for process in processes:
+            await process.line("working")
+        for number in range(WINDOWS):
+            await schedule(parts, acme.id, 1 + number / 50, 0.5)
+        await on_time_and_once(owner)
+        for process in processes:
+            process.process.terminate()
+            assert await process.ended() == 0
+            assert process.said == "working\n"
+
+
+async def test_a_window_that_came_and_went_while_no_worker_ran_is_moved_late(parts, acme, owner, api):
+    missed = await schedule(parts, acme.id, -7200, 3600)
+    async with working(parts):
+        await completed(owner, 1)
+    assert await story(owner, missed) == DONE
+    assert all(late > 3600 for late in await lateness(owner))
+    _, shown, _ = await api.get(f"/maintenance/{missed}")
+    assert shown["status"] == "completed"
+    assert shown["scheduled_end"] < shown["started_at"] < shown["completed_at"]
+
+
+async def test_what_people_want_to_do_themselves_is_left_to_them(parts, acme, owner):
+    by_hand = await schedule(parts, acme.id, -100, 10, auto_start=False)
+    open_end = await schedule(parts, acme.id, -100, 10, auto_complete=False)
+    both = await schedule(parts, acme.id, -100, 10, auto_start=False, auto_complete=False)
+    later = await schedule(parts, acme.id, 3600)
+    await schedule(parts, acme.id, -50, 10)
+    async with working(parts):
+        await completed(owner, 1)
+    assert await story(owner, by_hand) == DONE[:1]
+    assert await story(owner, open_end) == DONE[:2]
+    assert await story(owner, both) == DONE[:1]
+    assert await story(owner, later) == DONE[:1]
+
+
+async def test_a_window_that_was_started_by_hand_before_its_hour_is_only_completed(parts, acme, owner):
+    early = await schedule(parts, acme.id, 0.5, 0.5)
+    async with working(parts):
+        await parts.commands.execute(maintenance.DECIDER, acme.id, early, StartMaintenance(), META)
+        await parts.runner.catch_up(acme.id, 0)
+        await completed(owner, 1)
+    assert await story(owner, early) == DONE
+    assert sorted(late > 0 for late in await lateness(owner)) == [False, True]
+
+
+@pytest.mark.parametrize("caught_up", [True, False])
+async def test_a_window_that_was_cancelled_does_not_happen(parts, acme, owner, caught_up):
+    off = await schedule(parts, acme.id, -100, 10)
+    await schedule(parts, acme.id, -50, 10)
+    await parts.commands.execute(maintenance.DECIDER, acme.id, off, CancelMaintenance(), META)
+    if caught_up:
+        await parts.runner.catch_up(acme.id, 0)
+    async with working(parts):
+        await completed(owner, 1)
+    assert await story(owner, off) == ["maintenance.scheduled", "maintenance.cancelled"]
+
+
+async def test_a_tenant_that_is_busy_does_not_hold_up_the_others(parts, acme, globex, owner, app_connection):
+    held = await schedule(parts, acme.id, -100, 10)
+    free = await schedule(parts, globex.id, -50, 10)
+    async with owner.transaction():
+        await owner.execute("SELECT FROM heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
+        async with working(parts):
+            await completed(app_connection, 1)
+            assert await story(app_connection, free) == DONE
+            assert await story(app_connection, held) == DONE[:1]
+    async with working(parts):
+        await completed(owner, 2)
+    assert await story(owner, held) == DONE
+
+
+async def test_more_windows_than_one_look_takes_are_all_moved(parts, owner):
+    tenants = [await make_tenant(parts, f"tenant-{number}") for number in range(5)]
+    for number in range(220):
+        await schedule(parts, tenants[number % 5].id, -100 + number / 1000, 10)
+    async with working(parts):
+        await completed(owner, 220)
+    assert await types(owner) == dict.fromkeys(DONE, 220)

@@ -1,0 +1,54 @@
+"""Maintenance windows for tests of the worker, and what became of them."""
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from opsentry.domain import maintenance
+from opsentry.domain.maintenance import ScheduleMaintenance
+from opsentry.wiring import Core
+from tests.conftest import META
+from tests.system.processes import until
+
+DONE = ["maintenance.scheduled", "maintenance.started", "maintenance.completed"]
+
+
+async def schedule(parts: Core, tenant_id: int, begins_in: float, lasts: float = 1, **fields: Any) -> int:
+    """Announce a window; times are in seconds."""
+    start = datetime.now(UTC) + timedelta(seconds=begins_in)
+    command = ScheduleMaintenance(
+        title="Upgrade", scheduled_start=start, scheduled_end=start + timedelta(seconds=lasts), **fields
+    )
+    executed = await parts.commands.create(maintenance.DECIDER, tenant_id, command, META)
+    await parts.runner.catch_up(tenant_id, executed.seq)
+    return executed.stream_id
+
+
+async def story(owner: Any, maintenance_id: int) -> list[str]:
+    """The types of a window's events."""
+    rows = await owner.fetch(
+        "SELECT type FROM events WHERE stream_kind = 'maintenance' AND stream_id = $1 ORDER BY version", maintenance_id
+    )
+    return [row["type"] for row in rows]
+
+
+async def completed(owner: Any, count: int) -> None:
+    """Return when so many windows have been completed."""
+    query = "SELECT count(*) >= $1 FROM events WHERE type = 'maintenance.completed'"
+    await until(lambda: owner.fetchval(query, count))
+
+
+async def types(owner: Any) -> Counter[str]:
+    rows = await owner.fetch("SELECT type FROM events WHERE stream_kind = 'maintenance'")
+    return Counter(row["type"] for row in rows)
+
+
+async def lateness(owner: Any) -> list[float]:
+    """Seconds between a window's hour and its start or end."""
+    rows = await owner.fetch(
+        "SELECT e.occurred_at, (s.data::json ->> CASE e.type WHEN 'maintenance.started' THEN 'scheduled_start'"
+        " ELSE 'scheduled_end' END)::timestamptz AS due FROM events e JOIN events s USING (tenant_id, stream_id)"
+        " WHERE e.type IN ('maintenance.started', 'maintenance.completed') AND s.type = 'maintenance.scheduled'"
+        " AND s.stream_kind = e.stream_kind"
+    )
+    return [(row["occurred_at"] - row["due"]).total_seconds() for row in rows]
