@@ -26,6 +26,7 @@ _LOST = (
     OSError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
@@ -103,9 +104,10 @@ class Database:
                 connection = await self._pool.acquire()
                 try:
                     yield connection
-                except asyncio.CancelledError:
+                except (asyncio.CancelledError, asyncpg.InternalClientError):
                     # Whatever was under way is given up together with the connection: asking a frozen server to
-                    # cancel would wait for that server.
+                    # cancel would wait for that server, and a driver that has lost count of what was sent, as it
+                    # does where a connection ends in mid-statement, never finds it again.
                     connection.terminate()
                     raise
                 finally:

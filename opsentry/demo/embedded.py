@@ -40,17 +40,24 @@ class EmbeddedPostgres:
             self._discard()
         if not (self._folder / "PG_VERSION").exists():
             making.touch()
-        self._server = get_server(self._folder, cleanup_mode=None)
+        try:
+            self._server = get_server(self._folder, cleanup_mode=None)
+        except BaseException:
+            self._end_leftovers()
+            raise
         making.unlink(missing_ok=True)
 
     def _discard(self) -> None:
+        self._end_leftovers()
+        shutil.rmtree(self._folder)
+        self._folder.mkdir()
+
+    def _end_leftovers(self) -> None:
         for process in psutil.process_iter(["name", "cmdline"]):
             if process.info["name"] in {"initdb", "postgres"} and str(self._folder) in (process.info["cmdline"] or ()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
                     process.wait(5)
-        shutil.rmtree(self._folder)
-        self._folder.mkdir()
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server, by `smart`, `fast` or `immediate` (as if it had crashed)."""

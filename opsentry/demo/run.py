@@ -5,8 +5,8 @@ import fcntl
 import json
 import os
 import signal
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,21 +45,42 @@ def run_demo(settings: Settings) -> None:
         if "OPSENTRY_DATABASE_URL" not in os.environ:
             click.echo("starting PostgreSQL …")
             postgres = EmbeddedPostgres(folder / "postgres")
-            postgres.start()
-            stack.callback(postgres.stop)
+            with _signals_later():
+                postgres.start()
+                stack.callback(postgres.stop)
             owner_url = postgres.url()
             settings = replace(settings, database_url=postgres.url(user=APP_USER))
             uvloop.run(_create_database(postgres.url("postgres")))
         if "OPSENTRY_REDIS_URL" not in os.environ:
             click.echo("starting Valkey …")
             valkey = EmbeddedValkey(folder / "valkey")
-            valkey.start()
-            stack.callback(valkey.stop)
+            with _signals_later():
+                valkey.start()
+                stack.callback(valkey.stop)
             settings = replace(settings, redis_url=valkey.url)
         uvloop.run(_migrate(owner_url))
         uvloop.run(_live(replace(settings, port=int(port)), folder))
         click.echo("\nstopping …")
     click.echo("stopped")
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Let signals wait until what is being started has started, and can be stopped."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    except Exception:
+        # Ctrl-C reaches those that start the server too.
+        if not came:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 async def _create_database(url: str) -> None:

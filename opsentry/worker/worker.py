@@ -92,6 +92,8 @@ class Worker:
             id=f"due {due_at.isoformat()}",
             run_date=datetime.now(UTC) + timedelta(seconds=seconds),
             replace_existing=True,
+            # One that was woken a little early, by the database's clock, asks to be woken again while it still runs.
+            max_instances=10,
         )
 
     async def _move(self, tenant_id: int, maintenance_id: int, command: MaintenanceCommand) -> None:
