@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -18,6 +19,23 @@ def _text(value: str) -> str:
     if not value:
         raise ValueError("must not be empty")
     return value
+
+
+def _url(*schemes: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in schemes and (parts.port is None or parts.port > 0)
+        except ValueError:
+            usable = False
+        if not usable:  # the value itself may hold a password and is not repeated
+            raise ValueError(f"must be a URL that begins with {' or '.join(f'{scheme}:' for scheme in schemes)}")
+        return value
+
+    return parse
+
+
+_POSTGRES = _url("postgresql", "postgres")
 
 
 def _number(lowest: int, highest: int) -> Callable[[str], int]:
@@ -57,12 +75,16 @@ class Settings:
     """What can be set from outside. The variable of `database_url` is `OPSENTRY_DATABASE_URL`, and so on."""
 
     database_url: str = _setting(
-        "postgresql://localhost:5432/opsentry", _text, "PostgreSQL 16 or later, as a member of role opsentry_app"
+        "postgresql://localhost:5432/opsentry", _POSTGRES, "PostgreSQL 16 or later, as a member of role opsentry_app"
     )
     migrate_database_url: str = _setting(
-        "", str, "the same database as its owner, for `opsentry migrate`; empty: as OPSENTRY_DATABASE_URL"
+        "",
+        lambda value: value and _POSTGRES(value),
+        "the same database as its owner, for `opsentry migrate`; empty: as OPSENTRY_DATABASE_URL",
     )
-    redis_url: str = _setting("redis://localhost:6379/0", _text, "Redis or Valkey; nothing in it needs keeping")
+    redis_url: str = _setting(
+        "redis://localhost:6379/0", _url("redis", "rediss", "unix"), "Redis or Valkey; nothing in it needs keeping"
+    )
     host: str = _setting("127.0.0.1", _text, "address that `opsentry serve` listens on")
     port: int = _setting(8080, _number(0, 65535), "port that `opsentry serve` listens on; 0 takes a free one")
     database_pool: int = _setting(16, _number(2, 1000), "PostgreSQL connections of one process, at most")

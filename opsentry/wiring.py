@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 from aiohttp import web
@@ -107,9 +108,9 @@ async def serving(
 
 
 @asynccontextmanager
-async def working(parts: Core) -> AsyncIterator[None]:
-    """Run the worker's loops."""
-    worker = Worker(parts.database, parts.commands, parts.runner)
+async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[None]:
+    """Run the worker's loops; `heartbeat` is a file to touch after each round."""
+    worker = Worker(parts.database, parts.commands, parts.runner, heartbeat)
     worker.start()
     try:
         yield

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from opsentry.cli.common import as_json, for_tenant, run, tenant_core
 from opsentry.importing import statuspage
-from opsentry.importing.statuspage import Importer, Result
+from opsentry.importing.importer import Importer, Result
 
 
 @click.group(name="import")

@@ -1,6 +1,7 @@
 """The top of the command line, and the commands that run processes."""
 
 import asyncio
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -40,12 +41,17 @@ def serve(host: str | None, port: int | None) -> None:
 
 
 @cli.command()
-def worker() -> None:
+@click.option(
+    "--heartbeat",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="A file to touch whenever all work was gone through, for a container's health check.",
+)
+def worker(heartbeat: Path | None) -> None:
     """Catch projections up and move maintenance windows on, until SIGINT or SIGTERM."""
     found = settings()
 
     async def work() -> None:
-        async with core(found) as parts, working(parts):
+        async with core(found) as parts, working(parts, heartbeat):
             await _announced("working")
 
     run(work())

@@ -96,11 +96,14 @@ FROM {freshness("maintenance", "services")}
 LEFT JOIN maintenance m ON m.tenant_id = $1 AND m.maintenance_id = $2
 """
 
-# What the scheduler has to move on, of all tenants, within the next $1 seconds; the first due first.
+# What the scheduler has to move on, of all tenants, within the next $1 seconds; the first due first. Rows of a parked
+# projection are old and stay so: moving them again and again would take the others' turns.
 _DUE = """
 SELECT tenant_id, maintenance_id, status, due_at,
     greatest(0, extract(epoch FROM due_at - clock_timestamp()))::float8 AS seconds
-FROM maintenance WHERE due_at <= clock_timestamp() + $1 * interval '1 second'
+FROM maintenance m WHERE due_at <= clock_timestamp() + $1 * interval '1 second' AND NOT EXISTS (
+    SELECT FROM checkpoints c
+    WHERE c.tenant_id = m.tenant_id AND c.projection = 'maintenance' AND c.parked_seq IS NOT NULL)
 ORDER BY due_at LIMIT $2
 """
 

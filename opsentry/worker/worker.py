@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -36,7 +37,8 @@ class Worker:
     window be started once, whoever tries.
     """
 
-    def __init__(self, database: Database, commands: Commands, runner: Runner) -> None:
+    def __init__(self, database: Database, commands: Commands, runner: Runner, heartbeat: Path | None = None) -> None:
+        self._heartbeat = heartbeat
         self._database = database
         self._commands = commands
         self._runner = runner
@@ -83,6 +85,8 @@ class Worker:
                 await _surviving(self._move, row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
         if len(rows) == _BATCH and rows[-1]["seconds"] <= 0:
             self._wake_up_in(0, datetime.now(UTC))
+        if self._heartbeat is not None:
+            self._heartbeat.touch()
 
     def _wake_up_in(self, seconds: float, due_at: datetime) -> None:
         self._scheduler.add_job(

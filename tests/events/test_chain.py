@@ -6,9 +6,10 @@ from typing import Any
 import asyncpg
 import pytest
 
+from opsentry.domain.incident import IncidentReopened
 from opsentry.events import log
 from opsentry.events.chain import GENESIS, first_broken
-from tests.events.ledger import append, notes, rows
+from tests.events.ledger import META, append, notes, rows
 from tests.events.log_contract import ODD_TEXTS
 
 TAMPERING = [
@@ -149,6 +150,22 @@ async def test_words_and_their_salt_can_be_erased_together_and_the_chain_stays_w
     assert first_broken(after) is None
     (erased,) = await log.read_after(owner, ledger, 3, 1)
     assert erased.event.message == "[redacted]"  # type: ignore[union-attr]
+
+
+async def test_an_event_without_words_has_nothing_to_erase(owner, tenant):
+    command = log.Append(
+        tenant_id=tenant,
+        kind="incident",
+        stream_id=1,
+        expected_version=0,
+        events=[log.NewEvent(IncidentReopened(), META)],
+    )
+    await append(owner, command)
+    (row,) = await rows(owner, tenant)
+    assert (row["words"], row["salt"], row["words_digest"]) == (None, None, None)
+    assert first_broken([row]) is None
+    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="append-only"):
+        await owner.execute("UPDATE events SET words = NULL, salt = NULL")
 
 
 async def test_words_that_were_erased_cannot_come_back(owner, ledger):

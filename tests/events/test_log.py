@@ -2,6 +2,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
@@ -168,6 +169,18 @@ async def test_columns_hold_the_exact_text(connect, tenant):
         assert json.loads(row["words"]) == {"message": text}
         assert row["data"] == '{"is_public":true,"source":null,"status":"monitoring","words":["message"]}'
         assert row["meta"] == '{"actor":{"kind":"operator"}}'
+
+
+async def test_the_moment_of_recording_increases_even_where_the_clock_goes_back(owner, connect, tenant):
+    writer = await connect()
+    ahead = await owner.fetchval(
+        "UPDATE heads SET recorded_at = now() + interval '1 hour' WHERE tenant_id = $1 RETURNING recorded_at", tenant
+    )
+    for stream in (1, 2):
+        await append(writer, notes(tenant, "a", "b", stream=stream))
+    moments = [row["recorded_at"] for row in await rows(writer, tenant)]
+    assert moments == [ahead + timedelta(microseconds=number) for number in range(1, 5)]
+    await assert_whole(writer, tenant, 4)
 
 
 async def test_an_append_takes_no_lock_that_another_tenant_could_wait_for(owner, connect, tenant, neighbour):

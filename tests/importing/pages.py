@@ -10,7 +10,8 @@ from typing import Any
 from opsentry.domain.decider import Event
 from opsentry.events.codec import Actor, Meta, RecordedEvent
 from opsentry.importing import statuspage
-from opsentry.importing.statuspage import Dated, Importer, Result
+from opsentry.importing.importer import Importer, Result
+from opsentry.importing.translation import Dated
 from opsentry.wiring import Core
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)

@@ -5,7 +5,8 @@ import pytest
 
 from opsentry.domain import incident as domain
 from opsentry.domain.incident import IncidentOpened, IncidentReopened, IncidentResolved, IncidentStatusChanged
-from opsentry.importing.statuspage import IncidentRecord, incident_events
+from opsentry.importing.statuspage import IncidentRecord
+from opsentry.importing.translation import incident_events
 from tests.importing.pages import NOON, at, incident, recorded, told, update
 
 

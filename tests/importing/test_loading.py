@@ -6,7 +6,7 @@ from opsentry.domain.incident import DECIDER as INCIDENTS
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.events import chain
-from opsentry.importing.statuspage import Result, Skipped
+from opsentry.importing.importer import Result, Skipped
 from tests.conftest import META
 from tests.importing.pages import (
     at,

@@ -2,7 +2,8 @@ import msgspec
 
 from opsentry.domain import maintenance as domain
 from opsentry.domain.maintenance import MaintenanceCancelled, MaintenanceScheduled
-from opsentry.importing.statuspage import MaintenanceRecord, maintenance_events
+from opsentry.importing.statuspage import MaintenanceRecord
+from opsentry.importing.translation import maintenance_events
 from tests.importing.pages import NOON, at, recorded, told, update, window
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from opsentry.domain.status import Period, uptime
 from opsentry.events import chain
-from opsentry.importing.statuspage import Component, slugs
+from opsentry.importing.statuspage import Component
+from opsentry.importing.translation import slugs
 from opsentry.wiring import core, serving
 from tests.conftest import Client, make_tenant
 from tests.importing.pages import ledger, load

@@ -2,7 +2,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsentry.domain.service import SLUG
-from opsentry.importing.statuspage import Component, slugs
+from opsentry.importing.statuspage import Component
+from opsentry.importing.translation import slugs
 
 
 def of(*names):

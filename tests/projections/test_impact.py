@@ -13,11 +13,13 @@ CRITICAL, DEGRADED = LEVELS["critical"], LEVELS["degraded"]
 LONG = 100_000
 
 
-@pytest.fixture
-async def periods(app_connection, history):
+@pytest.fixture(params=["at once", "one by one"])
+async def periods(request, app_connection, history):
     async def project(service_id=1):
-        for projection in (Services(), Impact()):
-            await apply(app_connection, projection, history.events)
+        batches = [history.events] if request.param == "at once" else [[event] for event in history.events]
+        for events in batches:
+            for projection in (Services(), Impact()):
+                await apply(app_connection, projection, events)
         row = await impact.recent(app_connection, history.tenant_id, service_id, LONG)
         found = impact.periods(row)
         for period, end in zip(found, row["ends"] or (), strict=True):
