@@ -197,7 +197,9 @@ BEGIN
                 happened_us := moment_us;
             ELSE
                 happened_us := occurred[i];
-                happened := timestamptz 'epoch' + happened_us * interval '1 microsecond';
+                -- In two parts, as an interval is multiplied in floating point: each is exact, the whole is not.
+                happened := timestamptz 'epoch' + (happened_us / 1000000) * interval '1 second'
+                    + (happened_us % 1000000) * interval '1 microsecond';
             END IF;
             digest := sha256(salts[i] || convert_to(wordss[i], 'UTF8'));
             -- One concat() of netstrings: a chain of || copies the growing text at every step, and the hash of an

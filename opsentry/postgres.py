@@ -34,6 +34,8 @@ _LOST = (
     asyncpg.InvalidCatalogNameError,
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedFunctionError,
     asyncpg.ReadOnlySQLTransactionError,
 )
 
@@ -45,8 +47,11 @@ _PASSING_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
 
 def is_passing(error: BaseException) -> bool:
     """Tell whether the same statement may well succeed at another time."""
-    if isinstance(error, asyncpg.PostgresError):
-        return str(error.sqlstate or "")[:2] in _PASSING_CLASSES
+    if isinstance(error, asyncpg.PostgresError) and str(error.sqlstate or "")[:2] in _PASSING_CLASSES:
+        return True
+    # A missing table, column or grant: the code is ahead of its migration.
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return True
     return isinstance(error, (*_LOST, DatabaseUnavailable)) and not isinstance(error, asyncpg.DataError)
 
 

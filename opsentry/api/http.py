@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import asyncpg
 import msgspec
+import structlog
 from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
@@ -25,6 +26,8 @@ from opsentry.postgres import Connection, Database, DatabaseUnavailable, Outcome
 from opsentry.projections import services
 from opsentry.projections.projection import UNANSWERED_SECONDS
 from opsentry.projections.runner import Runner
+
+_log = structlog.get_logger()
 
 MAX_BODY = 64 * 1024
 MAX_ID = 2**63 - 1
@@ -107,7 +110,8 @@ class Call:
         try:
             async with asyncio.timeout(CATCH_UP_TIMEOUT):
                 await self.parts.runner.catch_up(self.tenant_id, seq)
-        except (TimeoutError, DatabaseUnavailable):
+        except Exception as error:  # noqa: BLE001 - whatever it is, the command was carried out
+            _log.warning("answered before projecting", request_id=self.request_id, error=type(error).__name__)
             await asyncio.sleep(max(0.0, began + 1.1 * UNANSWERED_SECONDS - time.monotonic()))
 
     async def links(

@@ -1,12 +1,13 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 import pytest
 
-from opsentry.domain.incident import IncidentReopened
+from opsentry.domain import incident
+from opsentry.domain.incident import IncidentReopened, OpenIncident
 from opsentry.events import log
 from opsentry.events.chain import GENESIS, first_broken
 from tests.events.ledger import META, append, notes, rows
@@ -196,3 +197,15 @@ async def test_the_application_may_only_read_and_append(app_connection, ledger):
             await app_connection.execute(statement)
     assert await rows(app_connection, ledger) == before
     assert isinstance(await append(app_connection, notes(ledger, "more", stream=1, expected=3)), log.Appended)
+
+
+@pytest.mark.parametrize("year", [1, 1600, 1969, 2026, 2255, 2300, 9999])
+async def test_an_event_of_any_year_is_stored_to_the_microsecond_and_verifies(parts, acme, year):
+    happened = datetime(year, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+    opened = OpenIncident(title="Long ago or far off")
+    created = await parts.commands.create(incident.DECIDER, acme.id, opened, META, occurred_at=happened)
+    async with parts.database.connection() as connection:
+        (event,) = await log.read_stream(connection, acme.id, "incident", created.stream_id)
+        written = await connection.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY seq", acme.id)
+    assert event.occurred_at == happened
+    assert first_broken(written) is None
