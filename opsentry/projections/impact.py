@@ -26,8 +26,11 @@ from opsentry.postgres import Connection
 from opsentry.projections.projection import by_stream, continued, freshness
 from opsentry.projections.timeline import id_array
 
-# The sources that this batch goes on from.
-_LOAD = "SELECT * FROM impact_sources WHERE tenant_id = $1 AND kind = $2 AND source_id = ANY($3)"
+# The sources that this batch goes on from, each by the index; see the same in incidents.
+_LOAD = """
+SELECT s.* FROM unnest($3::bigint[]) AS wanted (id) CROSS JOIN LATERAL (
+    SELECT * FROM impact_sources WHERE tenant_id = $1 AND kind = $2 AND source_id = wanted.id LIMIT 1) AS s
+"""
 
 _STORE = """
 INSERT INTO impact_sources

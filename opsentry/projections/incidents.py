@@ -14,8 +14,12 @@ from opsentry.postgres import Connection
 from opsentry.projections.projection import by_stream, continued, fold, freshness
 from opsentry.projections.timeline import AUTHOR, UpdateView, author_name, id_array, update_columns
 
-# The rows that this batch goes on from.
-_LOAD = "SELECT incident_id, version, body FROM incidents WHERE tenant_id = $1 AND incident_id = ANY($2)"
+# The rows that this batch goes on from. LIMIT keeps them from being joined by a scan of the table, which a connection
+# that planned this while the table was small would go on doing until its statistics are next taken.
+_LOAD = """
+SELECT i.incident_id, i.version, i.body FROM unnest($2::bigint[]) AS wanted (id) CROSS JOIN LATERAL (
+    SELECT incident_id, version, body FROM incidents WHERE tenant_id = $1 AND incident_id = wanted.id LIMIT 1) AS i
+"""
 
 # One row for each incident, whatever the number of its events in the batch.
 _STORE = """

@@ -35,12 +35,14 @@ from opsentry.domain.subscription import Subscription, SubscriptionCreated, Subs
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
 
-# All of a tenant's subscriptions and active windows, which are few, and the incidents and windows of this batch.
+# All of a tenant's subscriptions and active windows, which are few.
+_LOAD_FEW = "SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind IN ('subscription', 'active')"
+
+# The incidents and windows that this batch goes on from, each by the index; see the same in incidents.
 _LOAD = """
-SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind IN ('subscription', 'active')
-UNION ALL
-SELECT s.kind, s.id, s.state FROM unnest($2::text[], $3::bigint[]) AS wanted (kind, id)
-JOIN outbox_state s ON s.tenant_id = $1 AND s.kind = wanted.kind AND s.id = wanted.id
+SELECT s.* FROM unnest($2::text[], $3::bigint[]) AS wanted (kind, id) CROSS JOIN LATERAL (
+    SELECT kind, id, state FROM outbox_state
+    WHERE tenant_id = $1 AND kind = wanted.kind AND id = wanted.id LIMIT 1) AS s
 """
 
 _STORE = """
@@ -251,7 +253,8 @@ class Outbox:
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write the intents that `events` give rise to, and what has to be known for the next ones."""
-        state = await _load(connection, tenant_id, {(e.kind, e.stream_id) for e in events if e.version > 1})
+        begun = {(e.kind, e.stream_id) for e in events if e.version == 1}
+        state = await _load(connection, tenant_id, {(e.kind, e.stream_id) for e in events} - begun)
         intents = [intent for event in events for intent in derive(state, event)]
         if state.changed:
             kinds, ids = zip(*state.changed, strict=True)
@@ -279,8 +282,9 @@ _S = TypeVar("_S", bound=msgspec.Struct)
 
 
 async def _load(connection: Connection, tenant_id: int, wanted: Iterable[Key]) -> State:
-    keys = sorted(wanted)
-    rows = await connection.fetch(_LOAD, tenant_id, [kind for kind, _ in keys], [id_ for _, id_ in keys])
+    rows = list(await connection.fetch(_LOAD_FEW, tenant_id))
+    if keys := sorted(wanted):
+        rows += await connection.fetch(_LOAD, tenant_id, [kind for kind, _ in keys], [id_ for _, id_ in keys])
     state = State()
     for row in rows:
         match row["kind"]:

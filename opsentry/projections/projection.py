@@ -75,14 +75,17 @@ def freshness(*projections: str) -> str:
     `head` is where the tenant's ledger ends, `position` how far the rows can be trusted: to the head if all that is
     missing is younger than any answered command. A parked projection counts as up to date: waiting would not help.
     `position` is NULL where one of them has never run for the tenant.
+
+    The first missing event is asked for in the order of seq, so that only the index on seq will do: planned while the
+    ledger is small, an EXISTS, or an equality, may for as long as the connection lives read all of it instead.
     """
     names = ", ".join(f"'{name}'" for name in projections)
     return f"""(
         SELECT h.seq AS head, (
             SELECT CASE WHEN count(*) = {len(projections)} THEN
-                min(CASE WHEN c.position < h.seq AND c.parked_seq IS NULL AND EXISTS (
-                    SELECT FROM events e WHERE e.tenant_id = c.tenant_id AND e.seq = c.position + 1
-                      AND e.recorded_at < clock_timestamp() - {UNANSWERED_SECONDS} * interval '1 second')
+                min(CASE WHEN c.position < h.seq AND c.parked_seq IS NULL AND (
+                    SELECT e.recorded_at FROM events e WHERE e.tenant_id = c.tenant_id AND e.seq > c.position
+                    ORDER BY e.seq LIMIT 1) < clock_timestamp() - {UNANSWERED_SECONDS} * interval '1 second'
                     THEN c.position ELSE h.seq END) END
             FROM checkpoints c WHERE c.tenant_id = h.tenant_id AND c.projection IN ({names})) AS position
         FROM heads h WHERE h.tenant_id = $1) AS fresh"""
