@@ -27,7 +27,7 @@ from opsentry.projections.maintenance import MaintenanceWindows
 from opsentry.projections.outbox import Outbox
 from opsentry.projections.projection import Projection
 from opsentry.projections.runner import Runner
-from opsentry.projections.services import Services
+from opsentry.projections.services import RefsReader, Services
 from opsentry.redis import connect
 from opsentry.worker.worker import Worker
 
@@ -85,6 +85,7 @@ async def serving(
                 database=parts.database,
                 commands=parts.commands,
                 runner=parts.runner,
+                refs=RefsReader(parts.runner),
                 tokens=Tokens(parts.database),
                 limiter=limiter,
                 failures=failures,

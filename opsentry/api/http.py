@@ -26,6 +26,7 @@ from opsentry.postgres import Connection, Database, DatabaseUnavailable, Outcome
 from opsentry.projections import services
 from opsentry.projections.projection import UNANSWERED_SECONDS
 from opsentry.projections.runner import Runner
+from opsentry.projections.services import RefsReader
 
 _log = structlog.get_logger()
 
@@ -48,6 +49,7 @@ class Parts:
     database: Database
     commands: Commands
     runner: Runner
+    refs: RefsReader
     tokens: Tokens
     limiter: RateLimiter
     failures: RateLimiter
@@ -93,7 +95,7 @@ class Call:
         """
         if not service_ids:
             return {}
-        row = await self.read(lambda connection: services.refs(connection, self.tenant_id, service_ids))
+        row = await self.parts.refs.read(self.tenant_id, service_ids)
         refs = services.refs_of(row)
         usable = refs.keys() - set(row["retired"] or ())
         if unknown := sorted(set(service_ids) - usable):
@@ -126,7 +128,7 @@ class Call:
         try:
             row = None
             if service_ids:
-                row = await self.read(lambda connection: services.refs(connection, self.tenant_id, service_ids))
+                row = await self.parts.refs.read(self.tenant_id, service_ids)
             if others := token_ids - own.keys():
                 async with self.parts.database.connection() as connection:
                     own |= await tokens.names(connection, self.tenant_id, others)

@@ -157,7 +157,7 @@ def derive(state: State, recorded: RecordedEvent) -> list[Intent]:
         _follow_subscription(state, recorded)
         return []
     topic = _follow_topic(state, recorded)
-    if not isinstance(recorded.event, _TOLD) or recorded.meta.silent:
+    if not state.wishes or recorded.meta.silent or not isinstance(recorded.event, _TOLD):
         return []
     suppressed = recorded.kind == incident.KIND and any(
         topic.service_ids and set(topic.service_ids) <= set(window.service_ids) for window in state.active.values()

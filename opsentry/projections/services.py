@@ -1,5 +1,6 @@
 """The registry of services: serves `/services`."""
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import cast
@@ -12,6 +13,7 @@ from opsentry.domain.service import Service, ServiceEvent
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
 from opsentry.projections.projection import by_stream, continued, fold, freshness
+from opsentry.projections.runner import Runner
 
 # The rows that this batch goes on from.
 _LOAD = "SELECT service_id, version, retired, body FROM services WHERE tenant_id = $1 AND service_id = ANY($2)"
@@ -181,3 +183,30 @@ def refs_of(row: Mapping[str, Sequence[int] | Sequence[str] | None]) -> dict[int
         cast("int", service_id): msgspec.Raw(cast("str", ref).encode())
         for service_id, ref in zip(row["ids"] or (), row["refs"] or (), strict=True)
     }
+
+
+class RefsReader:
+    """Reads links for requests that come together: those of one tenant share a query that begins after all of them."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._gathering: dict[int, tuple[set[int], asyncio.Task[asyncpg.Record]]] = {}
+
+    async def read(self, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
+        """Return a row of `refs` that has at least these services, showing all that was answered before.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        gathering = self._gathering.get(tenant_id)
+        if gathering is None:
+            wanted: set[int] = set()
+            gathering = wanted, asyncio.create_task(self._read(tenant_id, wanted))
+            self._gathering[tenant_id] = gathering
+        gathering[0].update(service_ids)
+        return await asyncio.shield(gathering[1])
+
+    async def _read(self, tenant_id: int, wanted: set[int]) -> asyncpg.Record:
+        # Runs when the loop comes round: whoever was ready by then has joined, who comes now begins anew.
+        del self._gathering[tenant_id]
+        return await self._runner.read(tenant_id, lambda connection: refs(connection, tenant_id, wanted))
