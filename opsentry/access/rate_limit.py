@@ -7,6 +7,7 @@ within one such interval, and without Redis each process limits by what it has s
 
 import asyncio
 import ipaddress
+import re
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -138,6 +139,15 @@ def _subnet(address: str) -> str:
     return str(parsed)
 
 
+_WITH_PORT = re.compile(r"\[(?P<v6>[^\]]+)\](?::\d+)?|(?P<v4>[\d.]+):\d+")
+
+
+def _hop(text: str) -> str:
+    """Return the address of a hop; some proxies add the port, which changes with every connection."""
+    match = _WITH_PORT.fullmatch(text.strip())
+    return text.strip() if match is None else match["v6"] or match["v4"]
+
+
 def source(peer: str | None, forwarded_for: str | None, trusted: Sequence[Network]) -> str:
     """Return whom to count a request against.
 
@@ -149,7 +159,7 @@ def source(peer: str | None, forwarded_for: str | None, trusted: Sequence[Networ
     """
     address = peer or "unknown"
     if trusted and forwarded_for:
-        hops = [hop.strip() for hop in forwarded_for.split(",")]
+        hops = [_hop(hop) for hop in forwarded_for.split(",")]
         while hops and _within(address, trusted):
             address = hops.pop()
     return _subnet(address)

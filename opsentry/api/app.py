@@ -4,7 +4,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from opsentry.access.rate_limit import source
@@ -67,9 +67,9 @@ def create_app(parts: Parts, readiness: Readiness) -> web.Application:
         resources.append(resource)
         methods = {**handlers, **({"HEAD": handlers["GET"]} if "GET" in handlers else {})}
         for method, handler in methods.items():
-            resource.add_route(method, _bounded(handler))
+            resource.add_route(method, _bounded(handler), expect_handler=_expect)
     # Only what matched nothing above comes here.
-    app.router.add_route("*", "/{path:.*}", _bounded(_unrouted(resources)))
+    app.router.add_route("*", "/{path:.*}", _bounded(_unrouted(resources)), expect_handler=_expect)
     return app
 
 
@@ -87,6 +87,13 @@ def _bounded(handler: Handler) -> Handler:
         return response
 
     return handle
+
+
+async def _expect(request: web.Request) -> None:
+    """Ask for the body where the client waits to be asked. An expectation of another kind is none that binds us."""
+    if request.version == HttpVersion11 and request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
 
 
 def _unrouted(resources: Sequence[web.Resource]) -> Handler:
@@ -108,7 +115,9 @@ def _guarded(parts: Parts, scope: str | None, endpoint: Endpoint) -> Handler:
     """Return a handler that lets in who may: a working token, within its rate, with the scope."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        address = source(request.remote, request.headers.get("X-Forwarded-For"), parts.settings.trusted_proxies)
+        # A proxy may add its address in a line of its own, after whatever line the client made up.
+        forwarded_for = ",".join(request.headers.getall("X-Forwarded-For", ()))
+        address = source(request.remote, forwarded_for, parts.settings.trusted_proxies)
         token = await _authenticate(parts, request, address)
         standing = parts.limiter.hit(token.token_id, address)
         if not standing.allowed:

@@ -50,6 +50,10 @@ class BodyTooLarge(Exception):
     """The request's body is larger than any that makes sense."""
 
 
+class BodyBroken(Exception):
+    """The request's body ended too early, or is not encoded the way its headers say."""
+
+
 class NotJson(Exception):
     """The request's body is declared to be something else than JSON."""
 
@@ -80,6 +84,7 @@ TABLE: Mapping[type[Exception], Row] = {
     BadToken: Row(
         401, "missing, unknown, expired or revoked API token", lambda _: {"WWW-Authenticate": 'Bearer realm="opsentry"'}
     ),
+    BodyBroken: Row(400, "body: did not arrive whole, or is not encoded as Content-Encoding says", closes=True),
     MissingScope: Row(403),
     NotFound: Row(404, "not found"),
     NoSuchStream: Row(404, "not found"),

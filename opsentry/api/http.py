@@ -18,7 +18,7 @@ from yarl import URL
 from opsentry.access import tokens
 from opsentry.access.rate_limit import RateLimiter
 from opsentry.access.tokens import Token, Tokens
-from opsentry.api.errors import BadRequest, BodyTooLarge, BodyTooSlow, NotFound, NotJson
+from opsentry.api.errors import BadRequest, BodyBroken, BodyTooLarge, BodyTooSlow, NotFound, NotJson
 from opsentry.config import Settings
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.execute import Commands
@@ -179,7 +179,7 @@ class Call:
         """Return the JSON body as `type_`. An empty one stands for `{}` where the body is `optional`.
 
         Raises:
-            BodyTooLarge, BodyTooSlow, NotJson, BadRequest: It is not what it should be.
+            BodyTooLarge, BodyTooSlow, BodyBroken, NotJson, BadRequest: It is not what it should be.
         """
         octets = await self._octets()
         if not octets.strip() and optional:
@@ -207,6 +207,8 @@ class Call:
             raise BodyTooSlow from None
         except web.HTTPRequestEntityTooLarge:
             raise BodyTooLarge from None
+        except (web.RequestPayloadError, ConnectionResetError):
+            raise BodyBroken from None
 
 
 _DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {}

@@ -38,7 +38,7 @@ async def kill_and_restart(settings, owner, rounds):
                 await load.stop()
             assert await process.ended() == -9
         await nobody_writes(owner)
-        assert set(load.answers.values()) == {201, None}
+        assert set(load.answers.values()) <= {201, None}  # a kill may fall where nobody waits
         assert load.unseen == []
         answers |= load.answers
         marks = await check_ledgers(owner, tenants, answers)

@@ -1,0 +1,51 @@
+"""What the tests of several endpoints start from."""
+
+import pytest
+
+from opsentry.access import tokens
+from opsentry.events import log
+from tests.conftest import META, Core, Tenant, make_service
+
+DRILL = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
+CANARY = "CANARY"
+
+
+async def make_token(parts, tenant_id, *scopes, **fields):
+    async with parts.database.connection() as connection:
+        return await tokens.create(connection, tenant_id, name="t", scopes=scopes, meta=META, **fields)
+
+
+async def recorded(parts, tenant_id, kind, stream_id):
+    """The events of a stream."""
+    async with parts.database.connection() as connection:
+        return [e.event for e in await log.read_stream(connection, tenant_id, kind, stream_id)]
+
+
+async def types(parts, tenant_id, kind, stream_id):
+    """The types of a stream's events."""
+    return [event.TYPE for event in await recorded(parts, tenant_id, kind, stream_id)]
+
+
+async def head(parts, tenant_id):
+    """How many events the tenant's ledger has."""
+    async with parts.database.connection() as connection:
+        return await log.head(connection, tenant_id)
+
+
+async def raw(client, method, path, **options):
+    """(status, octets) of an answer."""
+    url = f"{client.base_url}/api/v1{path}"
+    async with client.session.request(method, url, headers=client.headers, **options) as response:
+        return response.status, await response.read()
+
+
+@pytest.fixture
+async def things(api, parts: Core, acme: Tenant) -> dict[str, int]:
+    """One of each, of tenant acme, every word of theirs a canary."""
+    words = {"title": f"{CANARY} title", "description": f"{CANARY} description"}
+    service = await make_service(parts, acme.id, CANARY.lower(), name=CANARY, description=CANARY, tags=(CANARY,))
+    _, incident, _ = await api.post("/incidents", {**words, "service_ids": [service], "severity": "critical"})
+    await api.post(f"/incidents/{incident['id']}/updates", {"message": f"{CANARY} message"})
+    await api.patch(f"/incidents/{incident['id']}", {"root_cause": CANARY, "postmortem": CANARY})
+    _, window, _ = await api.post("/maintenance", {**DRILL, **words, "service_ids": [service]})
+    return {"services": service, "incidents": incident["id"], "maintenance": window["id"]}
