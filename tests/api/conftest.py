@@ -4,7 +4,8 @@ import pytest
 
 from opsentry.access import tokens
 from opsentry.events import log
-from tests.conftest import META, Core, Tenant, make_service
+from opsentry.wiring import Core
+from tests.conftest import META, Tenant, make_service
 
 DRILL = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
 CANARY = "CANARY"

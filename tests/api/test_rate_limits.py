@@ -8,8 +8,17 @@ import pytest
 
 from opsentry.access import rate_limit, tokens
 from opsentry.demo.embedded import EmbeddedValkey
+from opsentry.redis import connect
 from opsentry.wiring import serving
 from tests.conftest import Client
+
+
+@pytest.fixture(autouse=True)
+async def empty_buckets(valkey):
+    """Tokens of all tests have the same few ids, so what another test counted must go."""
+    client = connect(valkey.url)
+    await client.flushdb()
+    await client.aclose()
 
 
 async def statuses(client, count, **options):
