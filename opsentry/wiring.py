@@ -24,6 +24,7 @@ from opsentry.postgres import Database
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
 from opsentry.projections.maintenance import MaintenanceWindows
+from opsentry.projections.moments import Moments
 from opsentry.projections.outbox import Outbox
 from opsentry.projections.projection import Projection
 from opsentry.projections.runner import Runner
@@ -85,6 +86,7 @@ async def serving(
                 database=parts.database,
                 commands=parts.commands,
                 runner=parts.runner,
+                moments=Moments(parts.database, parts.runner),
                 refs=RefsReader(parts.runner),
                 tokens=Tokens(parts.database),
                 limiter=limiter,

@@ -9,20 +9,22 @@ from aiohttp.typedefs import Handler
 
 from opsentry.access.rate_limit import source
 from opsentry.access.tokens import BadToken, Token
-from opsentry.api import errors, health, incidents, maintenance, services
+from opsentry.api import errors, health, incidents, ledger, maintenance, services
+from opsentry.api.answers import unless_known
 from opsentry.api.errors import MissingScope, NotFound, RateLimited, rate_headers
 from opsentry.api.health import Readiness
 from opsentry.api.http import MAX_BODY, Call, Parts
 
-Endpoint = Callable[[Call], Awaitable[web.Response]]
+Endpoint = Callable[[Call], Awaitable[web.StreamResponse]]
 
-READ = "read:status"
-INCIDENTS = "write:incidents"
-MAINTENANCE = "write:maintenance"
+READ = ("read:status",)
+INCIDENTS = ("write:incidents",)
+MAINTENANCE = ("write:maintenance",)
+AUDIT = ("read:audit",)
 
-# (method, path below /api/v1, scope that the token needs, handler)
-ROUTES: tuple[tuple[str, str, str | None, Endpoint], ...] = (
-    ("GET", "/health", None, health.ping),
+# (method, path below /api/v1, scopes that the token needs, handler)
+ROUTES: tuple[tuple[str, str, tuple[str, ...], Endpoint], ...] = (
+    ("GET", "/health", (), health.ping),
     ("GET", "/services", READ, services.listing),
     ("GET", "/services/{id}", READ, services.one),
     ("GET", "/services/{id}/uptime", READ, services.uptime),
@@ -33,11 +35,18 @@ ROUTES: tuple[tuple[str, str, str | None, Endpoint], ...] = (
     ("PATCH", "/incidents/{id}", INCIDENTS, incidents.change),
     ("POST", "/incidents/{id}/updates", INCIDENTS, incidents.post_update),
     ("POST", "/incidents/{id}/resolve", INCIDENTS, incidents.resolve),
+    ("GET", "/incidents/{id}/events", READ, incidents.history),
+    ("POST", "/incidents/{id}/redactions", AUDIT + INCIDENTS, incidents.redact),
     ("GET", "/maintenance", READ, maintenance.listing),
     ("POST", "/maintenance", MAINTENANCE, maintenance.create),
     ("GET", "/maintenance/upcoming", READ, maintenance.upcoming),
     ("GET", "/maintenance/{id}", READ, maintenance.one),
+    ("GET", "/maintenance/{id}/events", READ, maintenance.history),
+    ("POST", "/maintenance/{id}/redactions", AUDIT + MAINTENANCE, maintenance.redact),
     ("POST", "/maintenance/{id}/{action}", MAINTENANCE, maintenance.act),
+    ("GET", "/events", AUDIT, ledger.page),
+    ("GET", "/events/head", AUDIT, ledger.head),
+    ("GET", "/events/export", AUDIT, ledger.export_lines),
 )
 
 # Request ids: random for each process, then counted. Nothing depends on their being hard to guess.
@@ -59,8 +68,8 @@ def create_app(parts: Parts, readiness: Readiness) -> web.Application:
         "/health/live": {"GET": health.live},
         "/health/ready": {"GET": readiness.ready},
     }
-    for method, path, scope, endpoint in ROUTES:
-        routes.setdefault(f"/api/v1{path}", {})[method] = _guarded(parts, scope, endpoint)
+    for method, path, scopes, endpoint in ROUTES:
+        routes.setdefault(f"/api/v1{path}", {})[method] = _guarded(parts, scopes, endpoint)
     resources = []
     for path, handlers in routes.items():
         resource = app.router.add_resource(path)
@@ -111,8 +120,8 @@ def _unrouted(resources: Sequence[web.Resource]) -> Handler:
     return handle
 
 
-def _guarded(parts: Parts, scope: str | None, endpoint: Endpoint) -> Handler:
-    """Return a handler that lets in who may: a working token, within its rate, with the scope."""
+def _guarded(parts: Parts, scopes: Sequence[str], endpoint: Endpoint) -> Handler:
+    """Return a handler that lets in who may: a working token, within its rate, with the scopes."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         # A proxy may add its address in a line of its own, after whatever line the client made up.
@@ -122,20 +131,23 @@ def _guarded(parts: Parts, scope: str | None, endpoint: Endpoint) -> Handler:
         standing = parts.limiter.hit(token.token_id, address)
         if not standing.allowed:
             raise RateLimited(standing)
+        request_id, rate = request[_REQUEST_ID], rate_headers(standing)
         try:
-            _require(token, scope)
-            response = await endpoint(Call(request, request[_REQUEST_ID], token, parts))
+            _require(token, scopes)
+            call = Call(request, request_id, token, parts, {**rate, "X-Request-ID": request_id})
+            response = unless_known(request, await endpoint(call))
         except Exception as error:  # noqa: BLE001 - answered here, so that the answer shows the rate as well
-            response = errors.answer(error, request, request[_REQUEST_ID])
-        response.headers.update(rate_headers(standing))
+            response = errors.answer(error, request, request_id)
+        response.headers.update(rate)
         return response
 
     return handle
 
 
-def _require(token: Token, scope: str | None) -> None:
-    if scope is not None and scope not in token.scopes:
-        raise MissingScope(scope)
+def _require(token: Token, scopes: Sequence[str]) -> None:
+    for scope in scopes:
+        if scope not in token.scopes:
+            raise MissingScope(scope)
 
 
 async def _authenticate(parts: Parts, request: web.Request, address: str) -> Token:

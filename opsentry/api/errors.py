@@ -10,9 +10,10 @@ from aiohttp import web
 from opsentry.access.rate_limit import Standing
 from opsentry.access.tokens import BadToken
 from opsentry.domain.decider import DomainError, InvalidField, TransitionRefused
-from opsentry.events.execute import ConcurrentChange, NoSuchStream
+from opsentry.events.execute import ConcurrentChange, KeyTaken, NoSuchStream
 from opsentry.events.writer import TenantBusy
 from opsentry.postgres import DatabaseUnavailable, OutcomeUnknown
+from opsentry.projections.runner import NotThereYet
 
 _log = structlog.get_logger()
 
@@ -25,6 +26,14 @@ class BadRequest(Exception):
 
 class NotFound(Exception):
     """There is no such thing, or it is another tenant's: which of them is not said."""
+
+
+class PreconditionFailed(Exception):
+    """The thing is not the one that `If-Match` names any more."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__("If-Match: it was changed since; read it again")
+        self.version = version
 
 
 class MissingScope(Exception):
@@ -71,6 +80,10 @@ def _retry(_: Exception) -> Mapping[str, str]:
     return {"Retry-After": RETRY_AFTER}
 
 
+def _current(error: Exception) -> Mapping[str, str]:
+    return {"ETag": f'"{error.version}"'} if isinstance(error, PreconditionFailed) else {}
+
+
 def _wait_for_window(error: Exception) -> Mapping[str, str]:
     if not isinstance(error, RateLimited):
         return {}
@@ -91,16 +104,20 @@ TABLE: Mapping[type[Exception], Row] = {
     BodyTooSlow: Row(408, "the request body did not arrive in time", closes=True),
     TransitionRefused: Row(409),
     ConcurrentChange: Row(409, "changed by others at the same time; read it and try again"),
+    PreconditionFailed: Row(412, headers=_current),
     DomainError: Row(400),
     BodyTooLarge: Row(413, "the request body must have at most 65536 bytes", closes=True),
     NotJson: Row(415, "the request body must be JSON, with Content-Type: application/json"),
+    KeyTaken: Row(422, "Idempotency-Key: was used before for another request; take a new one"),
     RateLimited: Row(429, headers=_wait_for_window),
     TenantBusy: Row(503, "too many writers at once; nothing was changed, try again", _retry),
     OutcomeUnknown: Row(
         503,
-        "the database was lost while it wrote: the change may or may not be recorded; read before trying again",
+        "the database was lost while it wrote: the change may or may not be recorded; send it again with the same"
+        " Idempotency-Key if it had one, or read before trying again",
         _retry,
     ),
+    NotThereYet: Row(503, headers=_retry),
     DatabaseUnavailable: Row(503, "the database does not answer; nothing was changed", _retry),
 }
 

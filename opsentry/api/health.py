@@ -11,7 +11,8 @@ from aiohttp import web
 from multidict import CIMultiDict
 from redis.exceptions import RedisError
 
-from opsentry.api.http import Call, object_response
+from opsentry.api.answers import object_response
+from opsentry.api.http import Call
 from opsentry.postgres import Database, DatabaseUnavailable
 from opsentry.projections import outbox
 

@@ -1,4 +1,4 @@
-"""What handlers read from requests, and the shapes of their answers."""
+"""What handlers read from requests."""
 
 import asyncio
 import re
@@ -10,30 +10,24 @@ from typing import Annotated, Any, TypeVar
 
 import asyncpg
 import msgspec
-import structlog
 from aiohttp import web
-from multidict import CIMultiDict
-from yarl import URL
 
-from opsentry.access import tokens
 from opsentry.access.rate_limit import RateLimiter
 from opsentry.access.tokens import Token, Tokens
 from opsentry.api.errors import BadRequest, BodyBroken, BodyTooLarge, BodyTooSlow, NotFound, NotJson
 from opsentry.config import Settings
-from opsentry.events.codec import Actor, Meta
+from opsentry.events import ledger
 from opsentry.events.execute import Commands
-from opsentry.postgres import Connection, Database, DatabaseUnavailable, OutcomeUnknown
+from opsentry.events.ledger import Head
+from opsentry.postgres import DATABASE_TIMEOUT, Connection, Database
 from opsentry.projections import services
-from opsentry.projections.projection import UNANSWERED_SECONDS
-from opsentry.projections.runner import Runner
-from opsentry.projections.services import RefsReader
-
-_log = structlog.get_logger()
+from opsentry.projections.moments import Moments
+from opsentry.projections.runner import NotThereYet, Runner
+from opsentry.projections.services import Links, RefsReader
 
 MAX_BODY = 64 * 1024
 MAX_ID = 2**63 - 1
-# How long a command waits for its projections before it is answered without them.
-CATCH_UP_TIMEOUT = 0.7
+POLL_SECONDS = 0.05
 
 T = TypeVar("T")
 
@@ -49,6 +43,7 @@ class Parts:
     database: Database
     commands: Commands
     runner: Runner
+    moments: Moments
     refs: RefsReader
     tokens: Tokens
     limiter: RateLimiter
@@ -63,16 +58,15 @@ class Call:
     request_id: str
     token: Token
     parts: Parts
+    headers: Mapping[str, str]
+    """What every answer to the request carries."""
+    octets: bytes = b""
+    """The body, once it was read."""
 
     @property
     def tenant_id(self) -> int:
         """The tenant that the token belongs to: the only one this request can see."""
         return self.token.tenant_id
-
-    @property
-    def meta(self) -> Meta:
-        """What the log keeps about who sent this."""
-        return Meta(Actor("token", self.token.token_id), self.request_id)
 
     def id(self) -> int:
         """Return the path's id; one that cannot exist is answered like one that does not."""
@@ -84,57 +78,84 @@ class Call:
     # ------------------------------------------------------------------------------------------ reading
 
     async def read(self, query: Callable[[Connection], Awaitable[asyncpg.Record]]) -> asyncpg.Record:
-        """Return the row of a read model's query, showing all that was answered before."""
-        return await self.parts.runner.read(self.tenant_id, query)
+        """Return the row of a read model's query, showing all that was answered before.
 
-    async def refs(self, service_ids: Sequence[int]) -> dict[int, msgspec.Raw]:
+        Raises:
+            NotThereYet: It cannot show yet what `Opsentry-Min-Seq` asks for.
+        """
+        return await self.parts.runner.read(self.tenant_id, query, at_least=self._at_least())
+
+    async def refs(self, service_ids: Sequence[int]) -> Links:
         """Return how to link services that are about to be affected.
 
         Raises:
             BadRequest: One of them is not a service of this tenant, for whatever reason.
         """
         if not service_ids:
-            return {}
+            return {}, ()
         row = await self.parts.refs.read(self.tenant_id, service_ids)
-        refs = services.refs_of(row)
-        usable = refs.keys() - set(row["retired"] or ())
+        links = services.links_of(row, service_ids)
+        usable = links[0].keys() - set(row["retired"] or ())
         if unknown := sorted(set(service_ids) - usable):
             raise BadRequest(f"service_ids: no such service: {', '.join(map(str, unknown))}")
-        return refs
+        return links
 
-    async def catch_up(self, seq: int) -> None:
-        """Bring the read models up to an event that was just appended.
-
-        It is durable, so nothing that goes wrong here makes the command fail: whoever reads next, or the worker,
-        catches up. But then the answer waits until reads no longer take the event for one that is under way.
-        """
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(CATCH_UP_TIMEOUT):
-                await self.parts.runner.catch_up(self.tenant_id, seq)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the command was carried out
-            _log.warning("answered before projecting", request_id=self.request_id, error=type(error).__name__)
-            await asyncio.sleep(max(0.0, began + 1.1 * UNANSWERED_SECONDS - time.monotonic()))
-
-    async def links(
-        self, service_ids: Sequence[int], token_ids: set[int]
-    ) -> tuple[dict[int, msgspec.Raw], dict[int, str]]:
-        """Return service links and token names for the answer to a command that is durable.
+    async def as_of(self) -> int | None:
+        """Return the position that the query parameter `as_of`, a time or a position, asks for; `None` without one.
 
         Raises:
-            OutcomeUnknown: The database was lost after the command.
+            BadRequest: It is neither, or the ledger has not come so far.
         """
-        own = {self.token.token_id: self.token.name}
+        raw = self.request.query.get("as_of")
+        if raw is None:
+            return None
+        ends = (await self.head()).seq
+        if re.fullmatch(r"[0-9]{1,19}", raw, re.ASCII):
+            position = int(raw)
+            if position > ends:
+                raise BadRequest(f"as_of: the ledger ends at position {ends}")
+            return position
         try:
-            row = None
-            if service_ids:
-                row = await self.parts.refs.read(self.tenant_id, service_ids)
-            if others := token_ids - own.keys():
-                async with self.parts.database.connection() as connection:
-                    own |= await tokens.names(connection, self.tenant_id, others)
-        except DatabaseUnavailable as error:
-            raise OutcomeUnknown("recorded, but could not be read back") from error
-        return {} if row is None else services.refs_of(row), own
+            # A plus sign that was not escaped has come as a space.
+            moment = utc("as_of", msgspec.convert(raw.strip().replace(" ", "+"), Moment))
+        except msgspec.ValidationError:
+            raise BadRequest(
+                "as_of: must be a position, or an RFC 3339 timestamp such as 2026-06-01T02:00:00Z"
+            ) from None
+        async with self.parts.database.connection() as connection:
+            found = await ledger.position_at(connection, self.tenant_id, moment)
+        if found is None:
+            raise BadRequest("as_of: must not be in the future")
+        return found
+
+    def no_as_of(self) -> None:
+        """Raise `BadRequest` where a moment is asked for: what answers for now only must not seem to answer for it."""
+        if "as_of" in self.request.query:
+            raise BadRequest("as_of: cannot be asked for here")
+
+    async def head(self) -> Head:
+        """Return where the tenant's ledger ends, once it has come as far as the request asks for.
+
+        Raises:
+            NotThereYet: It has not, within a bounded time.
+        """
+        at_least, end = self._at_least(), time.monotonic() + DATABASE_TIMEOUT
+        while True:
+            async with self.parts.database.connection() as connection:
+                head = await ledger.head(connection, self.tenant_id)
+            if head.seq >= at_least:
+                return head
+            if time.monotonic() > end:
+                raise NotThereYet(f"position {at_least} cannot be shown yet")
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _at_least(self) -> int:
+        raw = self.request.headers.get("Opsentry-Min-Seq")
+        if raw is None:
+            return 0
+        if not re.fullmatch(r"[0-9]{1,19}", raw, re.ASCII) or int(raw) > MAX_ID:
+            raise BadRequest("Opsentry-Min-Seq: must be a position, a whole number")
+        return int(raw)
 
     # ------------------------------------------------------------------------------------------ query string
 
@@ -162,10 +183,15 @@ class Call:
         Raises:
             BadRequest: One of them is no number that can be used.
         """
-        limit = self._number("limit", default, lowest=1)
-        return min(limit, highest), self._number("offset", 0, lowest=0)
+        limit = self.number("limit", default, lowest=1)
+        return min(limit, highest), self.number("offset", 0)
 
-    def _number(self, name: str, default: int, *, lowest: int) -> int:
+    def number(self, name: str, default: int, *, lowest: int = 0) -> int:
+        """Return the query parameter `name`, `default` if it is not there.
+
+        Raises:
+            BadRequest: It is no whole number, or below `lowest`.
+        """
         raw = self.request.query.get(name)
         if raw is None:
             return default
@@ -181,7 +207,7 @@ class Call:
         Raises:
             BodyTooLarge, BodyTooSlow, BodyBroken, NotJson, BadRequest: It is not what it should be.
         """
-        octets = await self._octets()
+        octets = self.octets = await self._octets()
         if not octets.strip() and optional:
             octets = b"{}"
         else:
@@ -264,66 +290,3 @@ def utc(field: str, moment: datetime) -> datetime:
         return moment.astimezone(UTC)
     except OverflowError:
         raise BadRequest(f"{field}: is out of range") from None
-
-
-# ---------------------------------------------------------------------------------------------------- answers
-
-
-_JSON = CIMultiDict({"Content-Type": "application/json; charset=utf-8"})
-
-
-def object_response(body: bytes, *, status: int = 200, version: int | None = None) -> web.Response:
-    """Return a single thing; `version` is its stream's, from which the ETag is made."""
-    response = web.Response(status=status, body=body, headers=_JSON)
-    if version is not None:
-        response.headers["ETag"] = f'"{version}"'
-    return response
-
-
-def list_response(call: Call, name: str, row: asyncpg.Record, page: tuple[int, int] | None = None) -> web.Response:
-    """Return a list of stored answers: joined, never decoded.
-
-    Args:
-        call: The request.
-        name: What the array is called.
-        row: With `items`, the inside of a JSON array in UTF-8 or NULL, and `total` where there are pages.
-        page: (limit, offset); without, the array stands alone.
-    """
-    opening, items = f'{{"{name}":['.encode(), row["items"] or b""
-    if page is None:
-        return _with_lag(object_response(b"".join((opening, items, b"]}"))), row)
-    limit, offset = page
-    total = row["total"]
-    closing = f'],"total":{total},"limit":{limit},"offset":{offset}}}'.encode()
-    response = object_response(b"".join((opening, items, closing)))
-    links = []
-    if offset + limit < total:
-        links.append(_link(call.request.rel_url, limit, offset + limit, "next"))
-    if offset > 0:
-        links.append(_link(call.request.rel_url, limit, max(0, offset - limit), "prev"))
-    if links:
-        response.headers["Link"] = ", ".join(links)
-    return _with_lag(response, row)
-
-
-def one_response(row: asyncpg.Record) -> web.Response:
-    """Return the thing in `row`.
-
-    Raises:
-        NotFound: There is none.
-    """
-    if row["body"] is None:
-        raise NotFound
-    return _with_lag(object_response(row["body"], version=row["version"]), row)
-
-
-def _with_lag(response: web.Response, row: asyncpg.Record) -> web.Response:
-    # Seen only where a read model could not be brought up to date in time: better old than nothing, but said.
-    if (lag := row["head"] - (row["position"] or 0)) > 0:
-        response.headers["Opsentry-Lag"] = str(lag)
-    return response
-
-
-def _link(url: URL, limit: int, offset: int, relation: str) -> str:
-    """Return one link value of RFC 8288."""
-    return f'<{url.update_query(limit=limit, offset=offset)}>; rel="{relation}"'

@@ -1,24 +1,30 @@
 """`/incidents…`: declare, change and read incidents."""
 
+from collections.abc import Sequence
+
 import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
-from opsentry.api.http import Call, Id, list_response, name_choices, object_response, one_response
+from opsentry.api import commands
+from opsentry.api.answers import list_response, one_as_of, one_response, page_as_of
+from opsentry.api.http import Call, Id, Moment, name_choices
+from opsentry.api.ledger import RedactionBody, erasure, stream_history
 from opsentry.domain import incident
 from opsentry.domain.incident import (
     SEVERITIES,
     STATUSES,
     VISIBILITIES,
     ChangeIncident,
-    Incident,
     IncidentCommand,
     OpenIncident,
     PostUpdate,
+    RedactIncident,
     ResolveIncident,
 )
-from opsentry.events.execute import Executed
+from opsentry.events.codec import RecordedEvent
 from opsentry.projections import incidents
+from opsentry.projections.incidents import IncidentView
 
 name_choices({"severity": SEVERITIES, "visibility": VISIBILITIES, "status": STATUSES})
 
@@ -31,6 +37,7 @@ class CreateBody(msgspec.Struct):
     severity: str = "degraded"
     visibility: str = "public"
     service_ids: tuple[Id, ...] | None = ()
+    occurred_at: Moment | None = None
 
 
 class ChangeBody(msgspec.Struct):
@@ -52,6 +59,7 @@ class UpdateBody(msgspec.Struct):
     message: str
     status: str | UnsetType = UNSET
     is_public: bool = True
+    occurred_at: Moment | None = None
 
 
 class ResolveBody(msgspec.Struct):
@@ -59,6 +67,7 @@ class ResolveBody(msgspec.Struct):
 
     root_cause: str | None | UnsetType = UNSET
     postmortem: str | None | UnsetType = UNSET
+    occurred_at: Moment | None = None
 
 
 async def listing(call: Call) -> web.Response:
@@ -66,6 +75,13 @@ async def listing(call: Call) -> web.Response:
     status = call.choice("status", STATUSES)
     severity = call.choice("severity", SEVERITIES)
     limit, offset = call.page(default=50)
+    if (seq := await call.as_of()) is not None:
+
+        def wanted(view: IncidentView) -> bool:
+            return status in {None, view.status} and severity in {None, view.severity}
+
+        found = await call.parts.moments.incidents(call.tenant_id, seq, wanted, limit, offset)
+        return page_as_of(call, "incidents", found, (limit, offset))
     row = await call.read(
         lambda connection: incidents.page(
             connection, call.tenant_id, status=status, severity=severity, limit=limit, offset=offset
@@ -76,6 +92,9 @@ async def listing(call: Call) -> web.Response:
 
 async def active(call: Call) -> web.Response:
     """`GET /incidents/active`."""
+    if (seq := await call.as_of()) is not None:
+        found = await call.parts.moments.incidents(call.tenant_id, seq, lambda view: view.status != "resolved", None, 0)
+        return page_as_of(call, "incidents", found)
     return list_response(
         call, "incidents", await call.read(lambda connection: incidents.active(connection, call.tenant_id))
     )
@@ -84,12 +103,15 @@ async def active(call: Call) -> web.Response:
 async def one(call: Call) -> web.Response:
     """`GET /incidents/:id`."""
     incident_id = call.id()
+    if (seq := await call.as_of()) is not None:
+        return one_as_of(await call.parts.moments.incident(call.tenant_id, incident_id, seq), seq)
     return one_response(await call.read(lambda connection: incidents.one(connection, call.tenant_id, incident_id)))
 
 
 async def create(call: Call) -> web.Response:
     """`POST /incidents`."""
     body = await call.body(CreateBody)
+    occurred_at = commands.happened(body.occurred_at)
     command = OpenIncident(
         title=body.title,
         description=body.description,
@@ -97,65 +119,70 @@ async def create(call: Call) -> web.Response:
         visibility=body.visibility,
         service_ids=body.service_ids or (),
     )
-    incident.decide(None, command)  # what is wrong with the words themselves is said before services are looked up
-    refs = await call.refs(command.service_ids)
-    executed = await call.parts.commands.create(incident.DECIDER, call.tenant_id, command, call.meta)
-    await call.catch_up(executed.seq)
-    rendered = incidents.render(executed.history, refs, {call.token.token_id: call.token.name})
-    response = object_response(rendered, status=201, version=executed.version)
-    response.headers["Location"] = f"/api/v1/incidents/{executed.stream_id}"
-    return response
+    refs = None
+    executed = await commands.repeated(call, incident.DECIDER)
+    if executed is None:
+        incident.decide(None, command)  # what is wrong with the words is said before services are looked up
+        refs = await call.refs(command.service_ids)
+        executed = await commands.create(call, incident.DECIDER, command, occurred_at)
+    return await commands.answer(call, executed, incidents.render, status=201, location="incidents", refs=refs)
 
 
 async def change(call: Call) -> web.Response:
     """`PATCH /incidents/:id`."""
-    incident_id = call.id()
+    call.id()
     body = await call.body(ChangeBody)
-    service_ids: tuple[int, ...] | UnsetType = UNSET
-    if body.service_ids is not UNSET:
-        service_ids = body.service_ids or ()
-        await call.refs(service_ids)
-    command = ChangeIncident(
-        title=body.title,
-        description=body.description,
-        severity=body.severity,
-        visibility=body.visibility,
-        status=body.status,
-        service_ids=service_ids,
-        root_cause=body.root_cause,
-        postmortem=body.postmortem,
-    )
-    return await _answer(call, await _execute(call, incident_id, command))
+    executed = await commands.repeated(call, incident.DECIDER)
+    if executed is None:
+        service_ids: tuple[int, ...] | UnsetType = UNSET
+        if body.service_ids is not UNSET:
+            service_ids = body.service_ids or ()
+            await call.refs(service_ids)
+        command = ChangeIncident(
+            title=body.title,
+            description=body.description,
+            severity=body.severity,
+            visibility=body.visibility,
+            status=body.status,
+            service_ids=service_ids,
+            root_cause=body.root_cause,
+            postmortem=body.postmortem,
+        )
+        executed = await commands.execute(call, incident.DECIDER, command)
+    return await commands.answer(call, executed, incidents.render)
 
 
 async def post_update(call: Call) -> web.Response:
     """`POST /incidents/:id/updates`."""
-    incident_id = call.id()
+    call.id()
     body = await call.body(UpdateBody)
     status = None if body.status is UNSET else body.status
     command = PostUpdate(message=body.message, status=status, is_public=body.is_public)
-    response = await _answer(call, await _execute(call, incident_id, command), status=201)
-    response.headers["Location"] = f"/api/v1/incidents/{incident_id}"
-    return response
+    executed = await commands.execute(call, incident.DECIDER, command, commands.happened(body.occurred_at))
+    return await commands.answer(call, executed, incidents.render, status=201, location="incidents")
 
 
 async def resolve(call: Call) -> web.Response:
     """`POST /incidents/:id/resolve`."""
-    incident_id = call.id()
+    call.id()
     body = await call.body(ResolveBody, optional=True)
     command = ResolveIncident(root_cause=body.root_cause, postmortem=body.postmortem)
-    return await _answer(call, await _execute(call, incident_id, command))
+    executed = await commands.execute(call, incident.DECIDER, command, commands.happened(body.occurred_at))
+    return await commands.answer(call, executed, incidents.render)
 
 
-async def _execute(call: Call, incident_id: int, command: IncidentCommand) -> Executed[Incident]:
-    return await call.parts.commands.execute(incident.DECIDER, call.tenant_id, incident_id, command, call.meta)
+async def redact(call: Call) -> web.Response:
+    """`POST /incidents/:id/redactions`."""
+    call.id()
+    body = await call.body(RedactionBody)
+
+    def command(history: Sequence[RecordedEvent]) -> IncidentCommand:
+        return RedactIncident(erasure=erasure(history, incident.WORDS, body), reason=body.reason)
+
+    executed = await commands.execute(call, incident.DECIDER, command)
+    return await commands.answer(call, executed, incidents.render, status=201, location="incidents")
 
 
-async def _answer(call: Call, executed: Executed[Incident], *, status: int = 200) -> web.Response:
-    """Return the whole incident as the command left it."""
-    await call.catch_up(executed.seq)
-    token_ids = {e.meta.actor.id for e in executed.history if e.meta.actor.kind == "token" and e.meta.actor.id}
-    refs, token_names = await call.links(executed.state.service_ids, token_ids)
-    return object_response(
-        incidents.render(executed.history, refs, token_names), status=status, version=executed.version
-    )
+async def history(call: Call) -> web.Response:
+    """`GET /incidents/:id/events`."""
+    return await stream_history(call, incident.KIND)

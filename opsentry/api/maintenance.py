@@ -1,22 +1,28 @@
 """`/maintenance…`: schedule, move and read maintenance windows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from aiohttp import web
 
+from opsentry.api import commands
+from opsentry.api.answers import list_response, one_as_of, one_response, page_as_of
 from opsentry.api.errors import NotFound
-from opsentry.api.http import Call, Id, Moment, list_response, object_response, one_response, utc
+from opsentry.api.http import Call, Id, Moment, utc
+from opsentry.api.ledger import RedactionBody, erasure, stream_history
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import (
     STATUSES,
     CancelMaintenance,
     CompleteMaintenance,
     MaintenanceCommand,
+    RedactMaintenance,
     ScheduleMaintenance,
     StartMaintenance,
 )
+from opsentry.events.codec import RecordedEvent
 from opsentry.projections import maintenance as windows
+from opsentry.projections.maintenance import MaintenanceView
 
 ACTIONS: Mapping[str, MaintenanceCommand] = {
     "start": StartMaintenance(),
@@ -44,6 +50,13 @@ async def listing(call: Call) -> web.Response:
     """`GET /maintenance`."""
     status = call.choice("status", STATUSES)
     limit, offset = call.page(default=50)
+    if (seq := await call.as_of()) is not None:
+
+        def wanted(view: MaintenanceView) -> bool:
+            return status in {None, view.status}
+
+        found = await call.parts.moments.windows(call.tenant_id, seq, wanted, limit, offset)
+        return page_as_of(call, "maintenance", found, (limit, offset))
     row = await call.read(
         lambda connection: windows.page(connection, call.tenant_id, status=status, limit=limit, offset=offset)
     )
@@ -52,14 +65,16 @@ async def listing(call: Call) -> web.Response:
 
 async def upcoming(call: Call) -> web.Response:
     """`GET /maintenance/upcoming`."""
-    return list_response(
-        call, "maintenance", await call.read(lambda connection: windows.upcoming(connection, call.tenant_id))
-    )
+    call.no_as_of()
+    row = await call.read(lambda connection: windows.upcoming(connection, call.tenant_id))
+    return list_response(call, "maintenance", row, timeless=False)
 
 
 async def one(call: Call) -> web.Response:
     """`GET /maintenance/:id`."""
     maintenance_id = call.id()
+    if (seq := await call.as_of()) is not None:
+        return one_as_of(await call.parts.moments.maintenance(call.tenant_id, maintenance_id, seq), seq)
     return one_response(await call.read(lambda connection: windows.one(connection, call.tenant_id, maintenance_id)))
 
 
@@ -78,13 +93,13 @@ async def create(call: Call) -> web.Response:
         auto_start=body.auto_start,
         auto_complete=body.auto_complete,
     )
-    maintenance.decide(None, command)  # what is wrong with the words themselves is said before services are looked up
-    refs = await call.refs(command.service_ids)
-    executed = await call.parts.commands.create(maintenance.DECIDER, call.tenant_id, command, call.meta)
-    await call.catch_up(executed.seq)
-    response = object_response(windows.render(executed.history, refs, {}), status=201, version=executed.version)
-    response.headers["Location"] = f"/api/v1/maintenance/{executed.stream_id}"
-    return response
+    refs = None
+    executed = await commands.repeated(call, maintenance.DECIDER)
+    if executed is None:
+        maintenance.decide(None, command)  # what is wrong with the words is said before services are looked up
+        refs = await call.refs(command.service_ids)
+        executed = await commands.create(call, maintenance.DECIDER, command)
+    return await commands.answer(call, executed, windows.render, status=201, location="maintenance", refs=refs)
 
 
 async def act(call: Call) -> web.Response:
@@ -92,8 +107,22 @@ async def act(call: Call) -> web.Response:
     command = ACTIONS.get(call.request.match_info["action"])
     if command is None:
         raise NotFound
-    executed = await call.parts.commands.execute(maintenance.DECIDER, call.tenant_id, call.id(), command, call.meta)
-    await call.catch_up(executed.seq)
-    token_ids = {e.meta.actor.id for e in executed.history if e.meta.actor.kind == "token" and e.meta.actor.id}
-    refs, token_names = await call.links(executed.state.service_ids, token_ids)
-    return object_response(windows.render(executed.history, refs, token_names), version=executed.version)
+    executed = await commands.execute(call, maintenance.DECIDER, command)
+    return await commands.answer(call, executed, windows.render)
+
+
+async def redact(call: Call) -> web.Response:
+    """`POST /maintenance/:id/redactions`."""
+    call.id()
+    body = await call.body(RedactionBody)
+
+    def command(history: Sequence[RecordedEvent]) -> MaintenanceCommand:
+        return RedactMaintenance(erasure=erasure(history, maintenance.WORDS, body), reason=body.reason)
+
+    executed = await commands.execute(call, maintenance.DECIDER, command)
+    return await commands.answer(call, executed, windows.render, status=201, location="maintenance")
+
+
+async def history(call: Call) -> web.Response:
+    """`GET /maintenance/:id/events`."""
+    return await stream_history(call, maintenance.KIND)

@@ -5,11 +5,22 @@ from datetime import timedelta
 import msgspec
 from aiohttp import web
 
+from opsentry.api.answers import (
+    add_digest,
+    list_response,
+    object_response,
+    one_as_of,
+    one_response,
+    page_as_of,
+    with_position,
+)
 from opsentry.api.errors import NotFound
-from opsentry.api.http import Call, list_response, object_response, one_response
+from opsentry.api.http import Call
 from opsentry.domain.service import STATUSES, VISIBILITIES
 from opsentry.domain.status import uptime as percentage
 from opsentry.projections import impact, services
+from opsentry.projections.moments import One
+from opsentry.projections.services import ServiceView
 
 WINDOWS = {"uptime_24h": timedelta(days=1), "uptime_7d": timedelta(days=7), "uptime_30d": timedelta(days=30)}
 
@@ -20,6 +31,18 @@ async def listing(call: Call) -> web.Response:
     visibility = call.choice("visibility", VISIBILITIES)
     search = call.text("search")
     limit, offset = call.page(default=100)
+    if (seq := await call.as_of()) is not None:
+        sought = (search or "").lower()
+
+        def wanted(view: ServiceView) -> bool:
+            return (
+                status in {None, view.current_status}
+                and visibility in {None, view.visibility}
+                and (sought in view.name.lower() or sought in view.slug)
+            )
+
+        found = await call.parts.moments.services(call.tenant_id, seq, wanted, limit, offset)
+        return page_as_of(call, "services", found, (limit, offset))
     row = await call.read(
         lambda connection: services.page(
             connection,
@@ -37,12 +60,16 @@ async def listing(call: Call) -> web.Response:
 async def one(call: Call) -> web.Response:
     """`GET /services/:id`."""
     service_id = call.id()
+    if (seq := await call.as_of()) is not None:
+        found = await call.parts.moments.services(call.tenant_id, seq, lambda view: view.id == service_id, 1, 0)
+        return add_digest(one_as_of(One(found["items"], None) if found["total"] else None, seq))
     return one_response(await call.read(lambda connection: services.one(connection, call.tenant_id, service_id)))
 
 
 async def uptime(call: Call) -> web.Response:
     """`GET /services/:id/uptime`: trailing windows that all end at one moment, the database's now."""
     service_id = call.id()
+    call.no_as_of()
     longest = max(WINDOWS.values()).days
     row = await call.read(lambda connection: impact.recent(connection, call.tenant_id, service_id, longest))
     since, now = row["since"], row["now"]
@@ -52,4 +79,4 @@ async def uptime(call: Call) -> web.Response:
     answer: dict[str, int | float] = {"service_id": service_id}
     for name, length in WINDOWS.items():
         answer[name] = percentage(periods, max(since, now - length), now)
-    return object_response(msgspec.json.encode(answer))
+    return add_digest(with_position(object_response(msgspec.json.encode(answer)), row))

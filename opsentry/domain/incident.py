@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from opsentry.domain.decider import (
+    REDACTED,
     Decider,
     Event,
     InvalidField,
@@ -19,11 +20,13 @@ from opsentry.domain.decider import (
     check_title,
     normal_ids,
 )
+from opsentry.domain.redaction import Erasure, check_reason
 
 KIND = "incident"
 STATUSES = ("investigating", "identified", "monitoring", "resolved")
 SEVERITIES = ("informational", "degraded", "partial_outage", "major_outage", "critical")
 VISIBILITIES = ("public", "internal")
+WORDS = ("title", "description", "root_cause", "postmortem")
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -108,6 +111,19 @@ class IncidentEdited(Event, frozen=True, kw_only=True):
     postmortem: str | None | UnsetType = UNSET
 
 
+class IncidentRedacted(Event, frozen=True, kw_only=True):
+    """The words of the events with these versions were erased; of the incident itself, `fields` now read `[redacted]`.
+
+    `reason` is what people wrote too, and can be erased like everything else.
+    """
+
+    TYPE: ClassVar[str] = "incident.redacted"
+    WORDS: ClassVar[frozenset[str]] = frozenset({"reason"})
+    versions: tuple[int, ...]
+    fields: tuple[str, ...] = ()
+    reason: str
+
+
 IncidentEvent: TypeAlias = (
     IncidentOpened
     | IncidentUpdated
@@ -118,6 +134,7 @@ IncidentEvent: TypeAlias = (
     | IncidentVisibilityChanged
     | IncidentServicesChanged
     | IncidentEdited
+    | IncidentRedacted
 )
 
 
@@ -170,6 +187,8 @@ def evolve(state: Incident | None, event: IncidentEvent) -> Incident:
             return change(state, service_ids=event.service_ids)
         case IncidentEdited():
             return change(state, **_set_words(event))
+        case IncidentRedacted():
+            return change(state, **dict.fromkeys(event.fields, REDACTED))
         case _:
             assert_never(event)
 
@@ -220,7 +239,14 @@ class ResolveIncident(msgspec.Struct, frozen=True, kw_only=True):
     postmortem: str | None | UnsetType = UNSET
 
 
-IncidentCommand: TypeAlias = OpenIncident | ChangeIncident | PostUpdate | ResolveIncident
+class RedactIncident(msgspec.Struct, frozen=True, kw_only=True):
+    """Erase words, for the reason given."""
+
+    erasure: Erasure
+    reason: str
+
+
+IncidentCommand: TypeAlias = OpenIncident | ChangeIncident | PostUpdate | ResolveIncident | RedactIncident
 
 
 def decide(state: Incident | None, command: IncidentCommand) -> Sequence[IncidentEvent]:
@@ -245,6 +271,8 @@ def decide(state: Incident | None, command: IncidentCommand) -> Sequence[Inciden
                     postmortem=_optional_text("postmortem", command.postmortem),
                 )
             ]
+        case RedactIncident():
+            return _redact(command)
         case _:
             assert_never(command)
 
@@ -299,6 +327,14 @@ def _post_update(state: Incident, command: PostUpdate) -> list[IncidentEvent]:
         *_move(state.status, status),
         IncidentUpdated(message=message, status=status, is_public=command.is_public),
     ]
+
+
+def _redact(command: RedactIncident) -> list[IncidentEvent]:
+    erasure, reason = command.erasure, check_reason(command.reason)
+    if not erasure.versions:
+        return []
+    redacted = IncidentRedacted(versions=erasure.versions, fields=erasure.fields, reason=reason)
+    return [redacted, *([msgspec.convert(erasure.restated, IncidentEdited)] if erasure.restated else [])]
 
 
 def _move(current: str, wanted: str) -> list[IncidentEvent]:

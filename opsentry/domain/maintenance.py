@@ -8,8 +8,10 @@ from datetime import datetime
 from typing import ClassVar, TypeAlias, assert_never
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from opsentry.domain.decider import (
+    REDACTED,
     Decider,
     Event,
     InvalidField,
@@ -19,10 +21,12 @@ from opsentry.domain.decider import (
     check_title,
     normal_ids,
 )
+from opsentry.domain.redaction import Erasure, check_reason
 
 KIND = "maintenance"
 STATUSES = ("scheduled", "active", "completed", "cancelled")
 VISIBILITIES = ("public", "internal")
+WORDS = ("title", "description")
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -75,8 +79,36 @@ class MaintenanceUpdated(Event, frozen=True, kw_only=True):
     source: str | None = None
 
 
+class MaintenanceEdited(Event, frozen=True, kw_only=True):
+    """Words about it changed. Those that are `UNSET` stay as they were."""
+
+    TYPE: ClassVar[str] = "maintenance.edited"
+    WORDS: ClassVar[frozenset[str]] = frozenset({"title", "description"})
+    title: str | UnsetType = UNSET
+    description: str | None | UnsetType = UNSET
+
+
+class MaintenanceRedacted(Event, frozen=True, kw_only=True):
+    """The words of the events with these versions were erased; of the window itself, `fields` now read `[redacted]`.
+
+    `reason` is what people wrote too, and can be erased like everything else.
+    """
+
+    TYPE: ClassVar[str] = "maintenance.redacted"
+    WORDS: ClassVar[frozenset[str]] = frozenset({"reason"})
+    versions: tuple[int, ...]
+    fields: tuple[str, ...] = ()
+    reason: str
+
+
 MaintenanceEvent: TypeAlias = (
-    MaintenanceScheduled | MaintenanceStarted | MaintenanceCompleted | MaintenanceCancelled | MaintenanceUpdated
+    MaintenanceScheduled
+    | MaintenanceStarted
+    | MaintenanceCompleted
+    | MaintenanceCancelled
+    | MaintenanceUpdated
+    | MaintenanceEdited
+    | MaintenanceRedacted
 )
 
 
@@ -138,6 +170,11 @@ def evolve(state: Maintenance | None, event: MaintenanceEvent) -> Maintenance:
             return change(state, status="cancelled")
         case MaintenanceUpdated():
             return state if event.source is None else change(state, sources=state.sources | {event.source})
+        case MaintenanceEdited():
+            words = {name: getattr(event, name) for name in event.WORDS}
+            return change(state, **{name: value for name, value in words.items() if value is not UNSET})
+        case MaintenanceRedacted():
+            return change(state, **dict.fromkeys(event.fields, REDACTED))
         case _:
             assert_never(event)
 
@@ -172,7 +209,16 @@ class CancelMaintenance(msgspec.Struct, frozen=True):
     """Call a scheduled window off."""
 
 
-MaintenanceCommand: TypeAlias = ScheduleMaintenance | StartMaintenance | CompleteMaintenance | CancelMaintenance
+class RedactMaintenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Erase words, for the reason given."""
+
+    erasure: Erasure
+    reason: str
+
+
+MaintenanceCommand: TypeAlias = (
+    ScheduleMaintenance | StartMaintenance | CompleteMaintenance | CancelMaintenance | RedactMaintenance
+)
 
 
 def decide(state: Maintenance | None, command: MaintenanceCommand) -> Sequence[MaintenanceEvent]:
@@ -190,6 +236,8 @@ def decide(state: Maintenance | None, command: MaintenanceCommand) -> Sequence[M
             return [_require(state, "active", "completed", MaintenanceCompleted())]
         case CancelMaintenance():
             return [_require(state, "scheduled", "cancelled", MaintenanceCancelled())]
+        case RedactMaintenance():
+            return _redact(command)
         case _:
             assert_never(command)
 
@@ -209,6 +257,14 @@ def _schedule(command: ScheduleMaintenance) -> MaintenanceScheduled:
         auto_start=command.auto_start,
         auto_complete=command.auto_complete,
     )
+
+
+def _redact(command: RedactMaintenance) -> list[MaintenanceEvent]:
+    erasure, reason = command.erasure, check_reason(command.reason)
+    if not erasure.versions:
+        return []
+    redacted = MaintenanceRedacted(versions=erasure.versions, fields=erasure.fields, reason=reason)
+    return [redacted, *([msgspec.convert(erasure.restated, MaintenanceEdited)] if erasure.restated else [])]
 
 
 def _require(state: Maintenance, status: str, verb: str, event: MaintenanceEvent) -> MaintenanceEvent:

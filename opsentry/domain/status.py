@@ -14,6 +14,20 @@ LEVELS = {severity: level for level, severity in enumerate(SEVERITIES)}
 _WEIGHTS = {LEVELS["partial_outage"]: 3, LEVELS["major_outage"]: 10, LEVELS["critical"]: 10}
 
 
+_STATUSES = ("operational", "degraded_performance", "partial_outage", "major_outage", "major_outage")
+
+
+def service_status(levels: Iterable[int], *, maintenance: bool) -> str:
+    """Return a service's status: what the worst of its open incidents makes of it.
+
+    Args:
+        levels: Indices of the severities of the open incidents that touch it.
+        maintenance: Whether a window that touches it is active; shown where nothing is worse than operational.
+    """
+    status = _STATUSES[max(levels, default=0)]
+    return "under_maintenance" if maintenance and status == "operational" else status
+
+
 class Period(NamedTuple):
     """A half-open stretch of time, `[start, end)`, in which something touched a service.
 

@@ -6,52 +6,119 @@ occurred_at and recorded_at (whole microseconds since 1970 UTC), data, meta, and
 empty where there are no words). The first event's previous hash is 32 zero octets.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
-from typing import Any
-
-from opsentry.events.codec import to_microseconds
+from itertools import chain, islice
+from typing import NamedTuple
 
 GENESIS = bytes(32)
 
-
-def canonical(row: Mapping[str, Any]) -> bytes:
-    """Return the octets that are hashed for `row`, a mapping with the columns of `events`."""
-    digest: bytes | None = row["words_digest"]
-    parts = (
-        row["tenant_id"],
-        row["seq"],
-        row["stream_kind"],
-        row["stream_id"],
-        row["version"],
-        row["type"],
-        row["schema_version"],
-        to_microseconds(row["occurred_at"]),
-        to_microseconds(row["recorded_at"]),
-        row["data"],
-        row["meta"],
-        "" if digest is None else digest.hex(),
-    )
-    octets = [str(part).encode() for part in parts]
-    return b"".join(b"%d:%s," % (len(part), part) for part in octets)
+# How far a hole that was closed by numbering anew is looked for.
+_LOOK_AROUND = 64
 
 
-def first_broken(rows: Iterable[Mapping[str, Any]], previous: bytes = GENESIS, seq: int = 0) -> int | None:
-    """Return the seq of the first row that does not follow from the ones before, or `None` if all do.
+class Link(NamedTuple):
+    """A row of `events` as it is verified; times are whole microseconds since 1970 UTC (`None`: no such time)."""
+
+    tenant_id: int
+    seq: int
+    stream_kind: str
+    stream_id: int
+    version: int
+    type: str
+    schema_version: int
+    occurred_at: int | None
+    recorded_at: int | None
+    data: str
+    meta: str
+    words: str | None
+    salt: bytes | None
+    words_digest: bytes | None
+    hash: bytes
+
+
+class Damage(NamedTuple):
+    """What is wrong with a ledger, and where it begins.
+
+    `kind` is one of changed, missing, reordered, doubled, put_in, cut_off, erased.
+    """
+
+    seq: int
+    kind: str
+    says: str
+
+
+def canonical(link: Link) -> bytes:
+    """Return the octets that are hashed for an event."""
+    tenant_id, seq, kind, stream_id, version, type_, schema, occurred_at, recorded_at, data, meta, *_ = link
+    digest = link[13]
+    facts, about = data.encode(), meta.encode()
+    begin = (
+        f"{len(str(tenant_id))}:{tenant_id},{len(str(seq))}:{seq},{len(kind.encode())}:{kind},"
+        f"{len(str(stream_id))}:{stream_id},{len(str(version))}:{version},{len(type_.encode())}:{type_},"
+        f"{len(str(schema))}:{schema},{len(str(occurred_at))}:{occurred_at},{len(str(recorded_at))}:{recorded_at},"
+    ).encode()
+    end = b"0:," if digest is None else b"%d:%b," % (2 * len(digest), digest.hex().encode())
+    return b"%b%d:%b,%d:%b,%b" % (begin, len(facts), facts, len(about), about, end)
+
+
+def check(rows: Iterable[Link], previous: bytes = GENESIS, seq: int = 0) -> Damage | None:
+    """Return the first damage among `rows`, `None` if each follows from the ones before.
+
+    What it says of the kind is read from the rows after it; that there is damage, and where it begins, is certain.
 
     Args:
-        rows: Rows of `events` of one tenant in order of seq, following right after `seq`.
+        rows: Events of one tenant in the order of their source, following right after `seq`.
         previous: The hash of the event `seq`.
-        seq: The last seq before `rows`.
+        seq: The last position before `rows`.
     """
-    for row in rows:
+    source = iter(rows)
+    last = None
+    for row in source:
         seq += 1
-        if row["seq"] != seq or row["hash"] != sha256(previous + canonical(row)).digest():
-            return seq
-        words, salt, digest = row["words"], row["salt"], row["words_digest"]
-        if (words is None) != (salt is None) or (words is not None and digest is None):
-            return seq
-        if words is not None and sha256(salt + words.encode()).digest() != digest:
-            return seq
-        previous = row["hash"]
+        if row[1] != seq or row[14] != sha256(previous + canonical(row)).digest():
+            return _diagnose(row, source, last, previous, seq)
+        words, salt, digest = row[11], row[12], row[13]
+        if words is None:
+            if salt is not None:
+                return Damage(seq, "changed", "there is a salt without words")
+        elif salt is None or digest is None or sha256(salt + words.encode()).digest() != digest:
+            return Damage(seq, "changed", "its words are not those that were recorded")
+        previous = row[14]
+        last = row
     return None
+
+
+def _follows(row: Link, previous: bytes, seq: int) -> bool:
+    """Tell whether this is the event that was recorded as `seq` after the event with the hash `previous`."""
+    return row.hash == sha256(previous + canonical(row._replace(seq=seq))).digest()
+
+
+def _diagnose(row: Link, rest: Iterator[Link], last: Link | None, previous: bytes, seq: int) -> Damage:
+    row, rest = Link(*row), (Link(*later) for later in rest)
+    if row.seq < seq:
+        return Damage(row.seq, "doubled", "it is there more than once")
+    if row.seq > seq:
+        if any(later.seq == seq for later in rest):
+            return Damage(seq, "reordered", f"it comes after event {row.seq}")
+        return Damage(seq, "missing", f"event {row.seq} is next")
+    near = [row, *islice(rest, _LOOK_AROUND)]
+    if len(near) > 1 and near[1].seq == seq:
+        return Damage(seq, "doubled", "it is there more than once")
+    true = next((other for other in chain(near[1:], rest) if _follows(other, previous, seq)), None)
+    if true is None:
+        return _changed_or_missing(near, seq)
+    if true is not near[1] or _follows(row, true.hash, seq + 1):
+        return Damage(seq, "reordered", f"the event that belongs here stands as {true.seq}")
+    known = [Link(*other) for other in (last, *near[1:]) if other is not None]
+    if any(row[2:7] == other[2:7] for other in known):
+        return Damage(seq, "doubled", "an event was put in that stands elsewhere too")
+    return Damage(seq, "put_in", "this event was not recorded here; the one that was follows it")
+
+
+def _changed_or_missing(near: list[Link], seq: int) -> Damage:
+    """Tell an event that was changed from events that were taken out, the later ones being numbered anew."""
+    for shift in range(1, _LOOK_AROUND):
+        if len(near) > 1 and _follows(near[1], near[0].hash, seq + 1 + shift):
+            return Damage(seq, "missing", f"{shift} events were taken out here and the later ones numbered anew")
+    return Damage(seq, "changed", "it is not what was recorded")

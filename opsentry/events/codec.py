@@ -104,14 +104,24 @@ def decode(type_: str, schema_version: int, data: str, words: str | None) -> Any
     if event_type is None or schema_version > event_type.VERSION:
         raise UnknownEvent(f"{type_} version {schema_version} is not known to this version of Opsentry")
     try:
-        fields = _decode(data)
-        names = fields.pop("words", ())
-        fields.update(_decode(words) if words is not None else dict.fromkeys(names, REDACTED))
+        fields = readable(data, words)
         for version in range(schema_version, event_type.VERSION):
             fields = UPCASTERS[type_, version](fields)
         return cast("AnyEvent", msgspec.convert(fields, event_type))
     except (msgspec.MsgspecError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UnknownEvent(f"{type_} version {schema_version} does not have the fields it should: {error}") from error
+
+
+def readable(data: str, words: str | None) -> dict[str, Any]:
+    """Return an event's fields, facts and words together, as they were written; erased words read `[redacted]`.
+
+    Raises:
+        msgspec.DecodeError: One of them is not a JSON object.
+    """
+    fields = _decode(data)
+    names = fields.pop("words", ())
+    fields.update(_decode(words) if words is not None else dict.fromkeys(names, REDACTED))
+    return fields
 
 
 def encode_meta(meta: Meta) -> str:
@@ -134,3 +144,8 @@ def decode_meta(text: str) -> Meta:
 def to_microseconds(moment: datetime) -> int:
     """Return whole microseconds since 1970 UTC."""
     return (moment - _EPOCH) // _MICROSECOND
+
+
+def from_microseconds(microseconds: int) -> datetime:
+    """Return the moment so many microseconds after the beginning of 1970 UTC; raises OverflowError."""
+    return _EPOCH + microseconds * _MICROSECOND

@@ -1,7 +1,7 @@
-"""The event log: the only module whose SQL touches `events`, `heads` and `claims`."""
+"""The event log: the only module whose SQL writes `events`, `heads`, `claims` and `idempotency_keys`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import TypeAlias
 
@@ -22,23 +22,45 @@ from opsentry.events.codec import (
 from opsentry.postgres import Connection
 
 # Appends a batch of commands in one round trip; see the function's comment in the migrations.
-_APPEND = "SELECT * FROM append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)"
+_APPEND = "SELECT * FROM append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)"
 
 _COLUMNS = (
     "tenant_id, seq, stream_kind, stream_id, version, type, schema_version, occurred_at, recorded_at, data, meta, words"
 )
 
-# One stream from its beginning, or from after a version.
+# One stream, the versions after one and up to another.
 _STREAM = (
-    f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id = $3 AND version > $4"
-    " ORDER BY version"
+    f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id = $3"
+    " AND version > $4 AND version <= $5 ORDER BY version"
+)
+
+# Some streams as they were at a position.
+_STREAMS_UNTIL = (
+    f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id = ANY($3) AND seq <= $4"
+    " ORDER BY stream_id, version"
 )
 
 # A tenant's ledger after a position: since seq is dense and in commit order, this never skips an event.
 _AFTER = f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND seq > $2 ORDER BY seq LIMIT $3"
 
+# The same up to another position, of some kinds of streams.
+_BETWEEN = (
+    f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND seq > $2 AND seq <= $3 AND stream_kind = ANY($4)"
+    " ORDER BY seq"
+)
+
 # Where the ledger ends.
 _HEAD = "SELECT seq FROM heads WHERE tenant_id = $1"
+
+# What a client's key stands for.
+_KEY = "SELECT fingerprint, stream_id, version, seq FROM idempotency_keys WHERE tenant_id = $1 AND key = $2"
+
+# Keys of all tenants that were kept long enough, some at a time so that no lock is held for long.
+_PRUNE = """
+DELETE FROM idempotency_keys WHERE (tenant_id, key) IN (
+    SELECT tenant_id, key FROM idempotency_keys WHERE recorded_at < clock_timestamp() - $1 * interval '1 second'
+    ORDER BY recorded_at LIMIT $2)
+"""
 
 # Which stream holds each name.
 _CLAIMS = "SELECT name, stream_id FROM claims WHERE tenant_id = $1 AND name = ANY($2)"
@@ -52,12 +74,24 @@ class NewEvent(msgspec.Struct, frozen=True):
     occurred_at: datetime | None = None
 
 
+class Key(msgspec.Struct, frozen=True):
+    """What makes a command safe to send again: who called it what (`digest`), and what was asked for (`fingerprint`).
+
+    Both are SHA-256 digests.
+    """
+
+    digest: bytes
+    fingerprint: bytes
+
+
 class Append(msgspec.Struct, frozen=True, kw_only=True):
     """A command to the log: append these events to one stream, all or none.
 
     Attributes:
         stream_id: 0 asks for a new id.
         expected_version: The version that the stream must have; 0: it must not exist.
+        events: May be empty where there is a key, so that a command that changed nothing is not one that does later.
+        key: Appends once, however often it is sent.
         claim: A name that no other stream of the tenant may hold, taken together with the append.
     """
 
@@ -67,6 +101,7 @@ class Append(msgspec.Struct, frozen=True, kw_only=True):
     expected_version: int
     events: Sequence[NewEvent]
     claim: str | None = None
+    key: Key | None = None
 
 
 class Appended(msgspec.Struct, frozen=True):
@@ -99,6 +134,18 @@ class Appended(msgspec.Struct, frozen=True):
         return recorded
 
 
+class Repeated(msgspec.Struct, frozen=True):
+    """Nothing was appended: the same command was, under the same key. `version` and `seq` are from then."""
+
+    stream_id: int
+    version: int
+    seq: int
+
+
+class KeyReused(msgspec.Struct, frozen=True):
+    """Nothing was appended: the key stands for another command."""
+
+
 class Conflict(msgspec.Struct, frozen=True):
     """Nothing was appended: the stream has another version than was expected."""
 
@@ -119,7 +166,7 @@ class NoTenant(msgspec.Struct, frozen=True):
     """Nothing was appended: there is no such tenant."""
 
 
-Outcome: TypeAlias = Appended | Conflict | Claimed | Busy | NoTenant
+Outcome: TypeAlias = Appended | Repeated | KeyReused | Conflict | Claimed | Busy | NoTenant
 
 
 async def append(connection: Connection, commands: Sequence[Append], *, wait: bool) -> list[Outcome]:
@@ -147,6 +194,7 @@ async def append(connection: Connection, commands: Sequence[Append], *, wait: bo
         [e.words for e in encoded],
         [None if e.words is None else os.urandom(16) for e in encoded],
         wait,
+        *_keys(commands),
     )
     return [
         _outcome(*answer)
@@ -156,10 +204,21 @@ async def append(connection: Connection, commands: Sequence[Append], *, wait: bo
     ]
 
 
+def _keys(commands: Sequence[Append]) -> tuple[list[bytes | None] | None, list[bytes | None] | None]:
+    if all(c.key is None for c in commands):
+        return None, None
+    keys = [c.key for c in commands]
+    return [None if k is None else k.digest for k in keys], [None if k is None else k.fingerprint for k in keys]
+
+
 def _outcome(word: str, stream_id: int, version: int, seq: int, recorded_at: datetime) -> Outcome:
     match word:
         case "appended":
             return Appended(stream_id, version, seq, recorded_at)
+        case "repeated":
+            return Repeated(stream_id, version, seq)
+        case "key_reused":
+            return KeyReused()
         case "conflict":
             return Conflict(version)
         case "claimed":
@@ -171,10 +230,18 @@ def _outcome(word: str, stream_id: int, version: int, seq: int, recorded_at: dat
 
 
 async def read_stream(
-    connection: Connection, tenant_id: int, kind: str, stream_id: int, after: int = 0
+    connection: Connection, tenant_id: int, kind: str, stream_id: int, after: int = 0, until: int = 2**31 - 1
 ) -> list[RecordedEvent]:
-    """Return the events of one stream with a version above `after`; empty if there is no such stream."""
-    return [recorded(row) for row in await connection.fetch(_STREAM, tenant_id, kind, stream_id, after)]
+    """Return the events of one stream with versions above `after`, up to `until`; empty if there is no such stream."""
+    return [recorded(row) for row in await connection.fetch(_STREAM, tenant_id, kind, stream_id, after, until)]
+
+
+async def read_streams(
+    connection: Connection, tenant_id: int, kind: str, stream_ids: Iterable[int], seq: int
+) -> list[RecordedEvent]:
+    """Return the events of some streams as they were at position `seq`, stream by stream."""
+    rows = await connection.fetch(_STREAMS_UNTIL, tenant_id, kind, list(stream_ids), seq)
+    return [recorded(row) for row in rows]
 
 
 async def read_after(connection: Connection, tenant_id: int, seq: int, limit: int) -> list[RecordedEvent]:
@@ -182,10 +249,33 @@ async def read_after(connection: Connection, tenant_id: int, seq: int, limit: in
     return [recorded(row) for row in await connection.fetch(_AFTER, tenant_id, seq, limit)]
 
 
+async def read_between(
+    connection: Connection, tenant_id: int, after: int, until: int, kinds: Iterable[str]
+) -> list[RecordedEvent]:
+    """Return the tenant's events of these stream kinds after position `after`, up to `until`, in order."""
+    return [recorded(row) for row in await connection.fetch(_BETWEEN, tenant_id, after, until, list(kinds))]
+
+
 async def head(connection: Connection, tenant_id: int) -> int:
     """Return the seq of the tenant's last event, 0 if it has none."""
     seq = await connection.fetchval(_HEAD, tenant_id)
     return 0 if seq is None else int(seq)
+
+
+async def find_key(connection: Connection, tenant_id: int, key: Key) -> Repeated | KeyReused | None:
+    """Return what was done under `key`, `None` if nothing was."""
+    row = await connection.fetchrow(_KEY, tenant_id, key.digest)
+    if row is None:
+        return None
+    if row["fingerprint"] != key.fingerprint:
+        return KeyReused()
+    return Repeated(row["stream_id"], row["version"], row["seq"])
+
+
+async def prune_keys(connection: Connection, kept_seconds: int, limit: int) -> int:
+    """Forget at most `limit` keys, of all tenants, that are older than `kept_seconds`; return how many."""
+    done: str = await connection.execute(_PRUNE, kept_seconds, limit)
+    return int(done.rsplit(maxsplit=1)[-1])
 
 
 async def claims(connection: Connection, tenant_id: int, names: Sequence[str]) -> dict[str, int]:

@@ -70,7 +70,7 @@ WITH found AS (
     SELECT from_at, to_at, level, excluded, row_number() OVER (ORDER BY from_at, source_id, from_version) AS place
     FROM impact_periods
     WHERE tenant_id = $1 AND service_id = $2 AND to_at > now() - $3 * interval '1 day')
-SELECT fresh.head, fresh.position, now() AS now, s.since,
+SELECT fresh.*, now() AS now, s.since,
     (SELECT array_agg(from_at ORDER BY place) FROM found) AS starts,
     (SELECT array_agg(nullif(to_at, 'infinity') ORDER BY place) FROM found) AS ends,
     (SELECT array_agg(level ORDER BY place) FROM found) AS levels,

@@ -8,11 +8,19 @@ import asyncpg
 import msgspec
 
 from opsentry.domain import incident
-from opsentry.domain.incident import Incident, IncidentEvent, IncidentResolved, IncidentUpdated
+from opsentry.domain.incident import Incident, IncidentEvent, IncidentRedacted, IncidentResolved, IncidentUpdated
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
 from opsentry.projections.projection import by_stream, continued, fold, freshness
-from opsentry.projections.timeline import AUTHOR, UpdateView, author_name, id_array, update_columns
+from opsentry.projections.timeline import (
+    AUTHOR,
+    UpdateView,
+    author_name,
+    etag_of,
+    id_array,
+    redacted,
+    update_columns,
+)
 
 # The rows that this batch goes on from. LIMIT keeps them from being joined by a scan of the table, which a connection
 # that planned this while the table was small would go on doing until its statistics are next taken.
@@ -41,8 +49,36 @@ SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::bigint[], $6::
 ON CONFLICT DO NOTHING
 """
 
+# Entries whose words were erased.
+_LOAD_UPDATES = """
+SELECT u.incident_id, u.version, u.body FROM unnest($2::bigint[], $3::int[]) AS wanted (id, version)
+CROSS JOIN LATERAL (
+    SELECT * FROM incident_updates
+    WHERE tenant_id = $1 AND incident_id = wanted.id AND version = wanted.version LIMIT 1) AS u
+"""
+_REWRITE_UPDATES = """
+UPDATE incident_updates u SET body = row.body
+FROM unnest($2::bigint[], $3::int[], $4::text[]) AS row (incident_id, version, body)
+WHERE u.tenant_id = $1 AND u.incident_id = row.incident_id AND u.version = row.version
+"""
+
+_STORE_SNAPSHOTS = """
+INSERT INTO incident_snapshots (tenant_id, incident_id, version, body)
+SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[]) ON CONFLICT DO NOTHING
+"""
+
+# States from before an erasure still hold the words; looking back goes without them.
+_DROP_SNAPSHOTS = """
+DELETE FROM incident_snapshots s USING unnest($2::bigint[], $3::int[]) AS row (incident_id, version)
+WHERE s.tenant_id = $1 AND s.incident_id = row.incident_id AND s.version < row.version
+"""
+
 _CLEAR = "DELETE FROM incidents WHERE tenant_id = $1"
 _CLEAR_UPDATES = "DELETE FROM incident_updates WHERE tenant_id = $1"
+_CLEAR_SNAPSHOTS = "DELETE FROM incident_snapshots WHERE tenant_id = $1"
+
+# How often the state of an incident is kept.
+SNAPSHOT_EVERY = 100
 
 # The answer with its links put in. Inside of a JSON string every quote is escaped, so the marker is found only where
 # the encoder wrote it.
@@ -52,18 +88,19 @@ CASE WHEN i.service_ids = '{}' THEN i.body ELSE replace(i.body, '"services":[]',
      WHERE s.tenant_id = i.tenant_id AND s.service_id = ANY(i.service_ids)), '') || ']') END
 """
 
+# The timeline of the incident $2 up to a version, as one JSON array's inside.
 _UPDATES = f"""
 (SELECT coalesce(string_agg(replace(u.body, '"author":null', '"author":' || {AUTHOR}), ',' ORDER BY u.version), '')
  FROM incident_updates u
  LEFT JOIN tokens t ON u.actor_kind = 'token' AND t.tenant_id = u.tenant_id AND t.token_id = u.actor_id
- WHERE u.tenant_id = i.tenant_id AND u.incident_id = i.incident_id)
+ WHERE u.tenant_id = $1 AND u.incident_id = $2 AND u.version <= i.version)
 """
 
 _ORDER = "occurred_at DESC, incident_id DESC"
 
 # The incidents that are not resolved, as one JSON array's inside.
 _ACTIVE = f"""
-SELECT fresh.head, fresh.position, convert_to((
+SELECT fresh.*, convert_to((
     SELECT string_agg({_ANSWER}, ',' ORDER BY {_ORDER}) FROM incidents i
     WHERE i.tenant_id = $1 AND i.status <> 'resolved'), 'UTF8') AS items
 FROM {freshness("incidents", "services")}
@@ -71,10 +108,21 @@ FROM {freshness("incidents", "services")}
 
 # One incident with its timeline.
 _ONE = f"""
-SELECT fresh.head, fresh.position, i.version, convert_to(
+SELECT fresh.*, {etag_of("i")} AS etag, convert_to(
     left({_ANSWER}, -1) || ',"updates":[' || {_UPDATES} || ']}}', 'UTF8') AS body
 FROM {freshness("incidents", "services")}
 LEFT JOIN incidents i ON i.tenant_id = $1 AND i.incident_id = $2
+"""
+
+
+# What an incident was at position $3: the state kept last before it, the version it had, and its timeline.
+_AS_OF = f"""
+SELECT fresh.*, i.version, s.version AS snapshot_version, s.body AS snapshot, convert_to({_UPDATES}, 'UTF8') AS updates
+FROM {freshness("incidents")}
+CROSS JOIN (SELECT version_at($1, 'incident', $2, $3) AS version) AS i
+LEFT JOIN LATERAL (
+    SELECT version, body FROM incident_snapshots
+    WHERE tenant_id = $1 AND incident_id = $2 AND version <= i.version ORDER BY version DESC LIMIT 1) AS s ON true
 """
 
 
@@ -84,7 +132,7 @@ def _list_query(filters: Sequence[str]) -> str:
     return f"""
         WITH page AS (
             SELECT * FROM incidents WHERE tenant_id = $1{where} ORDER BY {_ORDER} LIMIT $2 OFFSET $3)
-        SELECT fresh.head, fresh.position,
+        SELECT fresh.*,
             (SELECT count(*) FROM incidents WHERE tenant_id = $1{where}) AS total,
             convert_to((SELECT string_agg({_ANSWER}, ',' ORDER BY {_ORDER}) FROM page i), 'UTF8') AS items
         FROM {freshness("incidents", "services")}
@@ -182,6 +230,25 @@ def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], to
     return msgspec.json.encode(IncidentDetail(**msgspec.structs.asdict(view), updates=updates))
 
 
+async def as_of(connection: Connection, tenant_id: int, incident_id: int, seq: int) -> asyncpg.Record:
+    """Return what `render_as_of` needs to know of an incident at position `seq`; `version` 0: there was none."""
+    return await connection.fetchrow(_AS_OF, tenant_id, incident_id, seq)
+
+
+def state_as_of(row: asyncpg.Record, incident_id: int, tail: Sequence[RecordedEvent]) -> IncidentView:
+    """Return the state in a row of `as_of`; `tail` are the events after `snapshot_version`, up to `version`."""
+    stored = {}
+    if row["snapshot"] is not None:
+        stored = {incident_id: (row["snapshot_version"], _decode(row["snapshot"]))}
+    ((view, _),) = fold({incident_id: tail}, stored, evolve_view)
+    return view
+
+
+def render_as_of(row: asyncpg.Record, view: IncidentView) -> bytes:
+    """Return the incident that `view` is, its links filled in, with the timeline of a row of `as_of`."""
+    return b"".join((msgspec.json.encode(view)[:-1], b',"updates":[', row["updates"], b"]}"))
+
+
 class Incidents:
     """The projection `incidents`."""
 
@@ -195,7 +262,13 @@ class Incidents:
         if ids := continued(streams):
             rows = await connection.fetch(_LOAD, tenant_id, ids)
             stored = {row["incident_id"]: (row["version"], _decode(row["body"])) for row in rows}
-        changed = fold(streams, stored, evolve_view)
+        snapshots: list[tuple[int, int, str]] = []
+
+        def keep(view: IncidentView, version: int) -> None:
+            if version % SNAPSHOT_EVERY == 0:
+                snapshots.append((view.id, version, msgspec.json.encode(view).decode()))
+
+        changed = fold(streams, stored, evolve_view, keep)
         await connection.execute(
             _STORE,
             tenant_id,
@@ -210,11 +283,21 @@ class Incidents:
         )
         if updates := [e for e in events if isinstance(e.event, IncidentUpdated)]:
             await connection.execute(_STORE_UPDATES, tenant_id, *update_columns(updates))
+        if snapshots:
+            await connection.execute(_STORE_SNAPSHOTS, tenant_id, *zip(*snapshots, strict=True))
+        if erased := [(e, e.event) for e in events if isinstance(e.event, IncidentRedacted)]:
+            ids, versions = [e.stream_id for e, _ in erased], [e.version for e, _ in erased]
+            await connection.execute(_DROP_SNAPSHOTS, tenant_id, ids, versions)
+            gone = [(e.stream_id, version) for e, event in erased for version in event.versions]
+            rows = await connection.fetch(_LOAD_UPDATES, tenant_id, *zip(*gone, strict=True))
+            if rewritten := [(row["incident_id"], row["version"], redacted(row["body"])) for row in rows]:
+                await connection.execute(_REWRITE_UPDATES, tenant_id, *zip(*rewritten, strict=True))
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
         await connection.execute(_CLEAR, tenant_id)
         await connection.execute(_CLEAR_UPDATES, tenant_id)
+        await connection.execute(_CLEAR_SNAPSHOTS, tenant_id)
 
 
 async def page(
@@ -232,5 +315,5 @@ async def active(connection: Connection, tenant_id: int) -> asyncpg.Record:
 
 
 async def one(connection: Connection, tenant_id: int, incident_id: int) -> asyncpg.Record:
-    """Return `body` and `version` of one incident; NULL if there is none."""
+    """Return `body` and `etag` of one incident; NULL if there is none."""
     return await connection.fetchrow(_ONE, tenant_id, incident_id)

@@ -13,13 +13,22 @@ from opsentry.domain.maintenance import (
     MaintenanceCancelled,
     MaintenanceCompleted,
     MaintenanceEvent,
+    MaintenanceRedacted,
     MaintenanceStarted,
     MaintenanceUpdated,
 )
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
 from opsentry.projections.projection import by_stream, continued, fold, freshness
-from opsentry.projections.timeline import AUTHOR, UpdateView, author_name, id_array, update_columns
+from opsentry.projections.timeline import (
+    AUTHOR,
+    UpdateView,
+    author_name,
+    etag_of,
+    id_array,
+    redacted,
+    update_columns,
+)
 
 # The rows that this batch goes on from.
 _LOAD = (
@@ -49,6 +58,19 @@ SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::bigint[], $6::
 ON CONFLICT DO NOTHING
 """
 
+# Entries whose words were erased; see the same in incidents.
+_LOAD_UPDATES = """
+SELECT u.maintenance_id, u.version, u.body FROM unnest($2::bigint[], $3::int[]) AS wanted (id, version)
+CROSS JOIN LATERAL (
+    SELECT * FROM maintenance_updates
+    WHERE tenant_id = $1 AND maintenance_id = wanted.id AND version = wanted.version LIMIT 1) AS u
+"""
+_REWRITE_UPDATES = """
+UPDATE maintenance_updates u SET body = row.body
+FROM unnest($2::bigint[], $3::int[], $4::text[]) AS row (maintenance_id, version, body)
+WHERE u.tenant_id = $1 AND u.maintenance_id = row.maintenance_id AND u.version = row.version
+"""
+
 _CLEAR = "DELETE FROM maintenance WHERE tenant_id = $1"
 _CLEAR_UPDATES = "DELETE FROM maintenance_updates WHERE tenant_id = $1"
 
@@ -74,7 +96,7 @@ _LIST = f"""
 WITH page AS (
     SELECT * FROM maintenance WHERE tenant_id = $1 AND ($2::text IS NULL OR status = $2)
     ORDER BY {_NEWEST} LIMIT $3 OFFSET $4)
-SELECT fresh.head, fresh.position,
+SELECT fresh.*,
     (SELECT count(*) FROM maintenance WHERE tenant_id = $1 AND ($2::text IS NULL OR status = $2)) AS total,
     convert_to((SELECT string_agg({_ANSWER}, ',' ORDER BY {_NEWEST}) FROM page m), 'UTF8') AS items
 FROM {freshness("maintenance", "services")}
@@ -82,7 +104,7 @@ FROM {freshness("maintenance", "services")}
 
 # Windows still to come, the next one first.
 _UPCOMING = f"""
-SELECT fresh.head, fresh.position, convert_to((
+SELECT fresh.*, convert_to((
     SELECT string_agg({_ANSWER}, ',' ORDER BY {_NEXT}) FROM maintenance m
     WHERE m.tenant_id = $1 AND m.status = 'scheduled' AND m.scheduled_start > now()), 'UTF8') AS items
 FROM {freshness("maintenance", "services")}
@@ -90,7 +112,7 @@ FROM {freshness("maintenance", "services")}
 
 # One window with its timeline.
 _ONE = f"""
-SELECT fresh.head, fresh.position, m.version, convert_to(
+SELECT fresh.*, {etag_of("m")} AS etag, convert_to(
     left({_ANSWER}, -1) || ',"updates":[' || {_UPDATES} || ']}}', 'UTF8') AS body
 FROM {freshness("maintenance", "services")}
 LEFT JOIN maintenance m ON m.tenant_id = $1 AND m.maintenance_id = $2
@@ -231,6 +253,12 @@ class MaintenanceWindows:
         )
         if updates := [e for e in events if isinstance(e.event, MaintenanceUpdated)]:
             await connection.execute(_STORE_UPDATES, tenant_id, *update_columns(updates))
+        if gone := [
+            (e.stream_id, v) for e in events if isinstance(e.event, MaintenanceRedacted) for v in e.event.versions
+        ]:
+            rows = await connection.fetch(_LOAD_UPDATES, tenant_id, *zip(*gone, strict=True))
+            if rewritten := [(row["maintenance_id"], row["version"], redacted(row["body"])) for row in rows]:
+                await connection.execute(_REWRITE_UPDATES, tenant_id, *zip(*rewritten, strict=True))
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
@@ -251,7 +279,7 @@ async def upcoming(connection: Connection, tenant_id: int) -> asyncpg.Record:
 
 
 async def one(connection: Connection, tenant_id: int, maintenance_id: int) -> asyncpg.Record:
-    """Return `body` and `version` of one window; NULL if there is none."""
+    """Return `body` and `etag` of one window; NULL if there is none."""
     return await connection.fetchrow(_ONE, tenant_id, maintenance_id)
 
 

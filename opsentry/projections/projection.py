@@ -44,6 +44,7 @@ def fold(
     streams: Mapping[int, Sequence[RecordedEvent]],
     stored: Mapping[int, tuple[int, V]],
     evolve: Callable[[V | None, RecordedEvent], V],
+    each: Callable[[V, int], None] = lambda _view, _version: None,
 ) -> list[tuple[V, int]]:
     """Return the view of each stream after its events, with the version that it shows.
 
@@ -51,6 +52,7 @@ def fold(
         streams: Events by stream, each stream's in order.
         stored: (version, view) of streams that do not begin here; events that they show already are passed over.
         evolve: Folds one event into a view.
+        each: Called with every view on the way, and its version.
     """
     folded = []
     for stream_id, events in streams.items():
@@ -59,6 +61,7 @@ def fold(
             if recorded.version > version:
                 view = evolve(view, recorded)
                 version = recorded.version
+                each(view, version)
         if view is not None:
             folded.append((view, version))
     return folded
@@ -70,22 +73,24 @@ UNANSWERED_SECONDS = 0.25
 
 
 def freshness(*projections: str) -> str:
-    """Return a FROM item `fresh(head, position)` for reads of `projections`' rows, for the tenant `$1`.
+    """Return a FROM item `fresh(head, position, shown, tag)` for reads of `projections`' rows, for the tenant `$1`.
 
     `head` is where the tenant's ledger ends, `position` how far the rows can be trusted: to the head if all that is
     missing is younger than any answered command. A parked projection counts as up to date: waiting would not help.
-    `position` is NULL where one of them has never run for the tenant.
+    `shown` is the last event that the rows show in fact, `tag` a text that is another one whenever the rows are.
+    All but `head` are NULL where one of the projections has never run for the tenant.
 
     The first missing event is asked for in the order of seq, so that only the index on seq will do: planned while the
     ledger is small, an EXISTS, or an equality, may for as long as the connection lives read all of it instead.
     """
     names = ", ".join(f"'{name}'" for name in projections)
     return f"""(
-        SELECT h.seq AS head, (
-            SELECT CASE WHEN count(*) = {len(projections)} THEN
-                min(CASE WHEN c.position < h.seq AND c.parked_seq IS NULL AND (
+        SELECT h.seq AS head, how.* FROM heads h LEFT JOIN LATERAL (
+            SELECT min(CASE WHEN c.position < h.seq AND c.parked_seq IS NULL AND (
                     SELECT e.recorded_at FROM events e WHERE e.tenant_id = c.tenant_id AND e.seq > c.position
                     ORDER BY e.seq LIMIT 1) < clock_timestamp() - {UNANSWERED_SECONDS} * interval '1 second'
-                    THEN c.position ELSE h.seq END) END
-            FROM checkpoints c WHERE c.tenant_id = h.tenant_id AND c.projection IN ({names})) AS position
-        FROM heads h WHERE h.tenant_id = $1) AS fresh"""
+                    THEN c.position ELSE h.seq END) AS position,
+                min(c.position) AS shown, string_agg(c.position::text, '-' ORDER BY c.projection) AS tag
+            FROM checkpoints c WHERE c.tenant_id = h.tenant_id AND c.projection IN ({names})
+            HAVING count(*) = {len(projections)}
+        ) AS how ON true WHERE h.tenant_id = $1) AS fresh"""

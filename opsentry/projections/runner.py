@@ -43,6 +43,8 @@ _BEHIND = (
 
 _BATCH = 500
 _PASS_TIMEOUT = 30.0
+# How often a read looks whether a position that it waits for has been recorded.
+_POLL_SECONDS = 0.05
 
 
 class Poison(Exception):
@@ -53,6 +55,10 @@ class Poison(Exception):
         self.projection = projection
         self.seq = seq
         self.error = error
+
+
+class NotThereYet(Exception):
+    """A read was asked for a position that the read models did not reach in time."""
 
 
 class Runner:
@@ -91,27 +97,44 @@ class Runner:
         """Return tenants with projections that lag, at most `limit`."""
         return [row["tenant_id"] for row in await self._database.fetch(_BEHIND, self._names, limit, seconds=10)]
 
-    async def read(self, tenant_id: int, query: Callable[[Connection], Awaitable[asyncpg.Record]]) -> asyncpg.Record:
+    async def read(
+        self, tenant_id: int, query: Callable[[Connection], Awaitable[asyncpg.Record]], *, at_least: int = 0
+    ) -> asyncpg.Record:
         """Return the row of `query` once it shows all that the tenant's ledger held when it was asked.
 
-        The row carries `head` and `position` (see `freshness`). A read that finds its projection behind brings it up
-        to date itself, so no read depends on a command having had the time to, or on a worker being alive. Where
-        that takes too long, the row is returned as it is; `position` below `head` tells.
+        The row carries what `freshness` tells. A read that finds its projection behind brings it up to date itself,
+        so no read depends on a command having had the time to, or on a worker being alive. Where that takes too
+        long, the row is returned as it is; `position` below `head` tells.
+
+        Args:
+            tenant_id: The tenant.
+            query: Reads the row.
+            at_least: A position that the row must show in fact; waited for, for a bounded time.
 
         Raises:
+            NotThereYet: `at_least` was not reached in time.
             DatabaseUnavailable: The database was lost.
         """
-        async with self._database.connection() as connection:
-            row = await query(connection)
-        if row["position"] is None or row["position"] < row["head"]:
-            try:
-                async with asyncio.timeout(DATABASE_TIMEOUT):
-                    await self.catch_up(tenant_id, row["head"])
-            except TimeoutError:
-                pass
-            async with self._database.connection() as connection:
-                row = await query(connection)
+        row = await self._query(query)
+        behind = row["position"] is None or row["position"] < row["head"]
+        if not behind and (row["shown"] or 0) >= at_least:
+            return row
+        try:
+            async with asyncio.timeout(DATABASE_TIMEOUT):
+                while row["head"] < at_least:
+                    await asyncio.sleep(_POLL_SECONDS)
+                    row = await self._query(query)
+                await self.catch_up(tenant_id, row["head"])
+        except TimeoutError:
+            pass
+        row = await self._query(query)
+        if (row["shown"] or 0) < at_least:
+            raise NotThereYet(f"position {at_least} cannot be shown yet")
         return row
+
+    async def _query(self, query: Callable[[Connection], Awaitable[asyncpg.Record]]) -> asyncpg.Record:
+        async with self._database.connection() as connection:
+            return await query(connection)
 
     async def _pass(self, tenant_id: int) -> int:
         """Apply what there is; return the position reached."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import asyncpg
 import msgspec
@@ -45,14 +45,15 @@ WITH found AS (
       AND ($3::text IS NULL OR s.visibility = $3)
       AND ($4::text IS NULL OR s.name ILIKE $4 OR s.slug ILIKE $4)
 ), page AS (SELECT * FROM found ORDER BY name COLLATE "C", service_id LIMIT $5 OFFSET $6)
-SELECT fresh.head, fresh.position, (SELECT count(*) FROM found) AS total,
+SELECT fresh.*, (SELECT count(*) FROM found) AS total,
     convert_to((SELECT string_agg(answer, ',' ORDER BY name COLLATE "C", service_id) FROM page), 'UTF8') AS items
 FROM {freshness("services", "impact")}
 """
 
 # One service.
 _ONE = f"""
-SELECT fresh.head, fresh.position, s.version, convert_to({_ANSWER}, 'UTF8') AS body, s.since
+SELECT fresh.*, s.since, s.version || coalesce('-' || nullif(t.status, 'operational'), '') AS etag,
+    convert_to({_ANSWER}, 'UTF8') AS body
 FROM {freshness("services", "impact")}
 LEFT JOIN services s ON s.tenant_id = $1 AND s.service_id = $2 AND NOT s.retired
 LEFT JOIN service_status t ON t.tenant_id = s.tenant_id AND t.service_id = s.service_id
@@ -60,9 +61,10 @@ LEFT JOIN service_status t ON t.tenant_id = s.tenant_id AND t.service_id = s.ser
 
 # How other answers link the services with these ids; retired ones too, for what already links them.
 _REFS = f"""
-SELECT fresh.head, fresh.position, found.ids, found.refs, found.retired
+SELECT fresh.*, found.ids, found.refs, found.retired, found.versions
 FROM {freshness("services")} CROSS JOIN (
-    SELECT array_agg(service_id) AS ids, array_agg(ref) AS refs, array_agg(service_id) FILTER (WHERE retired) AS retired
+    SELECT array_agg(service_id) AS ids, array_agg(ref) AS refs, array_agg(version) AS versions,
+        array_agg(service_id) FILTER (WHERE retired) AS retired
     FROM services WHERE tenant_id = $1 AND service_id = ANY($2)) AS found
 """
 
@@ -81,6 +83,10 @@ class ServiceView(msgspec.Struct, kw_only=True):
 
 
 _decode = msgspec.json.Decoder(ServiceView).decode
+
+
+# How services are linked, by id, and the versions that they have.
+Links: TypeAlias = tuple[Mapping[int, msgspec.Raw], Sequence[int]]
 
 
 class ServiceRef(msgspec.Struct):
@@ -141,7 +147,7 @@ class Services:
             [view.id in retired for view, _ in changed],
             [view.created_at for view, _ in changed],
             [msgspec.json.encode(view).decode() for view, _ in changed],
-            [msgspec.json.encode(ServiceRef(view.id, view.slug, view.name)).decode() for view, _ in changed],
+            [bytes(ref(view)).decode() for view, _ in changed],
         )
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
@@ -168,21 +174,39 @@ async def page(
 
 
 async def one(connection: Connection, tenant_id: int, service_id: int) -> asyncpg.Record:
-    """Return `body`, `version` and `since` of one service; all NULL if there is none."""
+    """Return `body`, `etag` and `since` of one service; all NULL if there is none."""
     return await connection.fetchrow(_ONE, tenant_id, service_id)
 
 
 async def refs(connection: Connection, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
-    """Return `ids`, their `refs` (JSON objects as text) and which of them are `retired`; NULL where there are none."""
+    """Return `ids`, `refs` (JSON objects as text) and `versions`, and which are `retired`; NULL if none are there."""
     return await connection.fetchrow(_REFS, tenant_id, list(service_ids))
 
 
-def refs_of(row: Mapping[str, Sequence[int] | Sequence[str] | None]) -> dict[int, msgspec.Raw]:
+def refs_of(row: Mapping[str, Any]) -> dict[int, msgspec.Raw]:
     """Return the links in a row of `refs` by service id."""
     return {
-        cast("int", service_id): msgspec.Raw(cast("str", ref).encode())
+        service_id: msgspec.Raw(ref.encode())
         for service_id, ref in zip(row["ids"] or (), row["refs"] or (), strict=True)
     }
+
+
+def ref(view: ServiceView) -> msgspec.Raw:
+    """Return how other answers link a service."""
+    return msgspec.Raw(msgspec.json.encode(ServiceRef(view.id, view.slug, view.name)))
+
+
+def links_of(row: Mapping[str, Any], service_ids: Iterable[int]) -> Links:
+    """Return the links to `service_ids` in a row of `refs`, which may hold others' too."""
+    refs, versions = refs_of(row), dict(zip(row["ids"] or (), row["versions"] or (), strict=True))
+    known = [service_id for service_id in service_ids if service_id in refs]
+    return {service_id: refs[service_id] for service_id in known}, [versions[service_id] for service_id in known]
+
+
+def links_as_of(events: Iterable[RecordedEvent]) -> Links:
+    """Return the links to services after `events`, which are theirs from the beginning, stream by stream."""
+    folded = fold(by_stream(events), {}, evolve_view)
+    return {view.id: ref(view) for view, _ in folded}, [version for _, version in folded]
 
 
 class RefsReader:

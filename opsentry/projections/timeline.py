@@ -6,12 +6,25 @@ from typing import Any
 
 import msgspec
 
+from opsentry.domain.decider import REDACTED
 from opsentry.domain.incident import IncidentUpdated
 from opsentry.domain.maintenance import MaintenanceUpdated
 from opsentry.events.codec import Actor, RecordedEvent
 
 # Who wrote an entry `u`, as JSON; `t` is the token's row, if a token did.
 AUTHOR = "to_json(coalesce(t.name, u.actor_kind))::text"
+
+
+def etag_of(row: str) -> str:
+    """Return SQL for the entity tag of the answer about `row`: its version, and how often linked services changed."""
+    return f"""{row}.version || coalesce((SELECT '-' || nullif(sum(s.version - 1), 0) FROM services s
+        WHERE s.tenant_id = {row}.tenant_id AND s.service_id = ANY({row}.service_ids)), '')"""
+
+
+def etag(version: int, service_versions: Iterable[int]) -> str:
+    """Return the same from the versions of the stream and of the services that its answer links."""
+    changes = sum(linked - 1 for linked in service_versions)
+    return f"{version}-{changes}" if changes else str(version)
 
 
 class UpdateView(msgspec.Struct, kw_only=True):
@@ -60,6 +73,13 @@ def update_columns(updates: Sequence[RecordedEvent]) -> tuple[list[Any], ...]:
         [recorded.meta.actor.id for recorded in updates],
         bodies,
     )
+
+
+def redacted(body: str) -> str:
+    """Return a stored entry without its words."""
+    entry = msgspec.json.decode(body, type=UpdateView)
+    entry.message = REDACTED
+    return msgspec.json.encode(entry).decode()
 
 
 def id_array(ids: Iterable[int]) -> str:

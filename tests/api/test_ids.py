@@ -19,7 +19,7 @@ def routes_of(kind):
 
 
 def valid_body(method):
-    return {} if method == "GET" else {"json": {"message": "m", "title": "T"}}
+    return {} if method == "GET" else {"json": {"message": "m", "title": "T", "reason": "r", "fields": ["title"]}}
 
 
 @pytest.mark.parametrize("kind", ["services", "incidents", "maintenance"])

@@ -1,14 +1,15 @@
 """What tests of the log share: short commands, and the rows as they lie in the table."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
 from opsentry.domain.incident import IncidentUpdated
 from opsentry.events import log
-from opsentry.events.codec import Actor, Meta
+from opsentry.events.chain import GENESIS, Damage, Link, check
+from opsentry.events.codec import Actor, Meta, to_microseconds
 from opsentry.events.log import Append, NewEvent, Outcome
 from opsentry.postgres import Connection
 
@@ -43,6 +44,21 @@ async def new_tenant(connection: Connection, slug: str) -> int:
 
 async def rows(connection: Connection, tenant_id: int) -> Sequence[Any]:
     return list(await connection.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY seq", tenant_id))
+
+
+def links(stored: Iterable[Mapping[str, Any]]) -> list[Link]:
+    times = ("occurred_at", "recorded_at")
+    columns: list[list[Any]] = [[to_microseconds(r[f]) if f in times else r[f] for f in Link._fields] for r in stored]
+    return [Link._make(row) for row in columns]
+
+
+def damage(stored: Iterable[Mapping[str, Any]], previous: bytes = GENESIS, seq: int = 0) -> Damage | None:
+    return check(links(stored), previous, seq)
+
+
+def first_broken(stored: Iterable[Mapping[str, Any]], previous: bytes = GENESIS, seq: int = 0) -> int | None:
+    found = damage(stored, previous, seq)
+    return None if found is None else found.seq
 
 
 async def messages(connection: Connection, tenant_id: int) -> list[str]:

@@ -10,9 +10,8 @@ import asyncpg
 import pytest
 
 from opsentry.events import log
-from opsentry.events.chain import first_broken
 from opsentry.events.log import Appended
-from tests.events.ledger import append, blocked_backend, messages, notes, rows
+from tests.events.ledger import append, blocked_backend, first_broken, messages, notes, rows
 from tests.events.log_contract import ODD_TEXTS, LogContract
 
 KILLED = (

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from opsentry.events import chain
+from tests.events.ledger import first_broken
 from tests.importing.pages import component, incident, ledger, link, page, update, write
 from tests.system.processes import environment, opsentry, running, until
 
@@ -57,6 +57,6 @@ async def test_killed_half_way_it_can_be_run_again_and_nothing_is_doubled(settin
     assert len(sources) == len(set(sources)) == 8 * INCIDENTS
     assert result["incidents"] + result["unchanged"] >= INCIDENTS
     assert len(await ledger(owner, acme.id, "service")) == 10
-    assert chain.first_broken(await ledger(owner, acme.id)) is None
+    assert first_broken(await ledger(owner, acme.id)) is None
     shown = await owner.fetchrow("SELECT count(*) AS n, min(status) AS a, max(status) AS b FROM incidents")
     assert tuple(shown) == (INCIDENTS, "resolved", "resolved")

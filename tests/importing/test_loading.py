@@ -5,9 +5,9 @@ from opsentry.domain import subscription
 from opsentry.domain.incident import DECIDER as INCIDENTS
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.events import chain
 from opsentry.importing.importer import Result, Skipped
 from tests.conftest import META
+from tests.events.ledger import first_broken
 from tests.importing.pages import (
     at,
     component,
@@ -167,7 +167,7 @@ async def test_two_at_once_write_it_once(settings, acme, owner, tmp_path):
     assert sum(result["updates"] for result in results) == 1000
     rows = await imported(owner, acme.id)
     assert len(rows) == sum(result["events"] for result in results) == 20 + 200 * 6
-    assert chain.first_broken(await ledger(owner, acme.id)) is None
+    assert first_broken(await ledger(owner, acme.id)) is None
 
 
 async def test_the_command_says_what_it_did(settings, acme, tmp_path):

@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from opsentry.domain.status import Period, uptime
-from opsentry.events import chain
 from opsentry.importing.statuspage import Component
 from opsentry.importing.translation import slugs
 from opsentry.wiring import core, serving
 from tests.conftest import Client, make_tenant
+from tests.events.ledger import first_broken
 from tests.importing.pages import ledger, load
 
 WEIGHTS = {"major": 3, "critical": 10}  # tenths of downtime
@@ -106,7 +106,7 @@ async def test_a_second_load_adds_nothing(page, real_history, owner):
     second = await load(parts, tenant.id, real_history)
     assert (second.events, second.unchanged) == (0, 12 + 589 + 18)
     assert len(await ledger(owner, tenant.id)) == len(before) == first.events + 2  # the tenant and its token
-    assert chain.first_broken(before) is None
+    assert first_broken(before) is None
     assert await owner.fetchval("SELECT count(*) FROM outbox_intents") == 0
 
 

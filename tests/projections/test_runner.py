@@ -271,5 +271,5 @@ async def test_an_update_of_a_projected_incident_goes_on_from_its_row(parts, acm
     await parts.runner.catch_up(acme.id, posted.seq)
     row = await incidents.one(app_connection, acme.id, made.stream_id)
     body = msgspec.json.decode(row["body"])
-    assert (row["version"], body["status"], len(body["updates"])) == (posted.version, "monitoring", 1)
+    assert (row["etag"], body["status"], len(body["updates"])) == (str(posted.version), "monitoring", 1)
     assert row["body"] == incidents.render(posted.history, {}, {})

@@ -72,7 +72,7 @@ async def test_a_change_shows_and_leaves_the_rest(given, app_connection, history
         "internal",
         "web",
     )
-    assert (row["version"], row["since"], body["created_at"]) == (3, at(-5), "2025-12-31T19:00:00Z")
+    assert (row["etag"], row["since"], body["created_at"]) == ("3", at(-5), "2025-12-31T19:00:00Z")
 
 
 async def test_a_retired_service_is_in_no_list_but_can_still_be_linked(given, listed, app_connection, history):

@@ -11,9 +11,9 @@ from typing import Any, Self
 import aiohttp
 
 from opsentry.config import Settings
-from opsentry.events import chain
 from opsentry.wiring import core
 from tests.conftest import Client, Tenant, make_service, make_tenant
+from tests.events.ledger import first_broken
 from tests.system.processes import until
 
 _numbers = count(1)
@@ -119,7 +119,7 @@ async def check_ledgers(owner: Any, tenants: Sequence[Tenant], answers: dict[str
     for tenant in tenants:
         rows = await owner.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY seq", tenant.id)
         assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
-        assert chain.first_broken(rows) is None
+        assert first_broken(rows) is None
         assert all(before["recorded_at"] < after["recorded_at"] for before, after in pairwise(rows))
         for row in rows:
             if row["type"] in {"incident.opened", "incident.updated"}:

@@ -1,0 +1,55 @@
+-- Looking back: from a moment to a place in the ledger, and from there to a stream as it was.
+
+-- The last seq that was recorded at `moment` or before, 0 if there is none. recorded_at rises with seq, so a binary
+-- search over the key finds it, and appends pay for no further index.
+CREATE FUNCTION seq_at(tenant bigint, moment timestamptz) RETURNS bigint LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    low bigint := 0;
+    high bigint := coalesce((SELECT seq FROM heads WHERE tenant_id = tenant), 0);
+    middle bigint;
+BEGIN
+    WHILE low < high LOOP
+        middle := (low + high + 1) / 2;
+        IF (SELECT recorded_at FROM events WHERE tenant_id = tenant AND seq = middle) <= moment THEN
+            low := middle;
+        ELSE
+            high := middle - 1;
+        END IF;
+    END LOOP;
+    RETURN low;
+END
+$$;
+
+-- The version that a stream had at the position `place`, 0 if it did not exist then; found in the same way.
+CREATE FUNCTION version_at(tenant bigint, kind text, stream bigint, place bigint) RETURNS integer
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    low integer := 0;
+    high integer := coalesce((
+        SELECT version FROM events WHERE tenant_id = tenant AND stream_kind = kind AND stream_id = stream
+        ORDER BY version DESC LIMIT 1), 0);
+    middle integer;
+BEGIN
+    WHILE low < high LOOP
+        middle := (low + high + 1) / 2;
+        IF (SELECT seq FROM events WHERE tenant_id = tenant AND stream_kind = kind AND stream_id = stream
+            AND version = middle) <= place THEN
+            low := middle;
+        ELSE
+            high := middle - 1;
+        END IF;
+    END LOOP;
+    RETURN low;
+END
+$$;
+
+-- Every hundredth state of an incident, so that looking back into a long one folds a hundred events at most.
+CREATE TABLE incident_snapshots (
+    tenant_id   bigint NOT NULL,
+    incident_id bigint NOT NULL,
+    version     integer NOT NULL,
+    body        text NOT NULL, -- as in incidents, at this version
+    PRIMARY KEY (tenant_id, incident_id, version)
+);
+
+GRANT SELECT, INSERT, UPDATE, DELETE ON incident_snapshots TO opsentry_app;

@@ -1,0 +1,124 @@
+"""`/events…`, the tenant's ledger for auditors, and what incidents and windows share of it: history and erasure."""
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from opsentry.api.answers import add_digest, add_links, object_response
+from opsentry.api.errors import BadRequest, NotFound
+from opsentry.api.http import Call, Id
+from opsentry.domain.events import EVENT_TYPES
+from opsentry.domain.redaction import Erasure, Written, plan
+from opsentry.events import export, ledger
+from opsentry.events.codec import RecordedEvent
+from opsentry.events.ledger import Entry
+
+_log = structlog.get_logger()
+
+DEFAULT_LIMIT = 100
+MAX_LIMIT = 1000
+
+# A client that takes nothing of an export for so long is given up.
+_STALLED_SECONDS = 30
+_BATCH = 1000
+
+
+class RedactionBody(msgspec.Struct):
+    """Body of `POST /incidents/:id/redactions` and the same of windows: which words, and why."""
+
+    reason: str
+    fields: tuple[str, ...] = ()
+    events: tuple[Id, ...] = ()
+
+
+def erasure(history: Sequence[RecordedEvent], own: Sequence[str], body: RedactionBody) -> Erasure:
+    """Return what `body` asks to erase of a stream; raises as `redaction.plan`."""
+    written = [Written(recorded.version, recorded.seq, recorded.event) for recorded in history]
+    return plan(written, own, body.fields, body.events)
+
+
+async def stream_history(call: Call, kind: str) -> web.Response:
+    """Answer with the events of the stream that the path names.
+
+    Raises:
+        NotFound: There is none.
+    """
+    stream_id, after, limit = call.id(), call.number("after", 0), _limit(call)
+    head = await call.head()
+    async with call.parts.database.connection() as connection:
+        entries, more = await ledger.stream_page(connection, call.tenant_id, kind, stream_id, after=after, limit=limit)
+        found = entries
+        if not found:  # past the end of it, or is there none?
+            found, _ = await ledger.stream_page(connection, call.tenant_id, kind, stream_id, after=0, limit=1)
+    if not found:
+        raise NotFound
+    return _page(call, entries, more, after, limit, head.seq)
+
+
+async def page(call: Call) -> web.Response:
+    """`GET /events`."""
+    after, limit = call.number("after", 0), _limit(call)
+    type_ = call.choice("type", sorted(EVENT_TYPES))
+    head = await call.head()
+    async with call.parts.database.connection() as connection:
+        entries, more = await ledger.page(connection, call.tenant_id, after=after, limit=limit, type_=type_)
+    return _page(call, entries, more, after, limit, head.seq)
+
+
+async def head(call: Call) -> web.Response:
+    """`GET /events/head`."""
+    found = await call.head()
+    response = add_digest(object_response(msgspec.json.encode(found)))
+    response.headers["Opsentry-Seq"] = str(found.seq)
+    return response
+
+
+async def export_lines(call: Call) -> web.StreamResponse:
+    """`GET /events/export`: the ledger as lines of JSON, read and sent some at a time."""
+    first = call.number("from_seq", 1, lowest=1)
+    ends = (await call.head()).seq
+    last = min(call.number("to_seq", ends), ends)
+    if first > last + 1:
+        raise BadRequest(f"from_seq: the export ends at position {last}")
+    async with call.parts.database.connection() as connection:
+        chunk = await export.chunk(connection, call.tenant_id, first - 1, min(first - 1 + _BATCH, last))
+    response = web.StreamResponse(headers={**call.headers, "Content-Type": "application/x-ndjson"})
+    response.headers["Content-Disposition"] = f'attachment; filename="ledger-{call.tenant_id}-{first}-{last}.ndjson"'
+    response.headers["Opsentry-Seq"] = str(last)
+    response.headers["Vary"] = "Accept-Encoding"
+    if "gzip" in call.request.headers.get("Accept-Encoding", "").lower():
+        response.enable_compression(web.ContentCoding.gzip)
+    await response.prepare(call.request)
+    if call.request.method == "HEAD":
+        return response
+    try:
+        after = first - 1
+        while after < last:
+            after = min(after + _BATCH, last)
+            async with asyncio.timeout(_STALLED_SECONDS):
+                await response.write(chunk)
+            if after < last:
+                async with call.parts.database.connection() as connection:
+                    chunk = await export.chunk(connection, call.tenant_id, after, min(after + _BATCH, last))
+        await response.write_eof()
+    except Exception as error:  # noqa: BLE001 - the answer has begun: what is left is to let it break off visibly
+        _log.warning("export broken off", request_id=call.request_id, error=type(error).__name__)
+        if call.request.transport is not None:
+            call.request.transport.abort()
+    return response
+
+
+def _limit(call: Call) -> int:
+    return min(call.number("limit", DEFAULT_LIMIT, lowest=1), MAX_LIMIT)
+
+
+def _page(call: Call, entries: Sequence[Entry], more: int | None, after: int, limit: int, head: int) -> web.Response:
+    answer = {"events": entries, "after": after, "limit": limit, "next": more}
+    response = add_digest(object_response(msgspec.json.encode(answer)))
+    if more is not None:
+        add_links(call, response, {"next": {"after": more}})
+    response.headers["Opsentry-Seq"] = str(head)
+    return response

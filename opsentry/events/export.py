@@ -1,0 +1,128 @@
+"""The ledger as lines of JSON: all that an outsider needs to verify it, without the database.
+
+One line is one row of `events`, with the texts exactly as they were hashed; `docs/ledger.md` describes it for those who
+write a verifier of their own.
+"""
+
+import gzip
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+import msgspec
+
+from opsentry.events import ledger
+from opsentry.events.chain import GENESIS, Link
+from opsentry.postgres import Connection
+
+_GZIP = b"\x1f\x8b"
+
+
+class Line(msgspec.Struct, frozen=True):
+    """A line of an export. Times are whole microseconds since 1970 UTC; octets are in lower-case hex."""
+
+    tenant_id: int
+    seq: int
+    stream_kind: str
+    stream_id: int
+    version: int
+    type: str
+    schema_version: int
+    occurred_at: int | None
+    recorded_at: int | None
+    data: str
+    meta: str
+    words: str | None
+    salt: str | None
+    words_digest: str | None
+    hash: str
+    previous_hash: str
+
+
+class Unreadable(Exception):
+    """A line that is no line of an export."""
+
+    def __init__(self, number: int, problem: str) -> None:
+        super().__init__(f"line {number}: {problem}")
+        self.number = number
+
+
+_encode = msgspec.json.Encoder().encode_into
+_decode = msgspec.json.Decoder(Line).decode
+
+
+async def chunk(connection: Connection, tenant_id: int, after: int, until: int) -> bytes:
+    """Return the lines of the events after position `after`, up to `until`."""
+    rows = await ledger.links(connection, tenant_id, after, until)
+    previous = GENESIS if after == 0 else await ledger.hash_at(connection, tenant_id, after) or b""
+    buffer = bytearray()
+    for row in rows:
+        salt, digest, hash_ = row[12:]
+        line = Line(
+            *row[:12],
+            None if salt is None else salt.hex(),
+            None if digest is None else digest.hex(),
+            hash_.hex(),
+            previous.hex(),
+        )
+        _encode(line, buffer, len(buffer))
+        buffer += b"\n"
+        previous = hash_
+    return bytes(buffer)
+
+
+class Reader:
+    """Reads an export, keeping nothing of it: rows to verify, and how far it has come."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.number = 0
+        """The number of the line that was read last, from 1."""
+
+    def links(self) -> Iterator[tuple[Link, bytes]]:
+        """Yield the row of each line, and the previous hash that the line names.
+
+        Raises:
+            Unreadable: A line is not one of an export, or breaks off.
+        """
+        for octets in self._file:
+            self.number += 1
+            try:
+                line = _decode(octets)
+                if not octets.endswith(b"\n"):
+                    raise Unreadable(self.number, "breaks off")
+                link = Link(
+                    line.tenant_id,
+                    line.seq,
+                    line.stream_kind,
+                    line.stream_id,
+                    line.version,
+                    line.type,
+                    line.schema_version,
+                    line.occurred_at,
+                    line.recorded_at,
+                    line.data,
+                    line.meta,
+                    line.words,
+                    None if line.salt is None else bytes.fromhex(line.salt),
+                    None if line.words_digest is None else bytes.fromhex(line.words_digest),
+                    bytes.fromhex(line.hash),
+                )
+                previous = bytes.fromhex(line.previous_hash)
+            except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
+                raise Unreadable(self.number, f"is not an event of an export: {error}") from None
+            yield link, previous
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open an export, compressed by gzip or not."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == _GZIP
+    if compressed:
+        with gzip.open(path) as unpacked:
+            yield cast("IO[bytes]", unpacked)
+    else:
+        with path.open("rb") as file:
+            yield file

@@ -1,0 +1,183 @@
+"""The ledger as auditors read it: entries with their hashes, where it ends, and the rows that prove it."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, cast
+
+import asyncpg
+import msgspec
+
+from opsentry.events.chain import Link
+from opsentry.events.codec import Meta, UnknownEvent, decode_meta, readable
+from opsentry.postgres import Connection
+
+# Events with the hash that each one's goes on from. LIMIT makes each previous one be looked up by the key.
+_ENTRIES = """
+SELECT e.*, coalesce(p.hash, decode(repeat('00', 32), 'hex')) AS previous_hash
+FROM (SELECT * FROM events WHERE {where} ORDER BY {order} LIMIT $3) AS e
+LEFT JOIN LATERAL (SELECT hash FROM events WHERE tenant_id = e.tenant_id AND seq = e.seq - 1 LIMIT 1) AS p ON true
+ORDER BY e.{order}
+"""
+
+# The ledger after a position, of one type or of any; not further than $4, so that a rare type is looked for in steps.
+_LEDGER = _ENTRIES.format(
+    where="tenant_id = $1 AND seq > $2 AND seq <= $4 AND ($5::text IS NULL OR type = $5)", order="seq"
+)
+
+# One stream after a position.
+_STREAM = _ENTRIES.format(
+    where="tenant_id = $1 AND stream_kind = $4 AND stream_id = $5 AND version > version_at($1, $4, $5, $2)",
+    order="version",
+)
+
+_HEAD = "SELECT seq, hash, recorded_at FROM heads WHERE tenant_id = $1"
+
+# Where all ledgers end, or that of one tenant.
+_HEADS = """
+SELECT h.tenant_id, t.slug, h.seq, h.hash FROM heads h JOIN tenants t USING (tenant_id)
+WHERE $1::bigint IS NULL OR h.tenant_id = $1 ORDER BY h.tenant_id
+"""
+
+_MOMENT = "CASE WHEN isfinite({0}) THEN (extract(epoch FROM {0}) * 1000000)::bigint END AS {0}"
+
+# Rows as they are verified, in the order of `Link`.
+_LINKS = (
+    f"SELECT tenant_id, seq, stream_kind, stream_id, version, type, schema_version, {_MOMENT.format('occurred_at')},"
+    f" {_MOMENT.format('recorded_at')}, data, meta, words, salt, words_digest, hash"
+    " FROM events WHERE tenant_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq"
+)
+
+# Which tokens the actors of entries are.
+_TOKENS = "SELECT token_id, prefix, name FROM tokens WHERE tenant_id = $1 AND token_id = ANY($2)"
+
+_HASH_AT = "SELECT hash FROM events WHERE tenant_id = $1 AND seq = $2"
+
+# How far the ledger is searched for one page of a type.
+WINDOW = 50_000
+
+
+class Who(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who did it: the kind of actor, and a token's id, public prefix and name."""
+
+    kind: str
+    id: int | None = None
+    prefix: str | None = None
+    name: str | None = None
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """An event as an auditor sees it. `data` has facts and words together; erased words read `[redacted]`."""
+
+    seq: int
+    stream_kind: str
+    stream_id: int
+    version: int
+    type: str
+    schema_version: int
+    data: dict[str, Any]
+    actor: Who
+    request_id: str | None
+    occurred_at: datetime
+    recorded_at: datetime
+    hash: str
+    previous_hash: str
+
+
+class Head(msgspec.Struct, frozen=True):
+    """Where a ledger ends: to be pinned elsewhere, it proves that nothing was cut off later. `seq` 0: it is empty."""
+
+    seq: int
+    hash: str
+    recorded_at: datetime | None
+
+
+async def page(
+    connection: Connection, tenant_id: int, *, after: int, limit: int, type_: str | None
+) -> tuple[list[Entry], int | None]:
+    """Return at most `limit` entries of the tenant after `after`, and from where to go on (`None`: that was all).
+
+    A page may be short, or empty, and yet not the last: a type is looked for among 50,000 events at a time.
+    """
+    last: int = (await connection.fetchrow(_HEAD, tenant_id))["seq"]
+    reached = min(after + WINDOW, last)
+    rows = await connection.fetch(_LEDGER, tenant_id, after, limit, reached, type_)
+    entries = await _entries(connection, tenant_id, rows)
+    if len(entries) == limit:
+        reached = entries[-1].seq
+    return entries, reached if reached < last else None
+
+
+async def stream_page(
+    connection: Connection, tenant_id: int, kind: str, stream_id: int, *, after: int, limit: int
+) -> tuple[list[Entry], int | None]:
+    """Return at most `limit` entries of one stream after position `after`, and from where to go on."""
+    rows = await connection.fetch(_STREAM, tenant_id, after, limit + 1, kind, stream_id)
+    entries = await _entries(connection, tenant_id, rows[:limit])
+    return entries, entries[-1].seq if len(rows) > limit else None
+
+
+async def head(connection: Connection, tenant_id: int) -> Head:
+    """Return where the tenant's ledger ends."""
+    row = await connection.fetchrow(_HEAD, tenant_id)
+    return Head(row["seq"], row["hash"].hex(), row["recorded_at"] if row["seq"] else None)
+
+
+async def heads(connection: Connection, tenant_id: int | None = None) -> Sequence[asyncpg.Record]:
+    """Return `tenant_id`, `slug`, `seq` and `hash` of where each ledger ends, of one tenant or of all."""
+    return list(await connection.fetch(_HEADS, tenant_id))
+
+
+async def links(connection: Connection, tenant_id: int, after: int, until: int) -> list[Link]:
+    """Return the rows after position `after`, up to `until`, as they are verified."""
+    # Rows of the driver can be taken apart like the tuples they stand for, and making those would cost a third more.
+    return cast("list[Link]", await connection.fetch(_LINKS, tenant_id, after, until))
+
+
+async def hash_at(connection: Connection, tenant_id: int, seq: int) -> bytes | None:
+    """Return the hash of the event `seq`, `None` if there is none."""
+    return cast("bytes | None", await connection.fetchval(_HASH_AT, tenant_id, seq))
+
+
+async def position_at(connection: Connection, tenant_id: int, moment: datetime) -> int | None:
+    """Return the last seq recorded at `moment` or before, `None` if the moment has not come yet by database time."""
+    return cast(
+        "int | None",
+        await connection.fetchval(
+            "SELECT CASE WHEN $2 <= clock_timestamp() THEN seq_at($1, $2) END", tenant_id, moment
+        ),
+    )
+
+
+async def _entries(connection: Connection, tenant_id: int, rows: Sequence[asyncpg.Record]) -> list[Entry]:
+    metas = [decode_meta(row["meta"]) for row in rows]
+    token_ids = {meta.actor.id for meta in metas if meta.actor.kind == "token"}
+    tokens = {}
+    if token_ids:
+        found = await connection.fetch(_TOKENS, tenant_id, list(token_ids))
+        tokens = {row["token_id"]: row for row in found}
+    return [_entry(row, meta, tokens) for row, meta in zip(rows, metas, strict=True)]
+
+
+def _entry(row: asyncpg.Record, meta: Meta, tokens: Mapping[int | None, asyncpg.Record]) -> Entry:
+    try:
+        data = readable(row["data"], row["words"])
+    except msgspec.MsgspecError as error:
+        raise UnknownEvent(f"event {row['seq']} is not what was written: {error}") from error
+    actor = Who(meta.actor.kind, meta.actor.id)
+    if meta.actor.kind == "token" and (token := tokens.get(meta.actor.id)) is not None:
+        actor = Who(actor.kind, actor.id, token["prefix"], token["name"])
+    return Entry(
+        seq=row["seq"],
+        stream_kind=row["stream_kind"],
+        stream_id=row["stream_id"],
+        version=row["version"],
+        type=row["type"],
+        schema_version=row["schema_version"],
+        data=data,
+        actor=actor,
+        request_id=meta.request_id,
+        occurred_at=row["occurred_at"],
+        recorded_at=row["recorded_at"],
+        hash=row["hash"].hex(),
+        previous_hash=row["previous_hash"].hex(),
+    )

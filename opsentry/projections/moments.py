@@ -1,0 +1,195 @@
+"""Read models as they were at a position of the ledger: the same shapes, the same bytes.
+
+Single things are looked up by their stream. Lists are folded from the ledger's beginning, some events at a time, with
+one row in memory for each thing there was.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypedDict, cast
+
+import msgspec
+
+from opsentry.access import tokens
+from opsentry.domain import incident, maintenance, service
+from opsentry.domain.maintenance import MaintenanceEvent
+from opsentry.domain.service import ServiceRetired
+from opsentry.domain.status import service_status
+from opsentry.events import log
+from opsentry.events.codec import RecordedEvent
+from opsentry.postgres import Connection, Database
+from opsentry.projections import impact, incidents, services
+from opsentry.projections import maintenance as windows
+from opsentry.projections.impact import Source
+from opsentry.projections.incidents import IncidentView
+from opsentry.projections.maintenance import MaintenanceView
+from opsentry.projections.runner import Runner
+from opsentry.projections.services import Links, ServiceView
+from opsentry.projections.timeline import etag
+
+_BATCH = 1000
+# Folding a ledger is work for this process: so many at once, the others wait.
+_AT_ONCE = 2
+
+
+class One(NamedTuple):
+    """A single thing's answer, and the inside of its entity tag."""
+
+    body: bytes
+    etag: str | None
+
+
+class Page(TypedDict):
+    """A page of a list, with what the list queries of the read models answer."""
+
+    head: int
+    position: int
+    total: int
+    items: bytes
+
+
+class Moments:
+    """Looks back."""
+
+    def __init__(self, database: Database, runner: Runner) -> None:
+        self._database = database
+        self._runner = runner
+        self._at_once = asyncio.Semaphore(_AT_ONCE)
+
+    async def incident(self, tenant_id: int, incident_id: int, seq: int) -> One | None:
+        """Return the incident as a read at `seq` answered it; `None` if there was none.
+
+        Raises:
+            NotThereYet: Its timeline is not projected up to there.
+            DatabaseUnavailable: The database was lost.
+        """
+        row = await self._runner.read(
+            tenant_id, lambda connection: incidents.as_of(connection, tenant_id, incident_id, seq), at_least=seq
+        )
+        if row["version"] == 0:
+            return None
+        kept = row["snapshot_version"] or 0
+        async with self._database.connection() as connection:
+            tail = await log.read_stream(
+                connection, tenant_id, incident.KIND, incident_id, after=kept, until=row["version"]
+            )
+            view = incidents.state_as_of(row, incident_id, tail)
+            refs, versions = await _links(connection, tenant_id, view.service_ids, seq)
+        view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
+        return One(incidents.render_as_of(row, view), etag(row["version"], versions))
+
+    async def maintenance(self, tenant_id: int, maintenance_id: int, seq: int) -> One | None:
+        """Return the window as a read at `seq` answered it; `None` if there was none.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        async with self._database.connection() as connection:
+            history = await log.read_streams(connection, tenant_id, maintenance.KIND, [maintenance_id], seq)
+            if not history:
+                return None
+            state = maintenance.DECIDER.fold(cast("MaintenanceEvent", recorded.event) for recorded in history)
+            refs, versions = await _links(connection, tenant_id, () if state is None else state.service_ids, seq)
+            token_ids = {e.meta.actor.id for e in history if e.meta.actor.kind == "token" and e.meta.actor.id}
+            names = await tokens.names(connection, tenant_id, token_ids) if token_ids else {}
+        return One(windows.render(history, refs, names), etag(history[-1].version, versions))
+
+    async def links(self, tenant_id: int, service_ids: Iterable[int], seq: int) -> Links:
+        """Return how services were linked at `seq`.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        async with self._database.connection() as connection:
+            return await _links(connection, tenant_id, service_ids, seq)
+
+    async def incidents(
+        self, tenant_id: int, seq: int, wanted: Callable[[IncidentView], bool], limit: int | None, offset: int
+    ) -> Page:
+        """Return a page of the incidents that were `wanted` at `seq`, newest first."""
+        views: dict[int, IncidentView] = {}
+        links: dict[int, ServiceView] = {}
+        async for event in self._events(tenant_id, seq, (incident.KIND, service.KIND)):
+            if event.kind == service.KIND:
+                links[event.stream_id] = services.evolve_view(links.get(event.stream_id), event)
+            else:
+                views[event.stream_id] = incidents.evolve_view(views.get(event.stream_id), event)
+        found = [view for view in views.values() if wanted(view)]
+        found.sort(key=lambda view: (view.occurred_at, view.id), reverse=True)
+        return _page(seq, found, limit, offset, links)
+
+    async def windows(
+        self, tenant_id: int, seq: int, wanted: Callable[[MaintenanceView], bool], limit: int, offset: int
+    ) -> Page:
+        """Return a page of the windows that were `wanted` at `seq`, the last announced first."""
+        views: dict[int, MaintenanceView] = {}
+        announced: dict[int, RecordedEvent] = {}
+        links: dict[int, ServiceView] = {}
+        async for event in self._events(tenant_id, seq, (maintenance.KIND, service.KIND)):
+            if event.kind == service.KIND:
+                links[event.stream_id] = services.evolve_view(links.get(event.stream_id), event)
+            else:
+                announced.setdefault(event.stream_id, event)
+                views[event.stream_id] = windows.evolve_view(views.get(event.stream_id), event)
+        found = [view for view in views.values() if wanted(view)]
+        found.sort(key=lambda view: (announced[view.id].occurred_at, view.id), reverse=True)
+        return _page(seq, found, limit, offset, links)
+
+    async def services(
+        self, tenant_id: int, seq: int, wanted: Callable[[ServiceView], bool], limit: int | None, offset: int
+    ) -> Page:
+        """Return a page of the services that were `wanted` at `seq`, by name, with the status they had."""
+        views: dict[int, ServiceView] = {}
+        sources: dict[tuple[str, int], Source | None] = {}
+        async for event in self._events(tenant_id, seq, (service.KIND, incident.KIND, maintenance.KIND)):
+            if event.kind != service.KIND:
+                key = (event.kind, event.stream_id)
+                sources[key] = impact.evolve(sources.get(key), event)
+            elif isinstance(event.event, ServiceRetired):
+                views.pop(event.stream_id, None)
+            else:
+                views[event.stream_id] = services.evolve_view(views.get(event.stream_id), event)
+        levels: dict[int, list[int]] = defaultdict(list)
+        maintained: set[int] = set()
+        for (kind, _), source in sources.items():
+            for service_id, (level, _) in ({} if source is None else source.touches()).items():
+                if kind == incident.KIND:
+                    levels[service_id].append(level)
+                else:
+                    maintained.add(service_id)
+        for view in views.values():
+            view.current_status = service_status(levels[view.id], maintenance=view.id in maintained)
+        found = [view for view in views.values() if wanted(view)]
+        found.sort(key=lambda view: (view.name, view.id))
+        return _page(seq, found, limit, offset, {})
+
+    async def _events(self, tenant_id: int, seq: int, kinds: Sequence[str]) -> AsyncIterator[RecordedEvent]:
+        async with self._at_once:
+            for after in range(0, seq, _BATCH):
+                async with self._database.connection() as connection:
+                    until = min(after + _BATCH, seq)
+                    events = await log.read_between(connection, tenant_id, after, until, kinds)
+                for event in events:
+                    yield event
+
+
+async def _links(connection: Connection, tenant_id: int, service_ids: Iterable[int], seq: int) -> Links:
+    if not (ids := list(service_ids)):
+        return {}, ()
+    return services.links_as_of(await log.read_streams(connection, tenant_id, service.KIND, ids, seq))
+
+
+def _page(
+    seq: int,
+    found: Sequence[IncidentView] | Sequence[MaintenanceView] | Sequence[ServiceView],
+    limit: int | None,
+    offset: int,
+    links: Mapping[int, ServiceView],
+) -> Page:
+    shown = found[offset:] if limit is None else found[offset : offset + limit]
+    for view in shown:
+        if not isinstance(view, ServiceView):
+            view.services = [services.ref(links[i]) for i in view.service_ids if i in links]
+    items = b",".join(msgspec.json.encode(view) for view in shown)
+    return Page(head=seq, position=seq, total=len(found), items=items)
