@@ -93,6 +93,7 @@ class Settings:
     trusted_proxies: tuple[Network, ...] = _setting(
         (), _networks, "networks whose X-Forwarded-For is believed, separated by commas"
     )
+    idempotency_hours: int = _setting(48, _number(24, 8760), "hours that an Idempotency-Key is remembered, at least")
     body_timeout: int = _setting(10, _number(1, 3600), "seconds that a request may take to arrive whole")
     log_level: str = _setting("info", _log_level, "debug, info, warning or error")
 

@@ -46,6 +46,7 @@ def projections() -> list[Projection]:
 class Core:
     """What every process has: the way to the log and to the read models."""
 
+    settings: Settings
     database: Database
     writer: Writer
     commands: Commands
@@ -59,7 +60,7 @@ async def core(settings: Settings) -> AsyncIterator[Core]:
     await database.open()
     writer = Writer(database)
     try:
-        yield Core(database, writer, Commands(database, writer), Runner(database, projections()))
+        yield Core(settings, database, writer, Commands(database, writer), Runner(database, projections()))
     finally:
         await writer.drain()
         await database.close()
@@ -113,7 +114,13 @@ async def serving(
 @asynccontextmanager
 async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[None]:
     """Run the worker's loops; `heartbeat` is a file to touch after each round."""
-    worker = Worker(parts.database, parts.commands, parts.runner, heartbeat)
+    worker = Worker(
+        parts.database,
+        parts.commands,
+        parts.runner,
+        keys_kept=parts.settings.idempotency_hours * 3600,
+        heartbeat=heartbeat,
+    )
     worker.start()
     try:
         yield

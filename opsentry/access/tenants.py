@@ -21,6 +21,13 @@ _ALL = "SELECT tenant_id, slug, name, created_at FROM tenants ORDER BY slug"
 _CREATE = "INSERT INTO tenants (slug, name) VALUES ($1, $2) RETURNING tenant_id"
 
 
+# Whose a stream is: ids are given out once in a database, so at most one tenant has it.
+_BY_STREAM = """
+SELECT tenant_id, slug, name, created_at FROM tenants t WHERE EXISTS (
+    SELECT FROM events e WHERE e.tenant_id = t.tenant_id AND e.stream_kind = $1 AND e.stream_id = $2 AND e.version = 1)
+"""
+
+
 class SlugTaken(Exception):
     """Another tenant has this slug."""
 
@@ -59,6 +66,18 @@ async def find(connection: Connection, slug: str) -> asyncpg.Record:
     row = await connection.fetchrow(_BY_SLUG, slug)
     if row is None:
         raise NoSuchTenant(f"no tenant has the slug {slug}")
+    return row
+
+
+async def of_stream(connection: Connection, kind: str, stream_id: int) -> asyncpg.Record:
+    """Return the row of the tenant that has this stream.
+
+    Raises:
+        NoSuchTenant: None has.
+    """
+    row = await connection.fetchrow(_BY_STREAM, kind, stream_id)
+    if row is None:
+        raise NoSuchTenant(f"there is no {kind} {stream_id}")
     return row
 
 

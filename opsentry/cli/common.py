@@ -4,10 +4,12 @@ import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
 
 import asyncpg
 import click
+import msgspec
 import uvloop
 from rich.console import Console
 from rich.table import Table
@@ -17,11 +19,14 @@ from opsentry.access.tenants import NoSuchTenant, SlugTaken
 from opsentry.access.tokens import NoSuchToken
 from opsentry.config import BadConfiguration, Settings
 from opsentry.domain.decider import DomainError, InvalidField
+from opsentry.events import ledger, log
 from opsentry.events.codec import Actor, Meta
-from opsentry.events.execute import NameTaken
+from opsentry.events.execute import ConcurrentChange, NameTaken, NoSuchStream
+from opsentry.events.verify import BadExport
 from opsentry.events.writer import TenantBusy
 from opsentry.importing.statuspage import Malformed
 from opsentry.postgres import Connection, Database, DatabaseUnavailable, MigrationRefused, OutcomeUnknown
+from opsentry.projections.runner import NotThereYet
 from opsentry.wiring import Core, configure_logging, core
 
 T = TypeVar("T")
@@ -65,12 +70,16 @@ def explained() -> Iterator[None]:
     except asyncpg.InsufficientPrivilegeError as error:
         raise click.ClickException(f"database: {error} (OPSENTRY_MIGRATE_DATABASE_URL must be its owner's)") from None
     except (
+        BadExport,
+        ConcurrentChange,
         DomainError,
         Malformed,
         MigrationRefused,
         NameTaken,
+        NoSuchStream,
         NoSuchTenant,
         NoSuchToken,
+        NotThereYet,
         SlugTaken,
         TenantBusy,
         OSError,
@@ -79,12 +88,12 @@ def explained() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def connected(found: Settings) -> AsyncIterator[Connection]:
-    """Lend a connection."""
+async def connected(found: Settings, seconds: float = PATIENCE) -> AsyncIterator[Connection]:
+    """Lend a connection for at most `seconds`."""
     database = Database(found.database_url, size=1)
     await database.open()
     try:
-        async with database.connection(PATIENCE) as connection:
+        async with database.connection(seconds) as connection:
             yield connection
     finally:
         await database.close()
@@ -101,6 +110,42 @@ async def tenant_core(slug: str) -> AsyncIterator[tuple[Core, int]]:
         async with parts.database.connection() as connection:
             tenant_id: int = (await tenants.find(connection, slug))["tenant_id"]
         yield parts, tenant_id
+
+
+@asynccontextmanager
+async def stream_core(kind: str, stream_id: int, slug: str | None) -> AsyncIterator[tuple[Core, int]]:
+    """Lend the core and the id of the tenant that has this stream, which must be `slug` if that is given.
+
+    Raises:
+        NoSuchTenant: There is no such stream, or none of this tenant's.
+    """
+    async with core(settings()) as parts:
+        async with parts.database.connection(PATIENCE) as connection:
+            row = await tenants.of_stream(connection, kind, stream_id)
+        if slug not in {None, row["slug"]}:
+            raise NoSuchTenant(f"{slug} has no {kind} {stream_id}")
+        yield parts, row["tenant_id"]
+
+
+async def position(connection: Connection, tenant_id: int, moment: str) -> int:
+    """Return the position that `moment` names, itself a position or an RFC 3339 timestamp.
+
+    Raises:
+        click.UsageError: It is neither, or lies in the future.
+    """
+    ends = await log.head(connection, tenant_id)
+    if moment.isdecimal():
+        if int(moment) > ends:
+            raise click.UsageError(f"{moment}: the ledger ends at position {ends}")
+        return int(moment)
+    try:
+        when = msgspec.convert(moment, Annotated[datetime, msgspec.Meta(tz=True)])
+    except msgspec.ValidationError:
+        raise click.UsageError(f"{moment}: must be a position, or a time such as 2026-06-01T02:00:00Z") from None
+    found = await ledger.position_at(connection, tenant_id, when)
+    if found is None:
+        raise click.UsageError(f"{moment}: lies in the future")
+    return found
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_output: bool) -> None:

@@ -9,7 +9,9 @@ from rich.table import Table
 
 from opsentry import __version__
 from opsentry.cli.common import PATIENCE, explained, run, settings
+from opsentry.cli.history import history, redact
 from opsentry.cli.import_ import import_group
+from opsentry.cli.ledger import events_group, verify
 from opsentry.cli.tenants import service_group, tenant_group, token_group
 from opsentry.config import Settings
 from opsentry.postgres import Database, migrate, migrations
@@ -107,3 +109,7 @@ cli.add_command(tenant_group)
 cli.add_command(token_group)
 cli.add_command(service_group)
 cli.add_command(import_group)
+cli.add_command(history)
+cli.add_command(redact)
+cli.add_command(events_group)
+cli.add_command(verify)

@@ -32,11 +32,16 @@ _STREAM = _ENTRIES.format(
 
 _HEAD = "SELECT seq, hash, recorded_at FROM heads WHERE tenant_id = $1"
 
-# Where all ledgers end, or that of one tenant.
+# Where all ledgers end, or that of one tenant: by the head, and by the events.
 _HEADS = """
-SELECT h.tenant_id, t.slug, h.seq, h.hash FROM heads h JOIN tenants t USING (tenant_id)
+SELECT h.tenant_id, t.slug, h.seq, h.hash, coalesce(e.seq, 0) AS last
+FROM heads h JOIN tenants t USING (tenant_id)
+LEFT JOIN LATERAL (SELECT seq FROM events WHERE tenant_id = h.tenant_id ORDER BY seq DESC LIMIT 1) AS e ON true
 WHERE $1::bigint IS NULL OR h.tenant_id = $1 ORDER BY h.tenant_id
 """
+
+# The records of what was erased.
+_REDACTIONS = "SELECT stream_kind, stream_id, data FROM events WHERE tenant_id = $1 AND type LIKE '%.redacted'"
 
 _MOMENT = "CASE WHEN isfinite({0}) THEN (extract(epoch FROM {0}) * 1000000)::bigint END AS {0}"
 
@@ -123,8 +128,13 @@ async def head(connection: Connection, tenant_id: int) -> Head:
 
 
 async def heads(connection: Connection, tenant_id: int | None = None) -> Sequence[asyncpg.Record]:
-    """Return `tenant_id`, `slug`, `seq` and `hash` of where each ledger ends, of one tenant or of all."""
+    """Return `tenant_id`, `slug`, `seq`, `hash` and the `last` event of where ledgers end, one tenant's or all."""
     return list(await connection.fetch(_HEADS, tenant_id))
+
+
+async def redactions(connection: Connection, tenant_id: int) -> Sequence[asyncpg.Record]:
+    """Return `stream_kind`, `stream_id` and `data` of the events that erased words."""
+    return list(await connection.fetch(_REDACTIONS, tenant_id))
 
 
 async def links(connection: Connection, tenant_id: int, after: int, until: int) -> list[Link]:

@@ -14,6 +14,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from opsentry.domain import maintenance
 from opsentry.domain.decider import TransitionRefused
 from opsentry.domain.maintenance import CompleteMaintenance, MaintenanceCommand, StartMaintenance
+from opsentry.events import log
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
 from opsentry.events.writer import TenantBusy
@@ -24,6 +25,8 @@ from opsentry.projections.runner import Runner
 _log = structlog.get_logger()
 
 POLL_SECONDS = 1.0
+PRUNE_SECONDS = 60.0
+_PRUNE_BATCH = 5_000
 _HORIZON_SECONDS = 2 * POLL_SECONDS
 _BATCH = 200
 _META = Meta(Actor("scheduler"))
@@ -31,13 +34,22 @@ _MOVES: dict[str, MaintenanceCommand] = {"scheduled": StartMaintenance(), "activ
 
 
 class Worker:
-    """Catches projections up and moves windows on, until stopped.
+    """Catches projections up, moves windows on and forgets old idempotency keys, until stopped.
 
     Workers need no leader: a checkpoint's lock makes an event be applied once, and the stream's version makes a
     window be started once, whoever tries.
     """
 
-    def __init__(self, database: Database, commands: Commands, runner: Runner, heartbeat: Path | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        commands: Commands,
+        runner: Runner,
+        *,
+        keys_kept: int = 48 * 3600,
+        heartbeat: Path | None = None,
+    ) -> None:
+        self._keys_kept = keys_kept
         self._heartbeat = heartbeat
         self._database = database
         self._commands = commands
@@ -56,6 +68,9 @@ class Worker:
             self._scheduler.add_job(
                 _job, "interval", args=[task], id=task.__name__, seconds=POLL_SECONDS, next_run_time=now
             )
+        self._scheduler.add_job(
+            _job, "interval", args=[self.prune_keys], id="prune_keys", seconds=PRUNE_SECONDS, next_run_time=now
+        )
         self._scheduler.start()
 
     def stop(self) -> None:
@@ -87,6 +102,13 @@ class Worker:
             self._wake_up_in(0, datetime.now(UTC))
         if self._heartbeat is not None:
             self._heartbeat.touch()
+
+    async def prune_keys(self) -> None:
+        """Forget idempotency keys that were kept long enough, some at a time."""
+        pruned = _PRUNE_BATCH
+        while pruned == _PRUNE_BATCH:
+            async with self._database.connection(PRUNE_SECONDS) as connection:
+                pruned = await log.prune_keys(connection, self._keys_kept, _PRUNE_BATCH)
 
     def _wake_up_in(self, seconds: float, due_at: datetime) -> None:
         self._scheduler.add_job(
