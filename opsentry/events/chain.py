@@ -105,13 +105,14 @@ def _diagnose(row: Link, rest: Iterator[Link], last: Link | None, previous: byte
     near = [row, *islice(rest, _LOOK_AROUND)]
     if len(near) > 1 and near[1].seq == seq:
         return Damage(seq, "doubled", "it is there more than once")
+    if last is not None and row[2:7] == last[2:7]:
+        return Damage(seq, "doubled", "it is the event before it once more")
     true = next((other for other in chain(near[1:], rest) if _follows(other, previous, seq)), None)
     if true is None:
         return _changed_or_missing(near, seq)
     if true is not near[1] or _follows(row, true.hash, seq + 1):
         return Damage(seq, "reordered", f"the event that belongs here stands as {true.seq}")
-    known = [Link(*other) for other in (last, *near[1:]) if other is not None]
-    if any(row[2:7] == other[2:7] for other in known):
+    if any(row[2:7] == other[2:7] for other in near[1:]):
         return Damage(seq, "doubled", "an event was put in that stands elsewhere too")
     return Damage(seq, "put_in", "this event was not recorded here; the one that was follows it")
 

@@ -154,7 +154,7 @@ async def _connected(url: str) -> AsyncIterator[Connection]:
 
 
 async def _check_all(url: str, segments: Sequence[_Segment], jobs: int) -> AsyncIterator[_Checked]:
-    if jobs == 1 or len(segments) == 1:
+    if jobs == 1 or len(segments) <= 1:
         for segment in segments:
             yield await _check_segment(url, segment)
         return
