@@ -165,7 +165,7 @@ async def _patient() -> AsyncIterator[Connection]:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
 
 
 class _AnchorType(click.ParamType[Anchor]):

@@ -1,35 +1,8 @@
 import json
 
-import pytest
-
 from opsentry.access import tokens
 from tests.conftest import Client
-from tests.system.processes import environment, opsentry, until
-
-
-@pytest.fixture
-def run(settings):
-    """Run a command that must succeed; its output."""
-
-    async def succeed(*arguments):
-        ran = await opsentry(environment(settings), *arguments)
-        assert (ran.code, ran.err) == (0, "")
-        return ran.out
-
-    return succeed
-
-
-@pytest.fixture
-def fail(settings):
-    """Run a command that must fail with this code; what it says."""
-
-    async def refused(code, *arguments):
-        ran = await opsentry(environment(settings), *arguments)
-        assert (ran.code, ran.out) == (code, "")
-        assert "Traceback" not in ran.err
-        return ran.err.splitlines()[-1]
-
-    return refused
+from tests.system.processes import until
 
 
 async def test_a_tenant_is_created_once_and_listed(run, fail):

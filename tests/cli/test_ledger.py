@@ -1,0 +1,167 @@
+import asyncio
+import json
+import random
+
+import pytest
+
+from opsentry.domain import incident
+from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, ResolveIncident
+from opsentry.events import export, ledger
+from tests.conftest import META, make_service, make_tenant
+from tests.system.processes import environment, opsentry, running
+
+CANARY = "Jane Doe"
+
+
+@pytest.fixture
+async def story(parts, acme):
+    """An incident with a beginning, a middle and an end; the positions where each was over."""
+    await make_service(parts, acme.id, "api")
+    opened = OpenIncident(title="Logins fail", description=f"Found by {CANARY}", severity="major_outage")
+    made = await parts.commands.create(incident.DECIDER, acme.id, opened, META)
+    seqs = [made.seq]
+    for command in (
+        PostUpdate(message="A deploy did it.", status="identified"),
+        ChangeIncident(severity="degraded", title="Logins are slow"),
+        ResolveIncident(root_cause="A missing index."),
+    ):
+        done = await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, command, META)
+        seqs.append(done.seq)
+    await parts.runner.catch_up(acme.id, seqs[-1])
+    return str(made.stream_id), seqs
+
+
+async def test_history_tells_who_did_what_when(run, story):
+    number, _ = story
+    told = await run("history", "incident", number)
+    for word in ("operator", "opened", "Logins fail", "status: investigating → identified", "A deploy did it."):
+        assert word in told
+    assert "severity: major_outage → degraded" in told
+    assert "title: Logins fail → Logins are slow" in told
+    assert "root_cause: A missing index." in told
+    entries = json.loads(await run("history", "incident", number, "--tenant", "acme", "--json"))
+    assert [entry["version"] for entry in entries] == list(range(1, len(entries) + 1))
+    assert {entry["actor"]["kind"] for entry in entries} == {"operator"}
+
+
+async def test_history_as_of_a_position_and_a_time(run, fail, story, owner, acme):
+    number, seqs = story
+    state = json.loads(await run("history", "incident", number, "--as-of", str(seqs[1]), "--json"))
+    assert (state["status"], state["severity"], state["title"]) == ("identified", "major_outage", "Logins fail")
+    assert [update["message"] for update in state["updates"]] == [f"Found by {CANARY}", "A deploy did it."]
+    at = await owner.fetchval("SELECT recorded_at FROM events WHERE tenant_id = $1 AND seq = $2", acme.id, seqs[1])
+    assert json.loads(await run("history", "incident", number, "--as-of", at.isoformat(), "--json")) == state
+    assert "Logins fail" in await run("history", "incident", number, "--as-of", str(seqs[1]))
+    assert await fail(1, "history", "incident", number, "--as-of", "1") == "Error: there was none at 1"
+
+
+async def test_history_between_two_moments(run, story):
+    number, seqs = story
+    found = json.loads(await run("history", "incident", number, "--diff", str(seqs[0]), str(seqs[2]), "--json"))
+    assert found["changed"] == {
+        "status": {"before": "investigating", "after": "identified"},
+        "severity": {"before": "major_outage", "after": "degraded"},
+        "title": {"before": "Logins fail", "after": "Logins are slow"},
+    }
+    assert [update["message"] for update in found["updates"]] == ["A deploy did it."]
+    shown = await run("history", "incident", number, "--diff", str(seqs[0]), str(seqs[2]))
+    assert "identified" in shown
+
+
+WRONG = [
+    (1, "history incident 987654", "Error: there is no incident 987654"),
+    (2, "history incident N --as-of yesterday", "Error: yesterday: must be a position, or a time such"),
+    (2, "history incident N --as-of 999999", "Error: 999999: the ledger ends at position"),
+    (2, "history incident N --as-of 2999-01-01T00:00:00Z", "lies in the future"),
+    (2, "history incident N --as-of 1 --diff 1 2", "exclude each other"),
+    (1, "history incident N --tenant globex", "Error: globex has no incident"),
+    (2, "history token 1", "Error: Invalid value for '{incident|maintenance|service}'"),
+    (2, "redact incident N --reason r --yes", "Error: fields: name fields, or events,"),
+    (2, "redact incident N --reason r --field status --yes", "Error: fields: must be one of"),
+    (2, "redact incident N --reason r --event 1 --yes", "Error: events: no words are recorded"),
+    (2, "redact incident N --reason= --field title --yes", "Error: reason: must not be blank"),
+    (2, "verify --anchor 1:aa --tenant acme", "Error: Invalid value for '--anchor': must be a position"),
+    (2, f"verify --anchor 1:{'a' * 64}", "Error: --anchor needs --tenant, or --from-file"),
+    (1, "verify --tenant nobody", "Error: no tenant has the slug nobody"),
+    (2, "verify --from-file /nowhere", "does not exist."),
+    (2, "events export --tenant acme --resume", "Error: --resume needs --output, without --gzip"),
+    (2, "events tail --tenant acme --type x", "is not one of"),
+]
+
+
+async def test_wrong_use_is_explained(fail, story, parts):
+    await make_tenant(parts, "globex")
+    commands = [command.replace("N", story[0]).split() for _, command, _ in WRONG]
+    said = await asyncio.gather(*(fail(wrong[0], *command) for wrong, command in zip(WRONG, commands, strict=True)))
+    for (_, command, says), line in zip(WRONG, said, strict=True):
+        assert says in line, (command, line)
+
+
+async def test_words_are_redacted_after_a_question_or_with_yes(run, story, owner, settings):
+    number, _ = story
+    arguments = ("redact", "incident", number, "--field", "description", "--reason", "she asked")
+    asked = await opsentry(environment(settings), *arguments)
+    assert asked.code == 1  # nobody is there to answer
+    assert "Erase the words of 2 events" in asked.err
+    assert await owner.fetchval("SELECT count(*) FROM events WHERE words LIKE $1", f"%{CANARY}%") == 2
+    done = json.loads(await run(*arguments, "--yes", "--json"))
+    assert len(done["erased"]) == 2
+    for table in ("events", "incidents", "incident_updates"):
+        assert await owner.fetchval(f"SELECT count(*) FROM {table} t WHERE t::text LIKE $1", f"%{CANARY}%") == 0
+    told = await run("history", "incident", number)
+    assert "[redacted]" in told
+    assert "she asked" in told
+    assert CANARY not in told
+    assert "erased before" in await run(*arguments, "--yes")
+    (verdict,) = json.loads(await run("verify", "--tenant", "acme", "--json"))
+    assert (verdict["damage"], verdict["erased"]) == (None, 2)
+
+
+async def test_tail_shows_the_last_events_and_follows(run, story, settings, parts, acme):
+    lines = (await run("events", "tail", "--tenant", "acme", "-n", "2")).splitlines()
+    assert len(lines) == 2
+    assert "incident.resolved" in lines[1]
+    last = [json.loads(line) for line in (await run("events", "tail", "--tenant", "acme", "--json")).splitlines()]
+    assert [entry["seq"] for entry in last] == list(range(1, len(last) + 1))
+    one = await run("events", "tail", "--tenant", "acme", "-n", "1", "--type", "tenant.created", "--json")
+    assert json.loads(one)["seq"] == 1
+    async with running(environment(settings), "events", "tail", "--tenant", "acme", "-n", "1", "-f") as process:
+        await process.mentions("incident.resolved")
+        await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="While you look"), META)
+        await process.mentions("While you look")
+
+
+async def test_an_export_verifies_elsewhere_and_goes_on_where_it_stopped(run, fail, story, owner, acme, tmp_path):
+    file, packed = tmp_path / "ledger.ndjson", tmp_path / "ledger.ndjson.gz"
+    await run("events", "export", "--tenant", "acme", "-o", str(file))
+    whole = file.read_bytes()
+    assert whole == await export.chunk(owner, acme.id, 0, 100)
+    assert (await run("events", "export", "--tenant", "acme")).encode() == whole
+    assert (await run("events", "export", "--tenant", "acme", "--from-seq", "3", "--to-seq", "3")).encode() == (
+        whole.splitlines(keepends=True)[2]
+    )
+    chance = random.Random(1)
+    for _ in range(3):
+        file.write_bytes(whole[: chance.randrange(len(whole))])
+        await run("events", "export", "--tenant", "acme", "-o", str(file), "--resume")
+        assert file.read_bytes() == whole
+    await run("events", "export", "--tenant", "acme", "-o", str(packed), "--gzip")
+    head = await ledger.head(owner, acme.id)
+    anchor = f"{head.seq}:{head.hash}"
+    for exported in (file, packed):
+        (verdict,) = json.loads(await run("verify", "--from-file", str(exported), "--anchor", anchor, "--json"))
+        assert (verdict["damage"], verdict["last"], verdict["hash"]) == (None, head.seq, head.hash)
+    file.write_bytes(whole.replace(b"Logins fail", b"Logins work"))
+    (tmp_path / "empty").touch()
+    assert "is empty" in await fail(1, "verify", "--from-file", str(tmp_path / "empty"))
+
+
+async def test_damage_is_exit_code_one_and_named(run, story, owner, acme, settings):
+    assert "whole" in await run("verify", "--tenant", "acme")
+    await owner.execute("SET session_replication_role = replica; ALTER TABLE events DISABLE TRIGGER ALL")
+    await owner.execute("UPDATE events SET data = data || ' ' WHERE tenant_id = $1 AND seq = 4", acme.id)
+    ran = await opsentry(environment(settings), "verify", "--jobs", "1")
+    assert ran.code == 1
+    assert "event 4 changed: it is not what was recorded" in ran.out
+    ran = await opsentry(environment(settings), "verify", "--json")
+    assert (ran.code, json.loads(ran.out)[0]["damage"]["seq"]) == (1, 4)
