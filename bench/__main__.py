@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench import appends, http
+from bench import appends, http, ledger
 from bench.figure import Figure, table
 from bench.servers import Servers, servers
 
@@ -22,6 +22,7 @@ PARTS: dict[str, Callable[[Servers], list[Figure]]] = {
     "appends": appends.measure,
     "http": http.measure,
     "history": _history,
+    "ledger": ledger.measure,
 }
 
 

@@ -43,13 +43,17 @@ BEGIN
 END
 $$;
 
--- Every hundredth state of an incident, so that looking back into a long one folds a hundred events at most.
+-- Every hundredth state of an incident, so that looking back into a long one folds a hundred events at most, and joins
+-- its timeline of pieces. An erasure removes all that are older than itself, so they cover the last versions always.
 CREATE TABLE incident_snapshots (
     tenant_id   bigint NOT NULL,
     incident_id bigint NOT NULL,
     version     integer NOT NULL,
-    body        text NOT NULL, -- as in incidents, at this version
+    body        text NOT NULL,     -- as in incidents, at this version
+    updates     text NOT NULL,     -- the timeline entries of the hundred versions up to this one, joined by commas
+    token_ids   bigint[] NOT NULL, -- the authors to be named there
     PRIMARY KEY (tenant_id, incident_id, version)
 );
+ALTER TABLE incident_snapshots ALTER updates SET STORAGE EXTERNAL; -- read often, and in bulk: not to be unpacked
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON incident_snapshots TO opsentry_app;

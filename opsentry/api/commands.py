@@ -17,12 +17,14 @@ from opsentry.access import tokens
 from opsentry.api.answers import entity_tags, object_response
 from opsentry.api.errors import BadRequest, PreconditionFailed
 from opsentry.api.http import Call, utc
+from opsentry.domain import incident, maintenance
 from opsentry.domain.decider import Decider, Event
 from opsentry.events.codec import Actor, Meta, RecordedEvent
 from opsentry.events.execute import Executed
 from opsentry.events.log import Key
 from opsentry.postgres import DatabaseUnavailable, OutcomeUnknown
-from opsentry.projections import services
+from opsentry.projections import incidents, services
+from opsentry.projections import maintenance as windows
 from opsentry.projections.projection import UNANSWERED_SECONDS
 from opsentry.projections.services import Links
 from opsentry.projections.timeline import etag
@@ -37,7 +39,9 @@ CLOCK_SKEW = timedelta(seconds=5)
 NEWS = timedelta(minutes=5)
 
 _KEY = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,254}")
-_VERSION = re.compile(r'"(\d+)(?:-\d+)?"')
+_VERSION = re.compile(r'"([1-9][0-9]{0,9})(?:-[0-9]+)?"')
+# What reads the thing that a command is for.
+_READ = {incident.KIND: incidents.one, maintenance.KIND: windows.one}
 
 
 class Linked(Protocol):
@@ -87,16 +91,25 @@ async def execute(
     Raises as `Commands.execute`, and:
         PreconditionFailed: It is not.
     """
-    return await call.parts.commands.execute(
-        decider,
-        call.tenant_id,
-        call.id(),
-        command,
-        _meta(call, occurred_at),
-        occurred_at=occurred_at,
-        check=_precondition(call),
-        key=_key(call),
-    )
+    number = call.id()
+    try:
+        return await call.parts.commands.execute(
+            decider,
+            call.tenant_id,
+            number,
+            command,
+            _meta(call, occurred_at),
+            occurred_at=occurred_at,
+            check=_precondition(call),
+            key=_key(call),
+        )
+    except PreconditionFailed as error:
+        seq = (await call.head()).seq
+        row = await call.parts.runner.read(
+            call.tenant_id, lambda connection: _READ[decider.kind](connection, call.tenant_id, number), at_least=seq
+        )
+        error.etag = row["etag"]
+        raise
 
 
 async def repeated(call: Call, decider: Decider[L, C, E]) -> Executed[L] | None:
@@ -128,7 +141,7 @@ async def answer(
         refs: The links to its services, where they are known already.
     """
     await _catch_up(call, executed.seq)
-    if refs is None or executed.repeated_at is not None:
+    if refs is None or "Idempotency-Key" in call.request.headers:
         refs = await _refs(call, executed)
     names = await _token_names(call, executed.history)
     links, versions = refs
@@ -137,7 +150,7 @@ async def answer(
     response.headers["Opsentry-Seq"] = str(executed.seq)
     if location is not None:
         response.headers["Location"] = f"/api/v1/{location}/{executed.stream_id}"
-    if executed.repeated_at is not None:
+    if executed.repeated:
         response.headers["Idempotency-Replayed"] = "true"
     return response
 
@@ -158,7 +171,7 @@ def _key(call: Call) -> Key | None:
         return None
     if len(values) > 1 or not _KEY.fullmatch(values[0]):
         raise BadRequest("Idempotency-Key: must be 1 to 255 printable ASCII characters")
-    body = call.octets
+    body = call.octets.strip() or b"{}"
     with suppress(msgspec.MsgspecError, RecursionError, OverflowError, UnicodeDecodeError):
         body = msgspec.json.encode(msgspec.json.decode(body), order="sorted")
     asked = b"\n".join((call.request.method.encode(), call.request.path.encode(), body))
@@ -175,7 +188,7 @@ def _precondition(call: Call) -> Callable[[int], None] | None:
 
     def check(version: int) -> None:
         if "*" not in tags and version not in versions:
-            raise PreconditionFailed(version)
+            raise PreconditionFailed
 
     return check
 
@@ -196,13 +209,13 @@ async def _catch_up(call: Call, seq: int) -> None:
 
 
 async def _refs(call: Call, executed: Executed[L]) -> Links:
-    """Return the links to services, as of then where the command is an old one."""
+    """Return the links to services; as of the command where there is a key, so that every repeat has the same."""
     service_ids = executed.state.service_ids
     if not service_ids:
         return {}, ()
     try:
-        if executed.repeated_at is not None:
-            return await call.parts.moments.links(call.tenant_id, service_ids, executed.repeated_at)
+        if "Idempotency-Key" in call.request.headers:
+            return await call.parts.moments.links(call.tenant_id, service_ids, executed.position)
         return services.links_of(await call.parts.refs.read(call.tenant_id, service_ids), service_ids)
     except DatabaseUnavailable as error:
         raise OutcomeUnknown("recorded, but could not be read back") from error

@@ -31,9 +31,10 @@ class NotFound(Exception):
 class PreconditionFailed(Exception):
     """The thing is not the one that `If-Match` names any more."""
 
-    def __init__(self, version: int) -> None:
+    def __init__(self) -> None:
         super().__init__("If-Match: it was changed since; read it again")
-        self.version = version
+        self.etag: str | None = None
+        """The inside of the entity tag that it has now."""
 
 
 class MissingScope(Exception):
@@ -81,7 +82,7 @@ def _retry(_: Exception) -> Mapping[str, str]:
 
 
 def _current(error: Exception) -> Mapping[str, str]:
-    return {"ETag": f'"{error.version}"'} if isinstance(error, PreconditionFailed) else {}
+    return {"ETag": f'"{error.etag}"'} if isinstance(error, PreconditionFailed) and error.etag else {}
 
 
 def _wait_for_window(error: Exception) -> Mapping[str, str]:

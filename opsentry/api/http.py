@@ -284,9 +284,16 @@ def name_choices(choices: Mapping[str, Sequence[str]]) -> None:
     _CHOICES.update(choices)
 
 
+# The driver writes these two moments as infinities.
+_ENDS = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
+
+
 def utc(field: str, moment: datetime) -> datetime:
-    """Return `moment` in UTC; raise `BadRequest` where that lies outside of the calendar."""
+    """Return `moment` in UTC; raise `BadRequest` where that lies outside of the calendar, or at one of its ends."""
     try:
-        return moment.astimezone(UTC)
+        found = moment.astimezone(UTC)
     except OverflowError:
         raise BadRequest(f"{field}: is out of range") from None
+    if found in _ENDS:
+        raise BadRequest(f"{field}: is out of range")
+    return found

@@ -62,15 +62,16 @@ class Executed(msgspec.Struct, Generic[S], frozen=True):
         state: The state after it.
         history: All events of the stream in order, those of the command last.
         appended: How many of them are the command's own; 0 where it changed nothing, or was carried out before.
-        repeated_at: Where the ledger ended when the command was carried out, if it was before: the state and the
-            history are those of then. `None` if it was carried out now.
+        position: Where the ledger stood when the command was carried out.
+        repeated: Whether it was carried out before, under the same key: state and history are those of then.
     """
 
     stream_id: int
     state: S
     history: Sequence[RecordedEvent]
     appended: int
-    repeated_at: int | None = None
+    position: int
+    repeated: bool = False
 
     @property
     def version(self) -> int:
@@ -124,7 +125,7 @@ class Commands:
         match await self._writer.append(append):
             case Appended() as appended:
                 state = cast("S", decider.fold(events))
-                return Executed(appended.stream_id, state, appended.record(append), len(events))
+                return Executed(appended.stream_id, state, appended.record(append), len(events), appended.seq)
             case Repeated() as earlier:
                 return await self._as_it_was(decider, tenant_id, earlier)
             case KeyReused():
@@ -190,7 +191,7 @@ class Commands:
                     raise InvalidField("occurred_at", f"must not be before {last}, when what it follows happened")
                 events = decider.decide(state, command(history) if callable(command) else command)
                 if not events and key is None:
-                    return Executed(stream_id, cast("S", state), history, 0)
+                    return Executed(stream_id, cast("S", state), history, 0, history[-1].seq)
                 append = Append(
                     tenant_id=tenant_id,
                     kind=decider.kind,
@@ -204,7 +205,12 @@ class Commands:
                         return await self._known(decider, tenant_id, earlier)
                     case Appended() as appended:
                         final = cast("S", decider.fold(events, state))
-                        return Executed(stream_id, final, [*history, *appended.record(append)], len(events))
+                        history += appended.record(append)
+                        if any(event.TYPE.endswith(".redacted") for event in events):
+                            # The words that were just erased must not live on in what was read before.
+                            async with self._database.connection() as connection:
+                                history = await log.read_stream(connection, *stream, until=appended.version)
+                        return Executed(stream_id, final, history, len(events), appended.seq)
                     case Conflict():
                         continue
                     case Claimed() | NoTenant() | Busy():
@@ -236,4 +242,4 @@ class Commands:
                 connection, tenant_id, decider.kind, earlier.stream_id, until=earlier.version
             )
         state = cast("S", decider.fold(cast("E", recorded.event) for recorded in history))
-        return Executed(earlier.stream_id, state, history, 0, earlier.seq)
+        return Executed(earlier.stream_id, state, history, 0, earlier.seq, repeated=True)

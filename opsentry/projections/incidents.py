@@ -1,6 +1,7 @@
 """Incidents with their timelines: serves `/incidents…`."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import datetime
 from typing import cast
 
@@ -13,7 +14,9 @@ from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
 from opsentry.projections.projection import by_stream, continued, fold, freshness
 from opsentry.projections.timeline import (
-    AUTHOR,
+    ENTRY,
+    JOIN_AUTHORS,
+    MARKED,
     UpdateView,
     author_name,
     etag_of,
@@ -62,9 +65,19 @@ FROM unnest($2::bigint[], $3::int[], $4::text[]) AS row (incident_id, version, b
 WHERE u.tenant_id = $1 AND u.incident_id = row.incident_id AND u.version = row.version
 """
 
-_STORE_SNAPSHOTS = """
-INSERT INTO incident_snapshots (tenant_id, incident_id, version, body)
-SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[]) ON CONFLICT DO NOTHING
+# How often the state of an incident is kept.
+SNAPSHOT_EVERY = 100
+
+_STORE_SNAPSHOTS = f"""
+INSERT INTO incident_snapshots (tenant_id, incident_id, version, body, updates, token_ids)
+SELECT $1, row.id, row.version, row.body, coalesce(u.entries, ''), coalesce(u.token_ids, '{{}}')
+FROM unnest($2::bigint[], $3::int[], $4::text[]) AS row (id, version, body)
+CROSS JOIN LATERAL (
+    SELECT string_agg({MARKED}, ',' ORDER BY u.version) AS entries,
+        array_agg(DISTINCT u.actor_id) FILTER (WHERE u.actor_kind = 'token' AND u.actor_id IS NOT NULL) AS token_ids
+    FROM incident_updates u WHERE u.tenant_id = $1 AND u.incident_id = row.id
+        AND u.version > row.version - {SNAPSHOT_EVERY} AND u.version <= row.version) AS u
+ON CONFLICT DO NOTHING
 """
 
 # States from before an erasure still hold the words; looking back goes without them.
@@ -77,9 +90,6 @@ _CLEAR = "DELETE FROM incidents WHERE tenant_id = $1"
 _CLEAR_UPDATES = "DELETE FROM incident_updates WHERE tenant_id = $1"
 _CLEAR_SNAPSHOTS = "DELETE FROM incident_snapshots WHERE tenant_id = $1"
 
-# How often the state of an incident is kept.
-SNAPSHOT_EVERY = 100
-
 # The answer with its links put in. Inside of a JSON string every quote is escaped, so the marker is found only where
 # the encoder wrote it.
 _ANSWER = """
@@ -90,9 +100,8 @@ CASE WHEN i.service_ids = '{}' THEN i.body ELSE replace(i.body, '"services":[]',
 
 # The timeline of the incident $2 up to a version, as one JSON array's inside.
 _UPDATES = f"""
-(SELECT coalesce(string_agg(replace(u.body, '"author":null', '"author":' || {AUTHOR}), ',' ORDER BY u.version), '')
- FROM incident_updates u
- LEFT JOIN tokens t ON u.actor_kind = 'token' AND t.tenant_id = u.tenant_id AND t.token_id = u.actor_id
+(SELECT coalesce(string_agg({ENTRY}, ',' ORDER BY u.version), '')
+ FROM incident_updates u {JOIN_AUTHORS}
  WHERE u.tenant_id = $1 AND u.incident_id = $2 AND u.version <= i.version)
 """
 
@@ -115,14 +124,32 @@ LEFT JOIN incidents i ON i.tenant_id = $1 AND i.incident_id = $2
 """
 
 
-# What an incident was at position $3: the state kept last before it, the version it had, and its timeline.
+# What an incident was at position $3: the version it had, and the state kept last before it.
 _AS_OF = f"""
-SELECT fresh.*, i.version, s.version AS snapshot_version, s.body AS snapshot, convert_to({_UPDATES}, 'UTF8') AS updates
+SELECT fresh.*, i.version, s.version AS snapshot_version, s.body AS snapshot
 FROM {freshness("incidents")}
 CROSS JOIN (SELECT version_at($1, 'incident', $2, $3) AS version) AS i
 LEFT JOIN LATERAL (
     SELECT version, body FROM incident_snapshots
     WHERE tenant_id = $1 AND incident_id = $2 AND version <= i.version ORDER BY version DESC LIMIT 1) AS s ON true
+"""
+
+_KEPT = "FROM incident_snapshots WHERE tenant_id = $1 AND incident_id = $2 AND version <= $3"
+_WRITTEN = f"""
+SELECT u.version, {MARKED} AS entries,
+    CASE WHEN u.actor_kind = 'token' AND u.actor_id IS NOT NULL THEN ARRAY[u.actor_id] ELSE '{{}}' END AS token_ids
+FROM incident_updates u WHERE u.tenant_id = $1 AND u.incident_id = $2
+"""
+
+# The timeline up to version $3, in order: what snapshots hold of it, and entries from before the first and after the
+# last of them.
+_TIMELINE = f"""
+SELECT version, updates AS entries, token_ids {_KEPT} AND updates <> ''
+UNION ALL
+{_WRITTEN} AND u.version <= (SELECT coalesce(min(version) - {SNAPSHOT_EVERY}, 0) {_KEPT})
+UNION ALL
+{_WRITTEN} AND u.version > (SELECT coalesce(max(version), 0) {_KEPT}) AND u.version <= $3
+ORDER BY version
 """
 
 
@@ -231,7 +258,7 @@ def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], to
 
 
 async def as_of(connection: Connection, tenant_id: int, incident_id: int, seq: int) -> asyncpg.Record:
-    """Return what `render_as_of` needs to know of an incident at position `seq`; `version` 0: there was none."""
+    """Return what an incident was at position `seq`: its `version` (0: there was none), and the state kept last."""
     return await connection.fetchrow(_AS_OF, tenant_id, incident_id, seq)
 
 
@@ -244,9 +271,18 @@ def state_as_of(row: asyncpg.Record, incident_id: int, tail: Sequence[RecordedEv
     return view
 
 
-def render_as_of(row: asyncpg.Record, view: IncidentView) -> bytes:
-    """Return the incident that `view` is, its links filled in, with the timeline of a row of `as_of`."""
-    return b"".join((msgspec.json.encode(view)[:-1], b',"updates":[', row["updates"], b"]}"))
+async def timeline(
+    connection: Connection, tenant_id: int, incident_id: int, version: int
+) -> tuple[bytes, AbstractSet[int]]:
+    """Return the timeline up to `version` as a JSON array's inside, and the tokens to be named there."""
+    rows = await connection.fetch(_TIMELINE, tenant_id, incident_id, version)
+    token_ids = {token_id for row in rows for token_id in row["token_ids"]}
+    return ",".join([row["entries"] for row in rows]).encode(), token_ids
+
+
+def render_as_of(view: IncidentView, updates: bytes) -> bytes:
+    """Return the incident that `view` is, its links filled in, with its timeline."""
+    return b"".join((msgspec.json.encode(view)[:-1], b',"updates":[', updates, b"]}"))
 
 
 class Incidents:
@@ -283,15 +319,16 @@ class Incidents:
         )
         if updates := [e for e in events if isinstance(e.event, IncidentUpdated)]:
             await connection.execute(_STORE_UPDATES, tenant_id, *update_columns(updates))
-        if snapshots:
-            await connection.execute(_STORE_SNAPSHOTS, tenant_id, *zip(*snapshots, strict=True))
         if erased := [(e, e.event) for e in events if isinstance(e.event, IncidentRedacted)]:
-            ids, versions = [e.stream_id for e, _ in erased], [e.version for e, _ in erased]
-            await connection.execute(_DROP_SNAPSHOTS, tenant_id, ids, versions)
+            last = {e.stream_id: e.version for e, _ in erased}
+            snapshots = [kept for kept in snapshots if kept[1] > last.get(kept[0], 0)]
+            await connection.execute(_DROP_SNAPSHOTS, tenant_id, list(last), list(last.values()))
             gone = [(e.stream_id, version) for e, event in erased for version in event.versions]
             rows = await connection.fetch(_LOAD_UPDATES, tenant_id, *zip(*gone, strict=True))
             if rewritten := [(row["incident_id"], row["version"], redacted(row["body"])) for row in rows]:
                 await connection.execute(_REWRITE_UPDATES, tenant_id, *zip(*rewritten, strict=True))
+        if snapshots:
+            await connection.execute(_STORE_SNAPSHOTS, tenant_id, *zip(*snapshots, strict=True))
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""

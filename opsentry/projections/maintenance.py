@@ -21,7 +21,8 @@ from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
 from opsentry.projections.projection import by_stream, continued, fold, freshness
 from opsentry.projections.timeline import (
-    AUTHOR,
+    ENTRY,
+    JOIN_AUTHORS,
     UpdateView,
     author_name,
     etag_of,
@@ -82,9 +83,8 @@ CASE WHEN m.service_ids = '{}' THEN m.body ELSE replace(m.body, '"services":[]',
 """
 
 _UPDATES = f"""
-(SELECT coalesce(string_agg(replace(u.body, '"author":null', '"author":' || {AUTHOR}), ',' ORDER BY u.version), '')
- FROM maintenance_updates u
- LEFT JOIN tokens t ON u.actor_kind = 'token' AND t.tenant_id = u.tenant_id AND t.token_id = u.actor_id
+(SELECT coalesce(string_agg({ENTRY}, ',' ORDER BY u.version), '')
+ FROM maintenance_updates u {JOIN_AUTHORS}
  WHERE u.tenant_id = m.tenant_id AND u.maintenance_id = m.maintenance_id)
 """
 

@@ -26,7 +26,7 @@ from opsentry.projections.incidents import IncidentView
 from opsentry.projections.maintenance import MaintenanceView
 from opsentry.projections.runner import Runner
 from opsentry.projections.services import Links, ServiceView
-from opsentry.projections.timeline import etag
+from opsentry.projections.timeline import etag, name_authors
 
 _BATCH = 1000
 # Folding a ledger is work for this process: so many at once, the others wait.
@@ -75,9 +75,12 @@ class Moments:
                 connection, tenant_id, incident.KIND, incident_id, after=kept, until=row["version"]
             )
             view = incidents.state_as_of(row, incident_id, tail)
+            updates, token_ids = await incidents.timeline(connection, tenant_id, incident_id, row["version"])
+            names = await tokens.names(connection, tenant_id, token_ids) if token_ids else {}
             refs, versions = await _links(connection, tenant_id, view.service_ids, seq)
         view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
-        return One(incidents.render_as_of(row, view), etag(row["version"], versions))
+        body = incidents.render_as_of(view, name_authors(updates, token_ids, names))
+        return One(body, etag(row["version"], versions))
 
     async def maintenance(self, tenant_id: int, maintenance_id: int, seq: int) -> One | None:
         """Return the window as a read at `seq` answered it; `None` if there was none.

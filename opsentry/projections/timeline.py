@@ -11,8 +11,13 @@ from opsentry.domain.incident import IncidentUpdated
 from opsentry.domain.maintenance import MaintenanceUpdated
 from opsentry.events.codec import Actor, RecordedEvent
 
-# Who wrote an entry `u`, as JSON; `t` is the token's row, if a token did.
-AUTHOR = "to_json(coalesce(t.name, u.actor_kind))::text"
+# An entry `u` with who wrote it, and what to join for that. Tokens are few beside the entries that they wrote: OFFSET
+# keeps their names from being made JSON of once for each entry.
+ENTRY = """replace(u.body, '"author":null', '"author":' || coalesce(t.author, to_json(u.actor_kind)::text))"""
+JOIN_AUTHORS = """
+LEFT JOIN (SELECT token_id, to_json(name)::text AS author FROM tokens WHERE tenant_id = $1 OFFSET 0) AS t
+    ON u.actor_kind = 'token' AND t.token_id = u.actor_id
+"""
 
 
 def etag_of(row: str) -> str:
@@ -25,6 +30,19 @@ def etag(version: int, service_versions: Iterable[int]) -> str:
     """Return the same from the versions of the stream and of the services that its answer links."""
     changes = sum(linked - 1 for linked in service_versions)
     return f"{version}-{changes}" if changes else str(version)
+
+
+# An entry `u` in which a token stands for its name, to be named later: octet 1 never stands in JSON itself.
+MARKED = """replace(u.body, '"author":null', '"author":"' || CASE WHEN u.actor_kind = 'token' AND u.actor_id IS NOT NULL
+    THEN chr(1) || u.actor_id ELSE u.actor_kind END || '"')"""
+
+
+def name_authors(updates: bytes, token_ids: Iterable[int], token_names: Mapping[int, str]) -> bytes:
+    """Return entries in which the tokens with these ids were `MARKED`, with their names."""
+    for token_id in token_ids:
+        name = author_name(Actor("token", token_id), token_names)
+        updates = updates.replace(b'"\x01%d"' % token_id, msgspec.json.encode(name))
+    return updates
 
 
 class UpdateView(msgspec.Struct, kw_only=True):

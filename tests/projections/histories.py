@@ -10,16 +10,26 @@ from hypothesis import strategies as st
 
 from opsentry.domain import incident, maintenance, service, subscription
 from opsentry.domain.decider import Decider, DomainError
-from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, ResolveIncident
+from opsentry.domain.incident import (
+    ChangeIncident,
+    IncidentRedacted,
+    OpenIncident,
+    PostUpdate,
+    RedactIncident,
+    ResolveIncident,
+)
 from opsentry.domain.maintenance import (
     CancelMaintenance,
     CompleteMaintenance,
+    MaintenanceRedacted,
+    RedactMaintenance,
     ScheduleMaintenance,
     StartMaintenance,
 )
+from opsentry.domain.redaction import Written, plan
 from opsentry.domain.service import ChangeService, RegisterService, RetireService
 from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
-from opsentry.events.codec import Actor, Meta, RecordedEvent
+from opsentry.events.codec import Actor, Meta, RecordedEvent, decode, encode
 from opsentry.postgres import Connection
 from opsentry.projections.projection import Projection
 
@@ -30,6 +40,7 @@ TABLES = (
     "services",
     "incidents",
     "incident_updates",
+    "incident_snapshots",
     "maintenance",
     "maintenance_updates",
     "impact_sources",
@@ -80,6 +91,16 @@ class History:
             self.events.append(new[-1])
         return new
 
+    def erased(self) -> list[RecordedEvent]:
+        """The events as the log holds them in the end: without the words that some of them ordered to be erased."""
+        gone = {
+            (e.kind, e.stream_id, version)
+            for e in self.events
+            if isinstance(e.event, IncidentRedacted | MaintenanceRedacted)
+            for version in e.event.versions
+        }
+        return [_without_words(e) if (e.kind, e.stream_id, e.version) in gone else e for e in self.events]
+
     def incident(self, stream_id: int, command: Any, **options: Any) -> Sequence[RecordedEvent]:
         return self.do(incident.KIND, stream_id, command, **options)
 
@@ -91,6 +112,12 @@ class History:
 
     def subscription(self, stream_id: int, command: Any, **options: Any) -> Sequence[RecordedEvent]:
         return self.do(subscription.KIND, stream_id, command, **options)
+
+
+def _without_words(recorded: RecordedEvent) -> RecordedEvent:
+    encoded = encode(recorded.event)
+    event = decode(encoded.type, encoded.schema_version, encoded.data, None)
+    return msgspec.structs.replace(recorded, event=event)
 
 
 def schedule(**fields: Any) -> ScheduleMaintenance:
@@ -108,6 +135,14 @@ async def dump(connection: Connection, tables: Iterable[str] = TABLES) -> dict[s
         table: [row["line"] for row in await connection.fetch(f"SELECT t::text AS line FROM {table} t ORDER BY 1")]
         for table in tables
     }
+
+
+def redaction(history: History, kind: str, stream_id: int, **asked: Any) -> RedactIncident | RedactMaintenance:
+    """The command that erases what is asked for, by default all words that the stream itself has had."""
+    own, command = (incident.WORDS, RedactIncident) if kind == incident.KIND else (maintenance.WORDS, RedactMaintenance)
+    written = [Written(e.version, e.seq, e.event) for e in history.events if (e.kind, e.stream_id) == (kind, stream_id)]
+    erasure = plan(written, own, asked.get("fields", own), asked.get("seqs", ()))
+    return command(erasure=erasure, reason="asked to")
 
 
 _TITLES = st.sampled_from(["Down", 'with "services":[] in it', '"author":null', "Ünïcode 🧯 \\ \t \x7f \u2028"])
@@ -157,6 +192,7 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
         st.builds(PostUpdate, message=_TITLES, status=st.none() | _STATUS, is_public=_FLAG),
         st.builds(ChangeIncident, status=_STATUS),
         st.builds(ResolveIncident, root_cause=_TITLES),
+        st.sampled_from(incident.WORDS),
     ),
     maintenance.KIND: st.one_of(
         _SCHEDULE,
@@ -164,6 +200,7 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
         st.just(StartMaintenance()),
         st.just(CompleteMaintenance()),
         st.just(CancelMaintenance()),
+        st.sampled_from(maintenance.WORDS),
     ),
     service.KIND: st.one_of(
         _REGISTER,
@@ -191,6 +228,8 @@ def histories(draw: st.DrawFn, tenants: int = 2) -> list[History]:
         begun = (kind, stream_id) in history.states
         command = draw((_COMMANDS if begun else _BEGINNINGS)[kind])
         when = draw(st.none() | st.integers(0, 500).map(lambda hours: at(hours / 7)))
+        if isinstance(command, str):
+            command = redaction(history, kind, stream_id, fields=[command])
         with suppress(DomainError):  # what is refused here would never have come into a ledger
             history.do(kind, stream_id, command, when=when, meta=draw(_METAS))
     return made
