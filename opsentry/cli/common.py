@@ -5,7 +5,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import asyncpg
 import click
@@ -138,14 +138,22 @@ async def position(connection: Connection, tenant_id: int, moment: str) -> int:
         if int(moment) > ends:
             raise click.UsageError(f"{moment}: the ledger ends at position {ends}")
         return int(moment)
-    try:
-        when = msgspec.convert(moment, Annotated[datetime, msgspec.Meta(tz=True)])
-    except msgspec.ValidationError:
-        raise click.UsageError(f"{moment}: must be a position, or a time such as 2026-06-01T02:00:00Z") from None
-    found = await ledger.position_at(connection, tenant_id, when)
+    found = await ledger.position_at(connection, tenant_id, time(moment, "a position, or a time"))
     if found is None:
         raise click.UsageError(f"{moment}: lies in the future")
     return found
+
+
+def time(moment: str, what: str = "a time") -> datetime:
+    """Return the moment that an RFC 3339 timestamp names.
+
+    Raises:
+        click.UsageError: It is none.
+    """
+    try:
+        return cast("datetime", msgspec.convert(moment, Annotated[datetime, msgspec.Meta(tz=True)]))
+    except msgspec.ValidationError:
+        raise click.UsageError(f"{moment}: must be {what} such as 2026-06-01T02:00:00Z") from None
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_output: bool) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opsentry.cli.common import META, as_json, position, run, stream_core
+from opsentry.cli.common import META, as_json, position, run, stream_core, time
 from opsentry.domain import incident, maintenance, service
 from opsentry.domain.decider import Decider
 from opsentry.domain.incident import IncidentUpdated, RedactIncident
@@ -53,17 +53,28 @@ class Change(NamedTuple):
 @click.argument("number", type=click.IntRange(1))
 @of_tenant
 @click.option("--as-of", "as_of", metavar="MOMENT", help="What it was then: a position in the ledger, or a time.")
+@click.option("--at", "at", metavar="TIME", help="What it was then by when things happened, as is known now.")
 @click.option("--diff", "moments", nargs=2, metavar="MOMENT MOMENT", help="What changed between two moments.")
 @as_json
 def history(
-    kind: str, number: int, slug: str | None, as_of: str | None, moments: tuple[str, str] | None, *, json_output: bool
+    kind: str,
+    number: int,
+    slug: str | None,
+    as_of: str | None,
+    at: str | None,
+    moments: tuple[str, str] | None,
+    *,
+    json_output: bool,
 ) -> None:
     """Show what became of an incident, a maintenance window or a service: when, who, what changed.
 
-    A MOMENT is a position in the ledger, or a time such as 2026-06-01T02:00:00Z.
+    A MOMENT is a position in the ledger, or a time such as 2026-06-01T02:00:00Z. Times are those of recording, as a
+    read at that moment showed it; only --at goes by when things happened, which differs where history was imported or
+    told later.
     """
-    if as_of is not None and moments is not None:
-        raise click.UsageError("--as-of and --diff exclude each other")
+    if sum(option is not None for option in (as_of, at, moments)) > 1:
+        raise click.UsageError("--as-of, --at and --diff exclude each other")
+    happened = None if at is None else time(at)
 
     async def work() -> tuple[list[RecordedEvent], list[Entry], int, int]:
         async with (
@@ -77,7 +88,9 @@ def history(
             return recorded, await _entries(connection, tenant_id, kind, number, end), begin, end
 
     recorded, entries, begin, end = run(work())
-    if moments is not None:
+    if happened is not None:
+        _show_state(kind, known_at(recorded, happened), at or "", json_output=json_output)
+    elif moments is not None:
         _show_difference(kind, recorded, begin, end, json_output=json_output)
     elif as_of is not None:
         _show_state(kind, recorded, as_of, json_output=json_output)
@@ -85,6 +98,12 @@ def history(
         click.echo(msgspec.json.format(msgspec.json.encode(entries)).decode())
     else:
         _show_timeline(kind, recorded, entries)
+
+
+def known_at(recorded: Sequence[RecordedEvent], moment: datetime) -> list[RecordedEvent]:
+    """Return the events of a stream that had happened at `moment`, whenever they were recorded."""
+    happened = [event for event in recorded if event.occurred_at <= moment]
+    return happened if happened and happened[0].version == 1 else []
 
 
 async def _entries(connection: Connection, tenant_id: int, kind: str, number: int, end: int) -> list[Entry]:

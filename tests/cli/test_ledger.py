@@ -1,6 +1,7 @@
 import asyncio
 import json
 import random
+from datetime import UTC, datetime
 
 import pytest
 
@@ -55,6 +56,17 @@ async def test_history_as_of_a_position_and_a_time(run, fail, story, owner, acme
     assert await fail(1, "history", "incident", number, "--as-of", "1") == "Error: there was none at 1"
 
 
+async def test_history_at_a_time_of_the_world(run, fail, parts, acme):
+    began, later = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
+    opened = OpenIncident(title="Told later")
+    made = await parts.commands.create(incident.DECIDER, acme.id, opened, META, occurred_at=began)
+    await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, ResolveIncident(), META, occurred_at=later)
+    number = str(made.stream_id)
+    for at, status in (("2026-01-01T12:00:00Z", "investigating"), ("2026-01-02T02:00:00+02:00", "resolved")):
+        assert json.loads(await run("history", "incident", number, "--at", at, "--json"))["status"] == status
+    assert "there was none" in await fail(1, "history", "incident", number, "--at", "2025-12-31T00:00:00Z")
+
+
 async def test_history_between_two_moments(run, story):
     number, seqs = story
     found = json.loads(await run("history", "incident", number, "--diff", str(seqs[0]), str(seqs[2]), "--json"))
@@ -75,6 +87,7 @@ WRONG = [
     (2, "history incident N --as-of 2999-01-01T00:00:00Z", "lies in the future"),
     (2, "history incident N --as-of 1 --diff 1 2", "exclude each other"),
     (1, "history incident N --tenant globex", "Error: globex has no incident"),
+    (2, "history incident N --at yesterday", "Error: yesterday: must be a time such as"),
     (2, "history token 1", "Error: Invalid value for '{incident|maintenance|service}'"),
     (2, "redact incident N --reason r --yes", "Error: fields: name fields, or events,"),
     (2, "redact incident N --reason r --field status --yes", "Error: fields: must be one of"),

@@ -1,36 +1,17 @@
 """589 incidents and 18 windows of a real page, read back and compared with the file itself."""
 
-import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import aiohttp
 import msgspec
-import pytest
 
 from opsentry.domain.status import Period, uptime
 from opsentry.importing.statuspage import Component
 from opsentry.importing.translation import slugs
-from opsentry.wiring import core, serving
-from tests.conftest import Client, make_tenant
 from tests.events.ledger import first_broken
 from tests.importing.pages import ledger, load
 
 WEIGHTS = {"major": 3, "critical": 10}  # tenths of downtime
-
-
-@pytest.fixture
-def file(real_history):
-    return json.loads(real_history.read_text())
-
-
-@pytest.fixture
-async def page(settings, real_history):
-    """The tenant that the history was loaded into, a client of it, and what loading came to."""
-    async with core(settings) as parts, serving(settings, parts) as url, aiohttp.ClientSession() as session:
-        tenant = await make_tenant(parts, "page")
-        result = await load(parts, tenant.id, real_history)
-        yield parts, tenant, Client(session, url, tenant.token), result
 
 
 def moment(text):

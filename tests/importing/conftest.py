@@ -1,0 +1,22 @@
+import json
+
+import aiohttp
+import pytest
+
+from opsentry.wiring import core, serving
+from tests.conftest import Client, make_tenant
+from tests.importing.pages import load
+
+
+@pytest.fixture
+def file(real_history):
+    return json.loads(real_history.read_text())
+
+
+@pytest.fixture
+async def page(settings, real_history):
+    """The tenant that the history was loaded into, a client of it, and what loading came to."""
+    async with core(settings) as parts, serving(settings, parts) as url, aiohttp.ClientSession() as session:
+        tenant = await make_tenant(parts, "page")
+        result = await load(parts, tenant.id, real_history)
+        yield parts, tenant, Client(session, url, tenant.token), result
