@@ -83,17 +83,21 @@ async def export_lines(call: Call) -> web.StreamResponse:
     last = min(call.number("to_seq", ends), ends)
     if first > last + 1:
         raise BadRequest(f"from_seq: the export ends at position {last}")
+    headers = {
+        **call.headers,
+        "Content-Type": "application/x-ndjson",
+        "Content-Disposition": f'attachment; filename="ledger-{call.tenant_id}-{first}-{last}.ndjson"',
+        "Opsentry-Seq": str(last),
+        "Vary": "Accept-Encoding",
+    }
+    if call.request.method == "HEAD":
+        return web.Response(headers=headers)
     async with call.parts.database.connection() as connection:
         chunk = await export.chunk(connection, call.tenant_id, first - 1, min(first - 1 + _BATCH, last))
-    response = web.StreamResponse(headers={**call.headers, "Content-Type": "application/x-ndjson"})
-    response.headers["Content-Disposition"] = f'attachment; filename="ledger-{call.tenant_id}-{first}-{last}.ndjson"'
-    response.headers["Opsentry-Seq"] = str(last)
-    response.headers["Vary"] = "Accept-Encoding"
+    response = web.StreamResponse(headers=headers)
     if "gzip" in call.request.headers.get("Accept-Encoding", "").lower():
         response.enable_compression(web.ContentCoding.gzip)
     await response.prepare(call.request)
-    if call.request.method == "HEAD":
-        return response
     try:
         after = first - 1
         while after < last:

@@ -263,7 +263,7 @@ def redact(
             seqs = [event.seq for event in before if event.version in found.versions]
             if found.versions and not yes:
                 click.confirm(
-                    f"Erase the words of {len(seqs)} events ({', '.join(map(str, seqs))}) of {kind} {number} for good?",
+                    f"Erase the words of {kind} {number} at {', '.join(map(str, seqs))} for good?",
                     abort=True,
                     err=True,
                 )
@@ -277,6 +277,7 @@ def redact(
     if json_output:
         click.echo(msgspec.json.encode({"erased": seqs, "seq": seq}))
     elif seqs:
-        click.echo(f"erased the words of {len(seqs)} events of {kind} {number}; recorded up to position {seq}")
+        many = "1 event" if len(seqs) == 1 else f"{len(seqs)} events"
+        click.echo(f"erased the words of {many} of {kind} {number}; recorded up to position {seq}")
     else:
         click.echo("nothing to erase: it was erased before")

@@ -115,7 +115,7 @@ async def test_words_are_redacted_after_a_question_or_with_yes(run, story, owner
     arguments = ("redact", "incident", number, "--field", "description", "--reason", "she asked")
     asked = await opsentry(environment(settings), *arguments)
     assert asked.code == 1  # nobody is there to answer
-    assert "Erase the words of 2 events" in asked.err
+    assert f"Erase the words of incident {number} at " in asked.err
     assert await owner.fetchval("SELECT count(*) FROM events WHERE words LIKE $1", f"%{CANARY}%") == 2
     done = json.loads(await run(*arguments, "--yes", "--json"))
     assert len(done["erased"]) == 2

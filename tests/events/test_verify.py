@@ -2,8 +2,12 @@ import asyncio
 import gzip
 import json
 import random
+import re
+import subprocess
+import sys
 from collections import Counter
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -22,6 +26,7 @@ from tests.conftest import META, make_tenant
 from tests.events.ledger import append, note, notes, rows
 from tests.events.log_contract import ODD_TEXTS
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "ledger.md"
 COLUMNS = (
     "tenant_id", "seq", "stream_kind", "stream_id", "version", "type", "schema_version", "occurred_at", "recorded_at",
     "data", "meta", "words", "salt", "words_digest", "hash",
@@ -465,3 +470,21 @@ async def test_what_is_no_export_is_refused_with_a_reason(tmp_path, octets):
     file.write_bytes(octets)
     with pytest.raises(BadExport, match="file: "):
         verify_export(file)
+
+
+async def test_the_verifier_in_the_documentation_agrees(erased, owner, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
+    file = tmp_path / "ledger.ndjson"
+
+    def verifies(*lines):
+        file.write_bytes(b"".join(lines))
+        ran = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=False)
+        return ran.stdout.strip() if ran.returncode == 0 else None
+
+    lines = (await export.chunk(owner, erased, 0, 100)).splitlines(keepends=True)
+    head = await ledger.head(owner, erased)
+    assert verifies(*lines) == f"{head.seq}:{head.hash}"
+    assert verifies(*lines[:3], *lines[4:]) is None
+    assert verifies(*lines[:3], lines[3].replace(b"investigating", b"identified"), *lines[4:]) is None
+    assert verifies(*lines[:2], lines[2].replace(b"degraded", b"critical"), *lines[3:]) is None
+    assert verifies(*lines[:-1]) is None  # the erasure is there, its record is not
