@@ -1,0 +1,121 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opsentry.domain import incident, maintenance
+from opsentry.domain.decider import REDACTED, InvalidField
+from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, RedactIncident, ResolveIncident
+from opsentry.domain.redaction import Erasure, Written, plan
+from tests.projections.histories import History, redaction, schedule
+
+TEXT = st.sampled_from(["a", "b", "c", "d", "e"])
+
+
+def written(*commands: Any) -> list[Written]:
+    history = History()
+    for command in commands:
+        history.incident(7, command)
+    return [Written(e.version, e.seq + 100, e.event) for e in history.events]
+
+
+LOGINS = written(
+    OpenIncident(title="Logins fail", description="Says Jane"),
+    PostUpdate(message="A deploy did it."),
+    ChangeIncident(title="Logins are slow"),
+    ResolveIncident(root_cause="An index", postmortem="Says Jane"),
+)
+
+
+def erase(*fields: str, events: tuple[int, ...] = ()) -> Erasure:
+    return plan(LOGINS, incident.WORDS, fields, events)
+
+
+def test_a_text_goes_wherever_it_stands_word_for_word():
+    erasure = erase("description")
+    assert erasure.versions == (1, 2, 5)
+    assert erasure.fields == ("description", "postmortem")
+    assert erasure.restated == {"root_cause": "An index"}
+
+
+def test_a_title_that_was_replaced_since_need_not_be_said_again():
+    assert "title" not in erase("description").restated
+    assert erase("title") == Erasure(
+        versions=(1, 4), fields=("title",), restated={"description": "Says Jane"}
+    )  # fmt: skip
+
+
+def test_an_event_is_erased_by_its_position_whatever_it_holds():
+    assert erase(events=(103,)) == Erasure(versions=(3,), fields=(), restated={})
+    assert erase(events=(101,)).versions == (1, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "events", "field"),
+    [((), (), "fields"), (("status",), (), "fields"), ((), (1,), "events"), ((), (999,), "events")],
+)
+def test_what_cannot_be_erased_is_refused(fields, events, field):
+    with pytest.raises(InvalidField) as refused:
+        erase(*fields, events=events)
+    assert refused.value.field == field
+
+
+def test_what_has_no_words_is_no_event_to_erase():
+    moved = written(OpenIncident(title="T"), ChangeIncident(status="monitoring"))
+    with pytest.raises(InvalidField, match="no words are recorded here at 102"):
+        plan(moved, incident.WORDS, (), (102,))
+
+
+def test_a_field_that_was_never_filled_is_nothing_to_erase():
+    assert plan(written(OpenIncident(title="T")), incident.WORDS, ["root_cause"], ()).versions == ()
+
+
+def test_erasing_is_an_event_and_so_is_what_is_said_again():
+    state = incident.DECIDER.fold(event for _, _, event in LOGINS)  # type: ignore[misc]
+    events = incident.decide(state, RedactIncident(erasure=erase("description"), reason="asked"))
+    assert [event.TYPE for event in events] == ["incident.redacted", "incident.edited"]
+    after = incident.DECIDER.fold(events, state)
+    assert after is not None
+    assert (after.title, after.description, after.root_cause) == ("Logins are slow", REDACTED, "An index")
+    nothing = Erasure(versions=(), fields=(), restated={})
+    assert incident.decide(state, RedactIncident(erasure=nothing, reason="asked")) == []
+
+
+@pytest.mark.parametrize("reason", ["", " \n", "x\x00", "x" * 50_001])
+def test_a_reason_has_to_say_something(reason):
+    (opened,) = incident.decide(None, OpenIncident(title="T"))
+    with pytest.raises(InvalidField, match="reason: "):
+        incident.decide(incident.evolve(None, opened), RedactIncident(erasure=erase("title"), reason=reason))
+
+
+@given(
+    texts=st.lists(st.tuples(TEXT, st.none() | TEXT), min_size=1, max_size=6),
+    messages=st.lists(TEXT, max_size=6),
+    field=st.sampled_from(incident.WORDS),
+)
+def test_no_text_that_was_asked_for_is_left_and_every_other_present_one_is(texts, messages, field):
+    history = History()
+    history.incident(7, OpenIncident(title=texts[0][0], description=texts[0][1]))
+    for title, root_cause in texts[1:]:
+        history.incident(7, ChangeIncident(title=title, root_cause=root_cause))
+    for message in messages:
+        history.incident(7, PostUpdate(message=message))
+    asked = {getattr(e.event, field) for e in history.events if isinstance(getattr(e.event, field, None), str)}
+    before = history.states["incident", 7]
+    history.incident(7, redaction(history, "incident", 7, fields=[field]))
+    after = history.states["incident", 7]
+    for name in incident.WORDS:
+        text = getattr(before, name)
+        assert getattr(after, name) == (REDACTED if text in asked and text is not None else text)
+    left = {getattr(e.event, name) for e in history.erased() for name in e.event.WORDS if name != "reason"}
+    assert not left & asked
+
+
+def test_windows_are_erased_alike():
+    history = History()
+    history.window(7, schedule(title="Move", description="Says Jane"))
+    history.window(7, redaction(history, maintenance.KIND, 7, fields=["description"]))
+    state = history.states[maintenance.KIND, 7]
+    assert (state.title, state.description) == ("Move", REDACTED)
+    assert [e.event.TYPE for e in history.events][1:] == ["maintenance.redacted", "maintenance.edited"]

@@ -1,0 +1,19 @@
+from opsentry.domain import incident
+from opsentry.domain.incident import OpenIncident
+from opsentry.events.log import Key
+from opsentry.worker import worker
+from opsentry.worker.worker import Worker
+from tests.conftest import META
+
+
+async def test_keys_that_were_kept_long_enough_are_forgotten_and_others_are_not(parts, acme, owner, monkeypatch):
+    monkeypatch.setattr(worker, "_PRUNE_BATCH", 3)
+    for number in range(10):
+        key = Key(b"%032d" % number, b"f" * 32)
+        await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="T"), META, key=key)
+    await owner.execute(
+        "UPDATE idempotency_keys SET recorded_at = recorded_at - interval '25 hours' WHERE key < $1", b"%032d" % 7
+    )
+    await Worker(parts.database, parts.commands, parts.runner, keys_kept=24 * 3600).prune_keys()
+    kept = await owner.fetch("SELECT key FROM idempotency_keys ORDER BY key")
+    assert [row["key"] for row in kept] == [b"%032d" % number for number in (7, 8, 9)]
