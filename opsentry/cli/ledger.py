@@ -236,7 +236,11 @@ def verify(
 
 def _plain(verdict: Verdict) -> dict[str, object]:
     damage = verdict.damage
-    return {**msgspec.structs.asdict(verdict), "damage": None if damage is None else damage._asdict()}
+    return {
+        **msgspec.structs.asdict(verdict),
+        "anchor": f"{verdict.last}:{verdict.hash}",
+        "damage": None if damage is None else damage._asdict(),
+    }
 
 
 def _show(verdicts: Sequence[Verdict]) -> None:
