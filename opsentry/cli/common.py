@@ -1,6 +1,7 @@
 """What all commands share: settings, the event loop, errors as exit codes, output for people and for machines."""
 
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -69,6 +70,10 @@ def explained() -> Iterator[None]:
         raise click.ClickException(f"{error} (is OPSENTRY_DATABASE_URL right, and the database migrated?)") from None
     except asyncpg.InsufficientPrivilegeError as error:
         raise click.ClickException(f"database: {error} (OPSENTRY_MIGRATE_DATABASE_URL must be its owner's)") from None
+    except BrokenPipeError:
+        # Whoever read has had enough, as `| head` has; what is still to be flushed goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (
         BadExport,
         ConcurrentChange,
@@ -88,15 +93,24 @@ def explained() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def connected(found: Settings, seconds: float = PATIENCE) -> AsyncIterator[Connection]:
-    """Lend a connection for at most `seconds`."""
+async def opened(found: Settings) -> AsyncIterator[Database]:
+    """Lend the database.
+
+    What is read there is best written once its connection was given back: an output that fails is no such database.
+    """
     database = Database(found.database_url, size=1)
     await database.open()
     try:
-        async with database.connection(seconds) as connection:
-            yield connection
+        yield database
     finally:
         await database.close()
+
+
+@asynccontextmanager
+async def connected(found: Settings) -> AsyncIterator[Connection]:
+    """Lend a connection."""
+    async with opened(found) as database, database.connection(PATIENCE) as connection:
+        yield connection
 
 
 @asynccontextmanager

@@ -3,8 +3,8 @@
 import asyncio
 import gzip
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from opsentry.access import tenants
-from opsentry.cli.common import as_json, connected, for_tenant, run, settings
+from opsentry.cli.common import PATIENCE, as_json, connected, for_tenant, opened, run, settings
 from opsentry.domain.events import EVENT_TYPES
 from opsentry.events import export, ledger
 from opsentry.events.ledger import Entry
@@ -46,18 +46,20 @@ def tail(slug: str, count: int, type_: str | None, *, follow: bool, json_output:
     """Print the last events, one a line; `--json` prints a JSON object a line."""
 
     async def work() -> None:
-        async with _patient() as connection:
-            tenant_id = (await tenants.find(connection, slug))["tenant_id"]
-            last = (await ledger.head(connection, tenant_id)).seq
-            entries = await _last(connection, tenant_id, last, count, type_)
+        async with opened(settings()) as database:
+            async with database.connection(PATIENCE) as connection:
+                tenant_id = (await tenants.find(connection, slug))["tenant_id"]
+                last = (await ledger.head(connection, tenant_id)).seq
+                entries = await _last(connection, tenant_id, last, count, type_)
             _print(entries, json_output=json_output)
+            more: int | None = None
             while follow:
-                await asyncio.sleep(_FOLLOW_SECONDS)
-                more: int | None = last
-                while more is not None:
+                if more is None:
+                    await asyncio.sleep(_FOLLOW_SECONDS)
+                async with database.connection(PATIENCE) as connection:
                     entries, more = await ledger.page(connection, tenant_id, after=last, limit=_BATCH, type_=type_)
-                    last = more or max([last, *(entry.seq for entry in entries)])
-                    _print(entries, json_output=json_output)
+                last = more or max([last, *(entry.seq for entry in entries)])
+                _print(entries, json_output=json_output)
 
     run(work())
 
@@ -111,16 +113,18 @@ def export_command(
         begin = max(begin, _cut_to_whole_lines(output) + 1)
 
     async def work() -> None:
-        async with connected(settings()) as connection:
-            tenant_id = (await tenants.find(connection, slug))["tenant_id"]
-            ends = (await ledger.head(connection, tenant_id)).seq
-        last = ends if to_seq is None else min(to_seq, ends)
-        with _target(output, packed=packed, append=resume) as file, _progress() as progress:
-            task = progress.add_task(f"{slug}: events", total=max(0, last - begin + 1))
-            async with _patient() as connection:
+        async with opened(settings()) as database:
+            async with database.connection(PATIENCE) as connection:
+                tenant_id = (await tenants.find(connection, slug))["tenant_id"]
+                ends = (await ledger.head(connection, tenant_id)).seq
+            last = ends if to_seq is None else min(to_seq, ends)
+            with _target(output, packed=packed, append=resume) as file, _progress() as progress:
+                task = progress.add_task(f"{slug}: events", total=max(0, last - begin + 1))
                 for after in range(begin - 1, last, _BATCH):
                     until = min(after + _BATCH, last)
-                    file.write(await export.chunk(connection, tenant_id, after, until))
+                    async with database.connection(PATIENCE) as connection:
+                        chunk = await export.chunk(connection, tenant_id, after, until)
+                    file.write(chunk)
                     progress.advance(task, until - after)
 
     run(work())
@@ -154,13 +158,6 @@ def _target(output: Path | None, *, packed: bool, append: bool) -> Iterator[IO[b
     else:
         with output.open("ab" if append else "wb") as file:
             yield file
-
-
-@asynccontextmanager
-async def _patient() -> AsyncIterator[Connection]:
-    """Lend a connection for as long as it takes: a reader of standard output may be slow."""
-    async with connected(settings(), 24 * 3600) as connection:
-        yield connection
 
 
 def _progress() -> Progress:

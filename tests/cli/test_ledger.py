@@ -1,6 +1,8 @@
 import asyncio
 import json
 import random
+import sys
+from asyncio.subprocess import PIPE
 from datetime import UTC, datetime
 
 import pytest
@@ -142,6 +144,17 @@ async def test_tail_shows_the_last_events_and_follows(run, story, settings, part
         await process.mentions("incident.resolved")
         await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="While you look"), META)
         await process.mentions("While you look")
+
+
+async def test_a_reader_who_has_enough_gets_no_complaint(story, settings, parts, acme):
+    for number in range(300):
+        await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title=f"{number} {'x' * 290}"), META)
+    for command in ("events tail --tenant acme -n 1000 --json", "events export --tenant acme"):
+        process = await asyncio.create_subprocess_shell(
+            f"{sys.executable} -m opsentry {command} | head -1", env=environment(settings), stdout=PIPE, stderr=PIPE
+        )
+        out, err = await process.communicate()
+        assert (json.loads(out)["seq"], err) == (1, b"")
 
 
 async def test_an_export_verifies_elsewhere_and_goes_on_where_it_stopped(run, fail, story, owner, acme, tmp_path):
