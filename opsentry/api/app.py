@@ -9,7 +9,7 @@ from aiohttp.typedefs import Handler
 
 from opsentry.access.rate_limit import source
 from opsentry.access.tokens import BadToken, Token
-from opsentry.api import errors, health, incidents, ledger, maintenance, services
+from opsentry.api import errors, health, incidents, ledger, maintenance, services, uptime
 from opsentry.api.answers import unless_known
 from opsentry.api.errors import MissingScope, NotFound, RateLimited, rate_headers
 from opsentry.api.health import Readiness
@@ -27,7 +27,9 @@ ROUTES: tuple[tuple[str, str, tuple[str, ...], Endpoint], ...] = (
     ("GET", "/health", (), health.ping),
     ("GET", "/services", READ, services.listing),
     ("GET", "/services/{id}", READ, services.one),
-    ("GET", "/services/{id}/uptime", READ, services.uptime),
+    ("GET", "/services/{id}/uptime", READ, uptime.one),
+    ("GET", "/services/{id}/uptime/daily", READ, uptime.daily),
+    ("GET", "/uptime", READ, uptime.everything),
     ("GET", "/incidents", READ, incidents.listing),
     ("POST", "/incidents", INCIDENTS, incidents.create),
     ("GET", "/incidents/active", READ, incidents.active),

@@ -106,22 +106,16 @@ class Call:
         Raises:
             BadRequest: It is neither, or the ledger has not come so far.
         """
-        raw = self.request.query.get("as_of")
-        if raw is None:
-            return None
-        ends = (await self.head()).seq
+        raw = self.request.query.get("as_of", "")
         if re.fullmatch(r"[0-9]{1,19}", raw, re.ASCII):
-            position = int(raw)
-            if position > ends:
+            ends = (await self.head()).seq
+            if int(raw) > ends:
                 raise BadRequest(f"as_of: the ledger ends at position {ends}")
-            return position
-        try:
-            # A plus sign that was not escaped has come as a space.
-            moment = utc("as_of", msgspec.convert(raw.strip().replace(" ", "+"), Moment))
-        except msgspec.ValidationError:
-            raise BadRequest(
-                "as_of: must be a position, or an RFC 3339 timestamp such as 2026-06-01T02:00:00Z"
-            ) from None
+            return int(raw)
+        moment = self.moment("as_of", "a position, or an RFC 3339 timestamp")
+        if moment is None:
+            return None
+        await self.head()
         async with self.parts.database.connection() as connection:
             found = await ledger.position_at(connection, self.tenant_id, moment)
         if found is None:
@@ -176,6 +170,25 @@ class Call:
         if value is not None and "\x00" in value:
             raise BadRequest(f"{name}: must not contain the character NUL")
         return value or None
+
+    def flag(self, name: str) -> bool:
+        """Return the query parameter `name`, `true` or `false`; false if it is not there."""
+        return self.choice(name, ("true", "false")) == "true"
+
+    def moment(self, name: str, what: str = "an RFC 3339 timestamp,") -> datetime | None:
+        """Return the time in the query parameter `name`, `None` if it is not there.
+
+        Raises:
+            BadRequest: It is no RFC 3339 timestamp.
+        """
+        raw = self.request.query.get(name)
+        if raw is None:
+            return None
+        try:
+            # A plus sign that was not escaped has come as a space.
+            return utc(name, msgspec.convert(raw.strip().replace(" ", "+"), Moment))
+        except msgspec.ValidationError:
+            raise BadRequest(f"{name}: must be {what} such as 2026-06-01T02:00:00Z") from None
 
     def page(self, *, default: int, highest: int = 200) -> tuple[int, int]:
         """Return (limit, offset); a limit above `highest` is clamped.

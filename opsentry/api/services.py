@@ -1,28 +1,19 @@
-"""`/services…`: the registry and uptime."""
+"""`/services…`: the registry."""
 
-from datetime import timedelta
-
-import msgspec
 from aiohttp import web
 
 from opsentry.api.answers import (
     add_digest,
     list_response,
-    object_response,
     one_as_of,
     one_response,
     page_as_of,
-    with_position,
 )
-from opsentry.api.errors import NotFound
 from opsentry.api.http import Call
 from opsentry.domain.service import STATUSES, VISIBILITIES
-from opsentry.domain.status import uptime as percentage
-from opsentry.projections import impact, services
+from opsentry.projections import services
 from opsentry.projections.moments import One
 from opsentry.projections.services import ServiceView
-
-WINDOWS = {"uptime_24h": timedelta(days=1), "uptime_7d": timedelta(days=7), "uptime_30d": timedelta(days=30)}
 
 
 async def listing(call: Call) -> web.Response:
@@ -64,19 +55,3 @@ async def one(call: Call) -> web.Response:
         found = await call.parts.moments.services(call.tenant_id, seq, lambda view: view.id == service_id, 1, 0)
         return add_digest(one_as_of(One(found["items"], None) if found["total"] else None, seq))
     return one_response(await call.read(lambda connection: services.one(connection, call.tenant_id, service_id)))
-
-
-async def uptime(call: Call) -> web.Response:
-    """`GET /services/:id/uptime`: trailing windows that all end at one moment, the database's now."""
-    service_id = call.id()
-    call.no_as_of()
-    longest = max(WINDOWS.values()).days
-    row = await call.read(lambda connection: impact.recent(connection, call.tenant_id, service_id, longest))
-    since, now = row["since"], row["now"]
-    if since is None:
-        raise NotFound
-    periods = impact.periods(row)
-    answer: dict[str, int | float] = {"service_id": service_id}
-    for name, length in WINDOWS.items():
-        answer[name] = percentage(periods, max(since, now - length), now)
-    return add_digest(with_position(object_response(msgspec.json.encode(answer)), row))

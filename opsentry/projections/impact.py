@@ -64,20 +64,40 @@ ON CONFLICT DO NOTHING
 _CLEAR = "DELETE FROM impact_sources WHERE tenant_id = $1"
 _CLEAR_PERIODS = "DELETE FROM impact_periods WHERE tenant_id = $1"
 
-# What touched a service in the last $3 days; an end is NULL where it still lasts.
-_PERIODS = f"""
-WITH found AS (
-    SELECT from_at, to_at, level, excluded, row_number() OVER (ORDER BY from_at, source_id, from_version) AS place
-    FROM impact_periods
-    WHERE tenant_id = $1 AND service_id = $2 AND to_at > now() - $3 * interval '1 day')
-SELECT fresh.*, now() AS now, s.since,
-    (SELECT array_agg(from_at ORDER BY place) FROM found) AS starts,
-    (SELECT array_agg(nullif(to_at, 'infinity') ORDER BY place) FROM found) AS ends,
-    (SELECT array_agg(level ORDER BY place) FROM found) AS levels,
-    (SELECT array_agg(excluded ORDER BY place) FROM found) AS excluded
-FROM {freshness("services", "impact")}
-LEFT JOIN services s ON s.tenant_id = $1 AND s.service_id = $2 AND NOT s.retired
-"""
+
+def _periods_query(chosen: str) -> str:
+    """Return the query of what touched the `chosen` services between $2 and $3, NULL for $4 days ago and for now.
+
+    An end is NULL where a period still lasts. Each service's periods are found by the index, whatever their number.
+    """
+    return f"""
+        WITH bounds AS MATERIALIZED (
+            SELECT coalesce($2, now() - $4 * interval '1 day') AS begin, coalesce($3, now()) AS stop),
+        chosen AS (
+            SELECT service_id, since, ref FROM services WHERE tenant_id = $1 AND NOT retired {chosen}),
+        found AS (
+            SELECT p.*, row_number() OVER (
+                ORDER BY p.service_id, p.from_at, p.kind, p.source_id, p.from_version) AS place
+            FROM bounds, chosen c CROSS JOIN LATERAL (
+                SELECT service_id, from_at, to_at, level, excluded, kind, source_id, from_version FROM impact_periods
+                WHERE tenant_id = $1 AND service_id = c.service_id AND to_at > begin AND from_at < stop) AS p)
+        SELECT fresh.*, now() AS now,
+            (SELECT array_agg(service_id ORDER BY service_id) FROM chosen) AS service_ids,
+            (SELECT array_agg(since ORDER BY service_id) FROM chosen) AS sinces,
+            (SELECT array_agg(ref ORDER BY service_id) FROM chosen) AS refs,
+            (SELECT array_agg(service_id ORDER BY place) FROM found) AS touched,
+            (SELECT array_agg(from_at ORDER BY place) FROM found) AS starts,
+            (SELECT array_agg(nullif(to_at, 'infinity') ORDER BY place) FROM found) AS ends,
+            (SELECT array_agg(level ORDER BY place) FROM found) AS levels,
+            (SELECT array_agg(excluded ORDER BY place) FROM found) AS excluded,
+            (SELECT array_agg(kind ORDER BY place) FROM found) AS kinds,
+            (SELECT array_agg(source_id ORDER BY place) FROM found) AS source_ids
+        FROM {freshness("services", "impact")}
+    """
+
+
+_OF_ONE = _periods_query("AND service_id = $5")
+_OF_ALL = _periods_query("")
 
 
 class Source(msgspec.Struct, kw_only=True):
@@ -243,18 +263,48 @@ def _source(row: asyncpg.Record) -> Source:
     )
 
 
-async def recent(connection: Connection, tenant_id: int, service_id: int, days: int) -> asyncpg.Record:
-    """Return what touched a service in the last `days` days: `now`, `since` (NULL: no such service), and periods.
+async def between(
+    connection: Connection,
+    tenant_id: int,
+    service_id: int | None,
+    start: datetime | None,
+    end: datetime | None,
+    days: int,
+) -> asyncpg.Record:
+    """Return what touched a service, or all of the tenant's, in a window, for `touched`; and `now`.
 
-    The periods are `starts`, `ends` (NULL where one still lasts), `levels` and `excluded`, arrays of one length, or
-    NULL where there are none.
+    Args:
+        connection: The database.
+        tenant_id: The tenant.
+        service_id: The service; all if `None`.
+        start: Where the window begins; so many `days` ago if `None`.
+        end: Where it ends; now if `None`.
+        days: See `start`.
     """
-    return await connection.fetchrow(_PERIODS, tenant_id, service_id, days)
+    if service_id is None:
+        return await connection.fetchrow(_OF_ALL, tenant_id, start, end, days)
+    return await connection.fetchrow(_OF_ONE, tenant_id, start, end, days, service_id)
 
 
-def periods(row: asyncpg.Record) -> list[Period]:
-    """Return the periods of a row of `recent`; one that still lasts ends at the row's `now`."""
-    if row["starts"] is None:
+class Touched(msgspec.Struct, frozen=True):
+    """A service, since when it is under watch, its link as JSON, and what touched it."""
+
+    service_id: int
+    since: datetime
+    ref: msgspec.Raw
+    periods: list[Period]
+
+
+def touched(row: asyncpg.Record) -> list[Touched]:
+    """Return the services in a row of `between`; a period that still lasts ends at the row's `now`."""
+    if row["service_ids"] is None:
         return []
-    columns = zip(row["starts"], row["ends"], row["levels"], row["excluded"], strict=True)
-    return [Period(start, end or row["now"], level, excluded) for start, end, level, excluded in columns]
+    services = {
+        service_id: Touched(service_id, since, msgspec.Raw(ref.encode()), [])
+        for service_id, since, ref in zip(row["service_ids"], row["sinces"], row["refs"], strict=True)
+    }
+    if row["touched"] is not None:
+        names = ("touched", "starts", "ends", "levels", "excluded", "kinds", "source_ids")
+        for service_id, start, end, *rest in zip(*(row[name] for name in names), strict=True):
+            services[service_id].periods.append(Period(start, end or row["now"], *rest))
+    return list(services.values())

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsentry.domain.status import LEVELS, Period, uptime
+from opsentry.domain.status import LEVELS, Period, reckon, uptime
 
 ZERO = datetime(2026, 1, 1, tzinfo=UTC)
 WINDOW = 300
@@ -72,3 +72,35 @@ def some_period(draw: st.DrawFn) -> Period:
 @given(st.lists(some_period(), max_size=12))
 def test_uptime_is_what_walking_second_by_second_gives(periods):
     assert uptime(periods, at(0), at(WINDOW)) == naive(periods)
+
+
+@given(st.lists(some_period(), max_size=12))
+def test_shares_add_up_and_are_what_walking_second_by_second_gives(periods):
+    found = reckon(periods, at(0), at(WINDOW))
+    assert sum(share.lost for share in found.shares) == found.lost
+    assert found.uptime == uptime(periods, at(0), at(WINDOW))
+    assert [share.period.start for share in found.shares] == sorted(share.period.start for share in found.shares)
+    named = [p._replace(source_id=number) for number, p in enumerate(periods)]
+    for share in reckon(named, at(0), at(WINDOW)).shares:
+        seconds = [s for s in range(WINDOW) if share.period.start <= at(s) < share.period.end]
+        cut = [s for s in seconds if any(p.excluded and p.start <= at(s) < p.end for p in named)]
+        assert (share.inside, share.cut) == (len(seconds) * 1_000_000, len(cut) * 1_000_000)
+        assert share.counted <= share.inside - share.cut
+        heaviest = [
+            s
+            for s in sorted(set(seconds) - set(cut))
+            if TENTHS[share.period.level] > max(
+                (TENTHS[p.level] for p in named if p != share.period and p.start <= at(s) < p.end), default=-1
+            )
+        ]  # fmt: skip
+        assert share.counted >= len(heaviest) * 1_000_000
+        assert share.lost == share.counted * TENTHS[share.period.level] * (not share.period.excluded)
+
+
+def test_of_two_that_overlap_the_heavier_counts_and_of_equals_the_first():
+    light, heavy = period(0, 60, "partial_outage"), period(20, 40)
+    again = period(30, 80)
+    shares = {
+        share.period: share.counted // 1_000_000 for share in reckon([again, light, heavy], at(0), at(100)).shares
+    }
+    assert shares == {light: 20, heavy: 20, again: 40}

@@ -1,9 +1,11 @@
 """589 incidents and 18 windows of a real page, read back and compared with the file itself."""
 
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
+import pytest
 
 from opsentry.domain.status import Period, uptime
 from opsentry.importing.statuspage import Component
@@ -135,3 +137,34 @@ async def test_uptime_over_past_windows_is_what_the_file_says(file, page, owner)
             assert uptime(periods, start, end) == expected, (component["name"], start, end)
             below_full += expected < 100
     assert below_full > 50
+
+
+async def test_explained_periods_add_up_to_the_incident_minutes_of_the_file(file, page, owner):
+    _, tenant, api, _ = page
+    rows = await owner.fetch("SELECT slug, service_id FROM services WHERE tenant_id = $1", tenant.id)
+    ids = {row["slug"]: row["service_id"] for row in rows}
+    names = slugs(msgspec.convert(file["components"], list[Component]))
+    levels = {"none": "informational", "minor": "degraded", "major": "partial_outage", "critical": "major_outage"}
+    start, end = datetime(2022, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
+    total = 0
+    for component in file["components"]:
+        expected: Counter[str] = Counter()
+        for record in file["incidents"]:
+            if component["id"] in {link["id"] for link in record["components"]}:
+                began = max(start, min(moment(record["started_at"]), moment(record["created_at"])))
+                seconds = (min(end, moment(record["resolved_at"])) - began).total_seconds()
+                expected[levels[record["impact"]]] += round(max(0, seconds))
+        path = f"/services/{ids[names[component['id']]]}/uptime"
+        window = "from=2022-01-01T00:00:00Z&to=2026-01-01T00:00:00Z&explain=true"
+        _, body, _ = await api.get(f"{path}?{window}")
+        shown: Counter[str] = Counter()
+        for period in body["periods"]:
+            if period["source"]["kind"] == "incident":
+                shown[period["level"]] += round(period["seconds"])
+        assert +shown == +expected, component["name"]
+        down = down_per_minute(file, component["id"])
+        lost = sum(weight for at, weight in down.items() if start <= at < end)
+        assert sum(p["downtime_seconds"] for p in body["periods"]) == pytest.approx(lost * 6)
+        assert body["downtime_seconds"] == pytest.approx(lost * 6)
+        total += expected.total()
+    assert total > 1_000_000

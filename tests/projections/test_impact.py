@@ -16,12 +16,14 @@ LONG = 100_000
 @pytest.fixture(params=["at once", "one by one"])
 async def periods(request, app_connection, history):
     async def project(service_id=1):
+        if ("service", service_id) not in history.states:
+            history.service(service_id, RegisterService(slug="web", name="Web"), when=at(-24))
         batches = [history.events] if request.param == "at once" else [[event] for event in history.events]
         for events in batches:
             for projection in (Services(), Impact()):
                 await apply(app_connection, projection, events)
-        row = await impact.recent(app_connection, history.tenant_id, service_id, LONG)
-        found = impact.periods(row)
+        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG)
+        found = [period for service in impact.touched(row) for period in service.periods]
         for period, end in zip(found, row["ends"] or (), strict=True):
             assert end is not None or period.end == row["now"]
         lasting = [end is None for end in row["ends"] or ()]
@@ -29,7 +31,7 @@ async def periods(request, app_connection, history):
             (
                 (p.start - at(0)).total_seconds() / 3600,
                 None if lasts else (p.end - at(0)).total_seconds() / 3600,
-                *p[2:],
+                *p[2:4],
             )
             for p, lasts in zip(found, lasting, strict=True)
         ]
@@ -119,19 +121,20 @@ async def test_only_what_reaches_into_the_window_is_read(app_connection, owner, 
             history.incident(number, ResolveIncident(), when=at(end))
     for projection in (Services(), Impact()):
         await apply(app_connection, projection, history.events)
-    row = await impact.recent(app_connection, history.tenant_id, 1, days)
+    row = await impact.between(app_connection, history.tenant_id, 1, None, None, days)
     assert row["starts"] == [at(-24 * 200), at(1)]
     assert row["ends"] == [at(24), None]
-    assert row["since"] == at(-24 * 400)
+    assert row["sinces"] == [at(-24 * 400)]
 
 
-async def test_a_service_that_is_not_there_has_no_beginning(periods, app_connection, history, other_history):
+async def test_a_service_that_is_not_there_has_no_beginning(app_connection, history, other_history):
     history.service(1, RegisterService(slug="web", name="Web"))
     history.service(1, RetireService())
     other_history.service(2, RegisterService(slug="web", name="Web"))
     other_history.incident(1, OpenIncident(title="i", service_ids=(1, 2)))
     for projection in (Services(), Impact()):
-        await apply(app_connection, projection, other_history.events)
+        for made in (history, other_history):
+            await apply(app_connection, projection, made.events)
     for service_id in (1, 2, 3):
-        assert await periods(service_id) == []
-        assert (await impact.recent(app_connection, history.tenant_id, service_id, LONG))["since"] is None
+        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG)
+        assert impact.touched(row) == []

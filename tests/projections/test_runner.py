@@ -181,8 +181,8 @@ async def test_a_read_brings_up_a_projection_that_never_ran_for_the_tenant(parts
     (service_id,) = await owner.fetchrow("SELECT service_id FROM services")
     row = await parts.runner.read(acme.id, lambda c: services.one(c, acme.id, service_id))
     assert msgspec.json.decode(row["body"])["current_status"] == "degraded_performance"
-    row = await parts.runner.read(acme.id, lambda c: impact.recent(c, acme.id, service_id, 90))
-    assert len(impact.periods(row)) == 1
+    row = await parts.runner.read(acme.id, lambda c: impact.between(c, acme.id, service_id, None, None, 90))
+    assert len(impact.touched(row)[0].periods) == 1
 
 
 async def test_a_read_does_not_wait_for_an_event_that_nobody_was_answered_yet(parts, acme, owner):

@@ -1,0 +1,197 @@
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from opsentry.domain import incident, maintenance
+from opsentry.domain.incident import ChangeIncident, OpenIncident, ResolveIncident
+from opsentry.domain.maintenance import CompleteMaintenance, ScheduleMaintenance, StartMaintenance
+from tests.api.conftest import raw
+from tests.conftest import META, make_service
+
+BEGAN = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def at(hours: float) -> datetime:
+    return BEGAN + timedelta(hours=hours)
+
+
+def text(moment: datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+async def outage(parts, tenant_id, start, end, service_ids, severity="major_outage", *changes):
+    opened = OpenIncident(title="i", severity=severity, service_ids=tuple(service_ids))
+    made = await parts.commands.create(incident.DECIDER, tenant_id, opened, META, occurred_at=at(start))
+    for when, change in changes:
+        await parts.commands.execute(
+            incident.DECIDER, tenant_id, made.stream_id, change, META, occurred_at=at(when)
+        )  # fmt: skip
+    if end is not None:
+        await parts.commands.execute(
+            incident.DECIDER, tenant_id, made.stream_id, ResolveIncident(), META, occurred_at=at(end)
+        )
+    await parts.runner.catch_up(tenant_id, 0)
+    return made.stream_id
+
+
+async def window(parts, tenant_id, start, end, service_ids):
+    hours: dict[str, Any] = {"scheduled_start": at(start), "scheduled_end": at(end)}
+    command = ScheduleMaintenance(title="w", **hours, service_ids=tuple(service_ids), exclude_from_sla=True)
+    made = await parts.commands.create(maintenance.DECIDER, tenant_id, command, META, occurred_at=at(start - 1))
+    for when, move in ((start, StartMaintenance()), (end, CompleteMaintenance())):
+        await parts.commands.execute(
+            maintenance.DECIDER, tenant_id, made.stream_id, move, META, occurred_at=at(when)
+        )  # fmt: skip
+    await parts.runner.catch_up(tenant_id, 0)
+    return made.stream_id
+
+
+@pytest.fixture
+async def web(parts, acme):
+    return await make_service(parts, acme.id, "web", occurred_at=at(0))
+
+
+def between(start: float, end: float) -> str:
+    return f"from={text(at(start))}&to={text(at(end))}"
+
+
+async def test_any_window_has_its_percentage_and_its_denominator(api, parts, acme, web):
+    await outage(parts, acme.id, 10, 11, [web])
+    _, body, headers = await api.get(f"/services/{web}/uptime?{between(0, 100)}")
+    assert body == {
+        "service_id": web,
+        "from": text(at(0)),
+        "to": text(at(100)),
+        "uptime": 99.0,
+        "observed_seconds": 360_000.0,
+        "downtime_seconds": 3600.0,
+    }
+    assert (await api.get(f"/services/{web}/uptime?{between(10, 11)}"))[1]["uptime"] == 0.0
+    assert (await api.get(f"/services/{web}/uptime?{between(11, 12)}"))[1]["uptime"] == 100.0
+    again = await api.get(
+        f"/services/{web}/uptime?{between(0, 100)}", headers={"If-None-Match": headers["ETag"]}
+    )  # fmt: skip
+    assert again[0] == 304
+
+
+async def test_a_window_explains_itself(api, parts, acme, web):
+    change = (14, ChangeIncident(severity="partial_outage"))
+    one = await outage(parts, acme.id, 10, 20, [web], "major_outage", change)
+    other = await outage(parts, acme.id, 12, 16, [web], "critical")
+    cut = await window(parts, acme.id, 18, 22, [web])
+    _, body, _ = await api.get(f"/services/{web}/uptime?{between(-10, 90)}&explain=true")
+    hour = 3600.0
+    assert body["service_since"] == text(at(0))
+    assert body["observed_seconds"] == 86 * hour  # from when the service began, without the window
+    # 10 to 16 in full (twice at once counts once), 16 to 18 three tenths, 18 to 20 is cut
+    assert body["downtime_seconds"] == pytest.approx(6.6 * hour)
+    assert body["uptime"] == 92.32
+    shown = [
+        (
+            (p["source"]["kind"], p["source"]["id"]), p["level"], p["weight"],
+            p["seconds"] / hour, p["cut_seconds"] / hour, p["counted_seconds"] / hour, p["downtime_seconds"] / hour,
+        )
+        for p in body["periods"]
+    ]  # fmt: skip
+    assert shown == [
+        (("incident", one), "major_outage", 1.0, 4, 0, 2, 2),
+        (("incident", other), "critical", 1.0, 4, 0, 4, 4),
+        (("incident", one), "partial_outage", 0.3, 6, 2, 2, pytest.approx(0.6)),
+        (("maintenance", cut), None, 0.0, 4, 0, 0, 0),
+    ]
+    assert body["position"] == (await api.get("/events/head"))[1]["seq"]
+    assert [p["excluded"] for p in body["periods"]] == [False, False, False, True]
+
+
+async def test_a_backdated_change_restates_a_window(api, parts, acme, web):
+    path = f"/services/{web}/uptime?{between(0, 100)}"
+    assert (await api.get(path))[1]["uptime"] == 100.0
+    _, made, _ = await api.post(
+        "/incidents",
+        {"title": "late", "severity": "critical", "service_ids": [web], "occurred_at": text(at(0))},
+    )
+    await api.post(f"/incidents/{made['id']}/resolve", {"occurred_at": text(at(50))})
+    assert (await api.get(path))[1]["uptime"] == 50.0
+
+
+async def test_services_added_removed_and_reopened(api, parts, acme, web):
+    other = await make_service(parts, acme.id, "other", occurred_at=at(0))
+    await outage(
+        parts, acme.id, 10, 50, [web], "major_outage",
+        (20, ChangeIncident(service_ids=(web, other))), (30, ChangeIncident(service_ids=(other,))),
+        (40, ResolveIncident()), (45, ChangeIncident(status="investigating")),
+    )  # fmt: skip
+    assert (await api.get(f"/services/{web}/uptime?{between(0, 100)}"))[1]["downtime_seconds"] == 20 * 3600
+    assert (await api.get(f"/services/{other}/uptime?{between(0, 100)}"))[1]["downtime_seconds"] == 25 * 3600
+
+
+async def test_the_tenant_is_the_mean_weighted_by_time_observed(api, other_api, parts, acme, web):
+    young = await make_service(parts, acme.id, "young", occurred_at=at(75))
+    await outage(parts, acme.id, 80, 85, [young])
+    _, body, _ = await api.get(f"/uptime?{between(0, 100)}")
+    assert [(s["service"]["id"], s["uptime"]) for s in body["services"]] == [(web, 100.0), (young, 80.0)]
+    assert (body["uptime"], body["observed_seconds"]) == (96.0, 125 * 3600)
+    _, trailing, _ = await api.get("/uptime")
+    assert {s["service"]["slug"] for s in trailing["services"]} == {"web", "young"}
+    assert set(trailing) == {"uptime_24h", "uptime_7d", "uptime_30d", "services"}
+    _, empty, _ = await other_api.get("/uptime")
+    assert empty == {"uptime_24h": 100.0, "uptime_7d": 100.0, "uptime_30d": 100.0, "services": []}
+    assert (await other_api.get(f"/uptime?{between(0, 100)}"))[1]["uptime"] is None
+
+
+async def test_bars_of_days(api, parts, acme, owner):
+    now = await owner.fetchval("SELECT now()")
+    today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    service = await make_service(parts, acme.id, "web", occurred_at=today - timedelta(days=3, hours=12))
+    begin = (today - timedelta(days=2, hours=6) - BEGAN) / timedelta(hours=1)
+    await outage(parts, acme.id, begin, begin + 12, [service], "partial_outage")
+    _, body, _ = await api.get(f"/services/{service}/uptime/daily?days=6")
+    days = body["days"]
+    assert [day["date"] for day in days] == [(today - timedelta(days=5 - n)).date().isoformat() for n in range(6)]
+    assert [day["uptime"] for day in days] == [None, 100.0, 92.5, 92.5, 100.0, 100.0]
+    assert [day["observed_seconds"] / 3600 for day in days[:5]] == [0, 12, 24, 24, 24]
+    assert [day["worst"] for day in days] == [None, None, "partial_outage", "partial_outage", None, None]
+    assert len((await api.get(f"/services/{service}/uptime/daily"))[1]["days"]) == 90
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("from=yesterday", "from: must be an RFC 3339 timestamp"),
+        ("to=2026-01-01T00:00:00", "to: must be an RFC 3339 timestamp"),
+        ("to=2999-01-01T00:00:00Z", "to: must not be in the future"),
+        ("from=2999-01-01T00:00:00Z", "from: must be before to"),
+        ("from=2026-01-02T00:00:00Z&to=2026-01-02T00:00:00Z", "to: must be after from"),
+        ("from=2026-01-02T00:00:00%2B02:00&to=2026-01-01T22:00:00Z", "to: must be after from"),
+        ("explain=yes", "explain: must be one of true, false"),
+        ("as_of=1", "as_of: cannot be asked for here"),
+    ],
+)
+async def test_windows_that_are_none_are_refused(api, web, query, says):
+    status, body, _ = await api.get(f"/services/{web}/uptime?{query}")
+    assert (status, body["error"][: len(says)]) == (400, says)
+
+
+@pytest.mark.parametrize("days", ["0", "367", "x", "-1"])
+async def test_days_that_are_none_are_refused(api, web, days):
+    status, body, _ = await api.get(f"/services/{web}/uptime/daily?days={days}")
+    assert (status, body["error"].split(":")[0]) == (400, "days")
+
+
+async def test_a_leap_day_and_a_change_of_clocks_are_as_long_as_they_are(api, parts, acme):
+    service = await make_service(parts, acme.id, "old", occurred_at=datetime(2023, 1, 1, tzinfo=UTC))
+    for query, hours in (
+        ("from=2024-02-28T00:00:00Z&to=2024-03-01T00:00:00Z", 48),
+        ("from=2023-02-28T00:00:00Z&to=2023-03-01T00:00:00Z", 24),
+        # midnight to midnight in Berlin, when clocks go forward and back
+        ("from=2025-03-30T00:00:00%2B01:00&to=2025-03-31T00:00:00%2B02:00", 23),
+        ("from=2025-10-26T00:00:00%2B02:00&to=2025-10-27T00:00:00%2B01:00", 25),
+    ):
+        assert (await api.get(f"/services/{service}/uptime?{query}"))[1]["observed_seconds"] == hours * 3600
+
+
+async def test_uptime_of_what_is_not_there_is_the_same_404(api, other_api, web):
+    for path in ("uptime", "uptime/daily", "uptime?explain=true"):
+        for client, number in ((api, 987654), (other_api, web), (api, "x")):
+            assert await raw(client, "GET", f"/services/{number}/{path}") == (404, b'{"error":"not found"}')
