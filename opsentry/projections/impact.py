@@ -167,6 +167,7 @@ class Impact:
 
     name = "impact"
     kinds = frozenset({incident.KIND, maintenance.KIND})
+    tables = ("impact_sources", "impact_periods")
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """End and begin periods for each source touched."""

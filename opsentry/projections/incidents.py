@@ -290,6 +290,7 @@ class Incidents:
 
     name = "incidents"
     kinds = frozenset({incident.KIND})
+    tables = ("incidents", "incident_updates", "incident_snapshots")
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each incident touched, and its new timeline entries."""

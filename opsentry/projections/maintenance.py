@@ -228,6 +228,7 @@ class MaintenanceWindows:
 
     name = "maintenance"
     kinds = frozenset({maintenance.KIND})
+    tables = ("maintenance", "maintenance_updates")
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each window touched, and its new timeline entries."""

@@ -250,6 +250,7 @@ class Outbox:
 
     name = "outbox"
     kinds = frozenset({incident.KIND, maintenance.KIND, subscription.KIND})
+    tables = ("outbox_intents", "outbox_state")
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write the intents that `events` give rise to, and what has to be known for the next ones."""

@@ -20,6 +20,10 @@ class Projection(Protocol):
     kinds: frozenset[str]
     """The stream kinds it reads; events of others are not given to it."""
 
+    @property
+    def tables(self) -> Sequence[str]:
+        """The tables that hold its rows, and nobody else's."""
+
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Bring the tenant's rows up to `events`, in the caller's transaction, in a fixed number of statements."""
 

@@ -41,6 +41,35 @@ _BEHIND = (
     " AND c.projection = ANY($1) AND c.position < h.seq AND c.parked_seq IS NULL)) LIMIT $2"
 )
 
+# How each projection stands over all tenants that have a ledger.
+_STANDING = """
+SELECT p.name AS projection, count(*) AS tenants,
+    count(*) FILTER (WHERE c.position >= h.seq AND c.parked_seq IS NULL) AS done,
+    count(*) FILTER (WHERE coalesce(c.position, 0) < h.seq AND c.parked_seq IS NULL) AS behind,
+    count(*) FILTER (WHERE c.parked_seq IS NOT NULL) AS parked,
+    sum(h.seq - coalesce(c.position, 0))::bigint AS lag_events,
+    coalesce(max(extract(epoch FROM clock_timestamp() - e.recorded_at)), 0)::float8 AS lag_seconds,
+    coalesce(min(c.generation), 0) AS generation, max(c.rebuilt_at) AS rebuilt_at
+FROM unnest($1::text[]) WITH ORDINALITY AS p (name, place) CROSS JOIN heads h
+LEFT JOIN checkpoints c ON c.tenant_id = h.tenant_id AND c.projection = p.name
+LEFT JOIN LATERAL (
+    SELECT recorded_at FROM events WHERE tenant_id = h.tenant_id AND seq > coalesce(c.position, 0)
+    ORDER BY seq LIMIT 1) AS e ON true
+WHERE h.seq > 0 GROUP BY p.name, p.place ORDER BY p.place
+"""
+
+# Projections that stopped at an event, of all tenants.
+_PARKED = """
+SELECT t.slug, c.tenant_id, c.projection, c.parked_seq AS seq, c.error
+FROM checkpoints c JOIN tenants t USING (tenant_id) WHERE c.parked_seq IS NOT NULL ORDER BY t.slug, c.projection
+"""
+
+# Lets parked projections try again, of all tenants or of one.
+_RELEASE = """
+UPDATE checkpoints SET parked_seq = NULL, error = NULL
+WHERE parked_seq IS NOT NULL AND projection = ANY($1) AND ($2::bigint IS NULL OR tenant_id = $2) RETURNING tenant_id
+"""
+
 _BATCH = 500
 _PASS_TIMEOUT = 30.0
 # How often a read looks whether a position that it waits for has been recorded.
@@ -96,6 +125,28 @@ class Runner:
     async def behind(self, limit: int = 1000) -> list[int]:
         """Return tenants with projections that lag, at most `limit`."""
         return [row["tenant_id"] for row in await self._database.fetch(_BEHIND, self._names, limit, seconds=10)]
+
+    async def standing(self) -> list[asyncpg.Record]:
+        """Return for each projection how many `tenants` are `done`, `behind` and `parked`, and the lag of all.
+
+        `lag_events` is a sum, `lag_seconds` the age of the oldest event that is missing; `generation` is how often
+        the tenant's rows were derived anew that were so least often.
+        """
+        return await self._database.fetch(_STANDING, self._names, seconds=60)
+
+    async def parked(self) -> list[asyncpg.Record]:
+        """Return `slug`, `tenant_id`, `projection`, `seq` and `error` of what stopped at an event."""
+        return await self._database.fetch(_PARKED, seconds=60)
+
+    async def retry(self, names: Sequence[str], tenant_id: int | None = None) -> int:
+        """Let parked projections go on from where they stopped, of all tenants or of one; return how many did.
+
+        One that still cannot apply its event is parked there again.
+        """
+        rows = await self._database.fetch(_RELEASE, list(names), tenant_id, seconds=60)
+        for tenant in sorted({row["tenant_id"] for row in rows}):
+            await self.catch_up(tenant, 0)
+        return len(rows)
 
     async def read(
         self, tenant_id: int, query: Callable[[Connection], Awaitable[asyncpg.Record]], *, at_least: int = 0

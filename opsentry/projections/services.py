@@ -125,6 +125,7 @@ class Services:
 
     name = "services"
     kinds = frozenset({service.KIND})
+    tables = ("services",)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each service touched."""

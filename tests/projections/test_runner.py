@@ -90,6 +90,7 @@ async def test_many_runners_apply_each_event_once(parts, settings, acme, app_con
     class Noted:
         def __init__(self, projection):
             self.name, self.kinds, self.projection = projection.name, projection.kinds, projection
+            self.tables = projection.tables
 
         async def apply(self, connection, tenant_id, events):
             await self.projection.apply(connection, tenant_id, events)

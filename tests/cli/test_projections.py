@@ -1,0 +1,102 @@
+import json
+
+from opsentry.domain import incident
+from opsentry.domain.incident import OpenIncident, PostUpdate
+from tests.conftest import META, make_service
+from tests.projections.planting import plant
+from tests.system.processes import environment, opsentry, running, until
+
+NAMES = ["services", "incidents", "maintenance", "impact", "outbox"]
+
+
+async def filled(parts, tenant):
+    service_id = await make_service(parts, tenant.id, "web")
+    opened = OpenIncident(title="Down", service_ids=(service_id,))
+    made = await parts.commands.create(incident.DECIDER, tenant.id, opened, META)
+    await parts.commands.execute(incident.DECIDER, tenant.id, made.stream_id, PostUpdate(message="m"), META)
+    await parts.runner.catch_up(tenant.id, 0)
+    return made.stream_id
+
+
+async def standing(run):
+    return {row["projection"]: row for row in json.loads(await run("projections", "list", "--json"))}
+
+
+async def test_what_stands_is_listed(run, parts, acme, globex, owner):
+    await filled(parts, acme)
+    await parts.runner.catch_up(globex.id, 0)
+    found = await standing(run)
+    assert set(found) == set(NAMES)
+    assert {(row["tenants"], row["done"], row["behind"], row["parked"]) for row in found.values()} == {(2, 2, 0, 0)}
+    await owner.execute("UPDATE checkpoints SET position = 1 WHERE projection = 'impact' AND tenant_id = $1", acme.id)
+    row = (await standing(run))["impact"]
+    assert (row["done"], row["behind"]) == (1, 1)
+    assert row["lag_events"] > 0
+    assert row["lag_seconds"] > 0
+    assert "impact" in await run("projections", "list")
+
+
+async def test_rows_are_compared_and_derived_anew(run, parts, acme, globex, owner, settings):
+    await filled(parts, acme)
+    await filled(parts, globex)
+    assert "10 of 10" in await run("projections", "verify", "--all")
+    await owner.execute("UPDATE incidents SET body = replace(body, 'Down', 'Up') WHERE tenant_id = $1", acme.id)
+    ran = await opsentry(environment(settings), "projections", "verify", "incidents", "--json")
+    assert ran.code == 1
+    wrong = {row["tenant"]: row["difference"] for row in json.loads(ran.out)}
+    assert (wrong["globex"], wrong["acme"]["table"]) == (None, "incidents")
+    assert "Up" in wrong["acme"]["live"]
+    assert "Down" in wrong["acme"]["folded"]
+    assert json.loads(await run("projections", "rebuild", "incidents", "--tenant", "acme", "--json"))["rebuilt"] == 1
+    assert "2 of 2" in await run("projections", "verify", "incidents")
+    assert json.loads(await run("projections", "rebuild", "--all", "--json")) == {"rebuilt": 10, "failed": []}
+    assert (await standing(run))["incidents"]["generation"] == 1
+    assert await owner.fetchval("SELECT count(*) FROM rebuilds") == 0
+
+
+async def test_a_rebuild_that_was_killed_goes_on_with_those_that_are_left(run, parts, acme, globex, owner, settings):
+    await filled(parts, acme)
+    await filled(parts, globex)
+    generations = "SELECT generation FROM checkpoints WHERE projection = 'incidents' ORDER BY tenant_id"
+    async with owner.transaction():
+        await owner.execute(
+            "SELECT FROM checkpoints WHERE tenant_id = $1 AND projection = 'incidents' FOR UPDATE", globex.id
+        )
+        async with running(environment(settings), "projections", "rebuild", "incidents", "--jobs", "1") as process:
+            done = "SELECT FROM checkpoints WHERE tenant_id = $1 AND projection = 'incidents' AND generation = 1"
+
+            async def first_is_done():
+                return await parts.database.fetchrow(done, acme.id) is not None
+
+            await until(first_is_done)
+            process.kill()
+    assert [row["generation"] for row in await owner.fetch(generations)] == [1, 0]
+    assert json.loads(await run("projections", "rebuild", "incidents", "--json"))["rebuilt"] == 1
+    assert [row["generation"] for row in await owner.fetch(generations)] == [1, 1]
+    assert "2 of 2" in await run("projections", "verify", "incidents")
+
+
+async def test_what_is_parked_is_named_and_goes_on_once_the_cause_is_gone(run, parts, acme, owner, settings):
+    number = await filled(parts, acme)
+    await plant(owner, acme.id, number, 3, type="incident.exploded")
+    await parts.runner.catch_up(acme.id, 0)
+    parked = json.loads(await run("projections", "parked", "--json"))
+    assert {row["projection"] for row in parked} == {"impact", "incidents", "outbox"}
+    assert all("incident.exploded" in row["error"] for row in parked)
+    ran = await opsentry(environment(settings), "projections", "retry", "--all", "--json")
+    assert (ran.code, json.loads(ran.out)) == (1, {"retried": 3, "parked": 3})
+    ran = await opsentry(environment(settings), "projections", "rebuild", "incidents", "--json")
+    assert ran.code == 1
+    assert "incident.exploded" in json.loads(ran.out)["failed"][0]["error"]
+    await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
+    await owner.execute("UPDATE events SET type = 'incident.reopened' WHERE type = 'incident.exploded'")
+    assert json.loads(await run("projections", "retry", "--all", "--json")) == {"retried": 3, "parked": 0}
+    assert json.loads(await run("projections", "parked", "--json")) == []
+    assert {row["behind"] for row in (await standing(run)).values()} == {0}
+
+
+async def test_wrong_use_is_explained(fail):
+    assert "name one projection, or --all" in await fail(2, "projections", "rebuild")
+    assert "name one projection, or --all" in await fail(2, "projections", "verify", "incidents", "--all")
+    assert "is not one of" in await fail(2, "projections", "retry", "nonsense")
+    assert "no tenant has the slug" in await fail(1, "projections", "rebuild", "--all", "--tenant", "nobody")
