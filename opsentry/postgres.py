@@ -37,6 +37,9 @@ _LOST = (
     asyncpg.UndefinedColumnError,
     asyncpg.UndefinedFunctionError,
     asyncpg.ReadOnlySQLTransactionError,
+    # What stood still in a transaction was thrown out of it, so that others get its locks.
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.TransactionTimeoutError,
 )
 
 

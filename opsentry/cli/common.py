@@ -178,7 +178,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_outp
     table = Table(*columns)
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in columns))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
 def _cell(value: Any) -> str:

@@ -1,25 +1,33 @@
 """`opsentry projections`: how the read models stand, and deriving them anew."""
 
-import asyncio
+import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from opsentry.access import tenants
 from opsentry.cli.common import PATIENCE, as_json, run, settings, show
 from opsentry.events import ledger
+from opsentry.postgres import Connection
+from opsentry.projections import jobs as rebuild_jobs
+from opsentry.projections import operations
 from opsentry.projections.projection import Projection
 from opsentry.projections.rebuild import Difference, Rebuilder
 from opsentry.projections.runner import Poison
 from opsentry.wiring import Core, core, projections
 
+T = TypeVar("T")
+
 _ALL = {projection.name: projection for projection in projections()}
+# What was erased while it was compared differs for a moment.
+_TRIES = 3
 
 chosen = click.argument("name", type=click.Choice(list(_ALL)), required=False)
 all_of_them = click.option("--all", "everything", is_flag=True, help="All projections.")
@@ -34,14 +42,14 @@ def projections_group() -> None:
 @projections_group.command(name="list")
 @as_json
 def list_projections(*, json_output: bool) -> None:
-    """List projections: tenants that are done, behind and parked, and the lag."""
+    """List projections: tenants that are done, behind and parked, the lag, and what a rebuild has still to do."""
 
-    async def work() -> Sequence[Any]:
-        async with core(settings()) as parts:
-            return await parts.runner.standing()
+    async def work(parts: Core, connection: Connection) -> Sequence[Any]:
+        return await operations.standing(connection, parts.runner.projections)
 
-    columns = ["projection", "generation", "tenants", "done", "behind", "parked", "lag_events", "lag_seconds"]
-    show(run(work()), columns, json_output=json_output)
+    columns = ["projection", "version", "generation", "paused", "tenants", "done", "behind", "parked"]
+    columns += ["lag_events", "lag_seconds", "to_rebuild", "rebuild_failed", "rebuilt_at"]
+    show(run(_connected(work)), columns, json_output=json_output)
 
 
 @projections_group.command(name="parked")
@@ -49,11 +57,10 @@ def list_projections(*, json_output: bool) -> None:
 def list_parked(*, json_output: bool) -> None:
     """List what stopped at an event that it cannot apply, and why."""
 
-    async def work() -> Sequence[Any]:
-        async with core(settings()) as parts:
-            return await parts.runner.parked()
+    async def work(_: Core, connection: Connection) -> Sequence[Any]:
+        return await operations.parked(connection)
 
-    show(run(work()), ["slug", "projection", "seq", "error"], json_output=json_output)
+    show(run(_connected(work)), ["slug", "projection", "at", "seq", "error"], json_output=json_output)
 
 
 @projections_group.command(name="retry")
@@ -67,14 +74,15 @@ def retry(name: str | None, slug: str | None, *, everything: bool, json_output: 
 
     async def work() -> tuple[int, int]:
         async with core(settings()) as parts:
-            tenant_id = await _tenant(parts, slug)
-            released = await parts.runner.retry(names, tenant_id)
-            still = [
-                row
-                for row in await parts.runner.parked()
-                if row["projection"] in names and tenant_id in {None, row["tenant_id"]}
-            ]
-            return released, len(still)
+            async with parts.database.connection(PATIENCE) as connection:
+                tenant_id = await _tenant(connection, slug)
+                released = await operations.release(connection, names, tenant_id)
+            for released_tenant in sorted({row["tenant_id"] for row in released}):
+                await parts.runner.catch_up(released_tenant, 0)
+            async with parts.database.connection(PATIENCE) as connection:
+                parked = await operations.parked(connection)
+        still = [row for row in parked if row["projection"] in names and tenant_id in {None, row["tenant_id"]}]
+        return len(released), len(still)
 
     released, still = run(work())
     if json_output:
@@ -85,62 +93,105 @@ def retry(name: str | None, slug: str | None, *, everything: bool, json_output: 
         raise SystemExit(1)
 
 
+@projections_group.command(name="pause")
+@chosen
+@all_of_them
+@as_json
+def pause(name: str | None, *, everything: bool, json_output: bool) -> None:
+    """Let projections stand still, for all tenants and everywhere: reads show them as they are."""
+    _switch(operations.pause, "paused", _chosen(name, everything=everything), json_output=json_output)
+
+
+@projections_group.command(name="resume")
+@chosen
+@all_of_them
+@as_json
+def resume(name: str | None, *, everything: bool, json_output: bool) -> None:
+    """Let paused projections go on; workers catch them up."""
+    _switch(operations.resume, "resumed", _chosen(name, everything=everything), json_output=json_output)
+
+
+def _switch(
+    change: Callable[[Connection, Sequence[str]], Awaitable[list[str]]],
+    word: str,
+    wanted: Sequence[Projection],
+    *,
+    json_output: bool,
+) -> None:
+    async def work(parts: Core, connection: Connection) -> list[str]:
+        async with connection.transaction():
+            await operations.register(connection, parts.runner.projections)
+            return await change(connection, [projection.name for projection in wanted])
+
+    changed = sorted(run(_connected(work)))
+    if json_output:
+        click.echo(msgspec.json.encode({word: changed}))
+    else:
+        click.echo(f"{word}: {', '.join(changed) or 'none, they were already'}")
+
+
 @projections_group.command(name="rebuild")
 @chosen
 @all_of_them
 @of_tenant
-@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Tenants at once.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes at once.")
 @as_json
 def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, json_output: bool) -> None:
     """Derive rows anew from the ledger. Readers notice nothing, and commands go on.
 
-    One that is interrupted leaves every tenant as it was or done; the same command goes on with those that are left.
+    One that is interrupted or killed leaves every tenant as it was or done; the same command goes on with those that
+    are left. So do workers, at their leisure.
     """
     wanted = _chosen(name, everything=everything)
-    failed: list[dict[str, Any]] = []
-    done = 0
+    names = [projection.name for projection in wanted]
+    found = settings()
+    told = {"tenants": 0, "events": 0}
 
-    async def one(parts: Core, projection: Projection, left: Sequence[Any], progress: Progress) -> None:
-        nonlocal done
-        rebuilder = Rebuilder(parts.database)
-        task = progress.add_task(projection.name, total=sum(row["events"] for row in left))
-        waiting = list(left)
-
-        async def job() -> None:
-            nonlocal done
-            while waiting:
-                row = waiting.pop(0)
-                try:
-                    rebuilt = await rebuilder.rebuild(
-                        projection, row["tenant_id"], lambda events: progress.advance(task, events)
-                    )
-                    done += rebuilt
-                except Poison as poison:
-                    failed.append({"tenant_id": row["tenant_id"], "projection": projection.name, "error": str(poison)})
-
-        await asyncio.gather(*(job() for _ in range(jobs)))
-
-    async def work() -> None:
-        async with core(settings()) as parts:
-            tenant_id = await _tenant(parts, slug)
-            rebuilder = Rebuilder(parts.database)
+    async def work() -> list[Any]:
+        async with core(found) as parts:
+            async with parts.database.connection(PATIENCE) as connection:
+                tenant_id = await _tenant(connection, slug)
+                standing = await operations.standing(connection, wanted)
+            if paused := [row["projection"] for row in standing if row["paused"]]:
+                raise click.ClickException(f"{', '.join(paused)}: paused; `opsentry projections resume` lets it go on")
             with _progress() as progress:
-                for projection in wanted:
-                    if tenant_id is not None:
-                        await one(parts, projection, await _one_tenant(parts, tenant_id), progress)
-                        continue
-                    # Whoever has no checkpoint yet has no rows either: the first pass makes them.
-                    await one(parts, projection, await rebuilder.begin(projection.name), progress)
-                    if not failed:
-                        await rebuilder.end(projection.name)
+                task = progress.add_task("folding", total=None)
 
-    run(work())
+                def begin(tenants: int, events: int) -> None:
+                    told.update(tenants=tenants, events=events)
+                    progress.update(task, total=events, description=f"{tenants} tenants")
+
+                await rebuild_jobs.rebuild(
+                    found.database_url,
+                    wanted,
+                    tenant_id=tenant_id,
+                    jobs=jobs,
+                    begin=begin,
+                    advance=lambda events: progress.advance(task, events),
+                )
+            async with parts.database.connection(PATIENCE) as connection:
+                parked = await operations.parked(connection)
+        return [
+            row
+            for row in parked
+            if row["at"] == "rebuilding" and row["projection"] in names and tenant_id in {None, row["tenant_id"]}
+        ]
+
+    try:
+        failed = run(work())
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on with the tenants that are left", err=True)
+        raise SystemExit(1) from None
     if json_output:
-        click.echo(msgspec.json.encode({"rebuilt": done, "failed": failed}))
+        columns = ("tenant_id", "slug", "projection", "seq", "error")
+        failures = [{column: row[column] for column in columns} for row in failed]
+        click.echo(msgspec.json.encode({**told, "failed": failures}))
     else:
-        click.echo(f"derived anew: {done} of tenants' projections")
-        for failure in failed:
-            click.echo(f"left as it was: tenant {failure['tenant_id']}: {failure['error']}", err=True)
+        click.echo(f"derived anew: {', '.join(names)} of {told['tenants']} tenants, from {told['events']} events")
+        for row in failed:
+            click.echo(
+                f"left as it was: {row['projection']} of {row['slug']}, at event {row['seq']}: {row['error']}", err=True
+            )
     if failed:
         raise SystemExit(1)
 
@@ -149,40 +200,63 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
 @chosen
 @all_of_them
 @of_tenant
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="So many tenants, chosen at random.")
 @as_json
-def verify(name: str | None, slug: str | None, *, everything: bool, json_output: bool) -> None:
+def verify(name: str | None, slug: str | None, sample: int | None, *, everything: bool, json_output: bool) -> None:
     """Compare rows with what the ledger gives. Exit code 1 if one differs; both sides of the first are printed."""
     wanted = _chosen(name, everything=everything)
 
-    async def work() -> list[tuple[str, str, Difference | None]]:
+    async def one(parts: Core, projection: Projection, tenant_id: int) -> Difference | str | None:
+        rebuilder = Rebuilder(parts.database, [projection])
+        difference: Difference | None = None
+        for _ in range(_TRIES):
+            await parts.runner.catch_up(tenant_id, 0)
+            try:
+                difference = await rebuilder.verify(projection, tenant_id)
+            except Poison as poison:
+                return str(poison)
+            if difference is None:
+                break
+        return difference
+
+    async def work() -> list[tuple[str, str, Difference | str | None]]:
         found = []
         async with core(settings()) as parts:
-            tenant_id = await _tenant(parts, slug)
             async with parts.database.connection(PATIENCE) as connection:
-                heads = await ledger.heads(connection, tenant_id)
-            rebuilder = Rebuilder(parts.database)
+                heads = await ledger.heads(connection, await _tenant(connection, slug))
+            if sample is not None:
+                heads = random.sample(heads, min(sample, len(heads)))
             with _progress() as progress:
-                task = progress.add_task("comparing", total=sum(head["seq"] for head in heads) * len(wanted))
+                total = sum(head["seq"] for head in heads) * len(wanted)
+                task = progress.add_task("comparing", total=total)
                 for head in heads:
                     for projection in wanted:
-                        difference = await rebuilder.verify(projection, head["tenant_id"])
-                        found.append((head["slug"], projection.name, difference))
+                        found.append((head["slug"], projection.name, await one(parts, projection, head["tenant_id"])))
                         progress.advance(task, head["seq"])
         return found
 
     found = run(work())
-    rows = [
-        {"tenant": tenant, "projection": projection, "difference": None if d is None else d._asdict()}
-        for tenant, projection, d in found
-    ]
-    different = [row for row in rows if row["difference"] is not None]
+    different = [(tenant, projection, d) for tenant, projection, d in found if d is not None]
     if json_output:
+        rows = [
+            {
+                "tenant": tenant,
+                "projection": projection,
+                "difference": d._asdict() if isinstance(d, Difference) else None,
+                "error": d if isinstance(d, str) else None,
+            }
+            for tenant, projection, d in found
+        ]
         click.echo(msgspec.json.format(msgspec.json.encode(rows)).decode())
     else:
-        click.echo(f"{len(rows) - len(different)} of {len(rows)} of tenants' projections are what the ledger gives")
-        for tenant, projection, d in found:
-            if d is not None:
-                click.echo(f"{tenant} {projection}, table {d.table}:\n  live:   {d.live}\n  ledger: {d.folded}")
+        click.echo(f"{len(found) - len(different)} of {len(found)} of tenants' projections are what the ledger gives")
+        for tenant, projection, d in different:
+            if isinstance(d, Difference):
+                sides = (("live", d.live), ("ledger", d.folded))
+                lines = [f"  {side + ':':<8}{msgspec.json.encode(row).decode()}" for side, row in sides]
+                click.echo("\n".join([f"{tenant} {projection}, table {d.table}:", *lines]))
+            else:
+                click.echo(f"{tenant} {projection}: {d}")
     if different:
         raise SystemExit(1)
 
@@ -193,22 +267,29 @@ def _chosen(name: str | None, *, everything: bool) -> list[Projection]:
     return list(_ALL.values()) if name is None else [_ALL[name]]
 
 
-async def _tenant(parts: Core, slug: str | None) -> int | None:
+async def _connected(work: Callable[[Core, Connection], Awaitable[T]]) -> T:
+    async with core(settings()) as parts, parts.database.connection(PATIENCE) as connection:
+        return await work(parts, connection)
+
+
+async def _tenant(connection: Connection, slug: str | None) -> int | None:
     if slug is None:
         return None
-    async with parts.database.connection(PATIENCE) as connection:
-        tenant_id: int = (await tenants.find(connection, slug))["tenant_id"]
+    tenant_id: int = (await tenants.find(connection, slug))["tenant_id"]
     return tenant_id
 
 
-async def _one_tenant(parts: Core, tenant_id: int) -> list[dict[str, int]]:
-    async with parts.database.connection(PATIENCE) as connection:
-        events = (await ledger.head(connection, tenant_id)).seq
-    return [{"tenant_id": tenant_id, "events": events}]
+class _Rate(ProgressColumn):
+    """Events a second, over the last moments."""
+
+    def render(self, task: Task) -> Text:
+        """Return the column's text."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} events/s")
 
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         yield progress

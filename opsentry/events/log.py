@@ -1,7 +1,7 @@
 """The event log: the only module whose SQL writes `events`, `heads`, `claims` and `idempotency_keys`."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import TypeAlias
 
@@ -47,6 +47,12 @@ _AFTER = f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND seq > $2 ORDER
 _BETWEEN = (
     f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND seq > $2 AND seq <= $3 AND stream_kind = ANY($4)"
     " ORDER BY seq"
+)
+
+# Streams of a kind one after the other, as they were at a position.
+_BY_STREAM = (
+    f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id > $3 AND seq <= $4"
+    " ORDER BY stream_id, version LIMIT $5"
 )
 
 # Where the ledger ends.
@@ -256,6 +262,37 @@ async def read_between(
     return [recorded(row) for row in await connection.fetch(_BETWEEN, tenant_id, after, until, list(kinds))]
 
 
+async def read_by_stream(
+    connection: Connection, tenant_id: int, kind: str, until: int, size: int
+) -> AsyncIterator[dict[int, list[RecordedEvent]]]:
+    """Yield all streams of a kind as they were at position `until`, by id in its order, some whole ones at a time.
+
+    What is yielded at once has about `size` events; more only where a single stream has.
+
+    Raises:
+        UnknownEvent: See `recorded`.
+    """
+    after, limit = 0, size
+    while True:
+        rows = await connection.fetch(_BY_STREAM, tenant_id, kind, after, until, limit)
+        whole = len(rows) < limit
+        if not whole:
+            # The last stream may go on: it is left to the next turn, unless there is nothing else in this one.
+            last = rows[-1]["stream_id"]
+            if rows[0]["stream_id"] == last:
+                limit *= 4
+                continue
+            rows = [row for row in rows if row["stream_id"] != last]
+        streams: dict[int, list[RecordedEvent]] = {}
+        for row in rows:
+            streams.setdefault(row["stream_id"], []).append(recorded(row))
+        if streams:
+            yield streams
+        if whole:
+            return
+        after, limit = rows[-1]["stream_id"], size
+
+
 async def head(connection: Connection, tenant_id: int) -> int:
     """Return the seq of the tenant's last event, 0 if it has none."""
     seq = await connection.fetchval(_HEAD, tenant_id)
@@ -293,7 +330,7 @@ def recorded(row: asyncpg.Record) -> RecordedEvent:
         event = decode(row["type"], row["schema_version"], row["data"], row["words"])
         meta = decode_meta(row["meta"])
     except UnknownEvent as error:
-        error.kind = row["stream_kind"]
+        error.kind, error.seq = row["stream_kind"], row["seq"]
         raise
     return RecordedEvent(
         tenant_id=row["tenant_id"],

@@ -4,8 +4,9 @@ Periods of different sources may overlap; that is resolved when reading, so each
 events alone.
 """
 
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 import asyncpg
 import msgspec
@@ -23,7 +24,7 @@ from opsentry.domain.maintenance import MaintenanceCompleted, MaintenanceSchedul
 from opsentry.domain.status import LEVELS, Period
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.projection import by_stream, continued, freshness
+from opsentry.projections.projection import Rows, Streams, Table, by_stream, continued, freshness
 from opsentry.projections.timeline import id_array
 
 # The sources that this batch goes on from, each by the index; see the same in incidents.
@@ -55,7 +56,7 @@ WHERE p.tenant_id = $1 AND p.kind = $2 AND p.source_id = row.source_id AND p.ser
 _BEGIN = """
 INSERT INTO impact_periods
     (tenant_id, kind, source_id, service_id, from_version, from_at, to_at, level, excluded)
-SELECT $1, $2, source_id, service_id, from_version, from_at, coalesce(to_at, 'infinity'), level, excluded
+SELECT $1, $2, source_id, service_id, from_version, from_at, to_at, level, excluded
 FROM unnest($3::bigint[], $4::bigint[], $5::int[], $6::timestamptz[], $7::timestamptz[], $8::smallint[], $9::bool[])
     AS row (source_id, service_id, from_version, from_at, to_at, level, excluded)
 ON CONFLICT DO NOTHING
@@ -114,8 +115,8 @@ class Source(msgspec.Struct, kw_only=True):
         return dict.fromkeys(self.service_ids, (self.level, self.excluded)) if self.live else {}
 
 
-def evolve(source: Source | None, recorded: RecordedEvent) -> Source | None:
-    """Fold one event of an incident or a window."""
+def evolve(source: Source | None, recorded: RecordedEvent) -> Source:
+    """Fold one event of an incident or a window; one that changes nothing here gives the same object."""
     event = recorded.event
     match event:
         case IncidentOpened():
@@ -162,96 +163,125 @@ class _Begun(msgspec.Struct):
     end: datetime | None = None
 
 
+class _Changes(NamedTuple):
+    """What a batch does: sources as they then are, periods that lasted and end, periods that begin."""
+
+    sources: list[tuple[int, int, Source]]
+    ended: list[tuple[int, int, datetime]]
+    begun: list[_Begun]
+
+
+_KINDS = (maintenance.KIND, incident.KIND)
+_IDS = {kind: f"kind = '{kind}' AND source_id BETWEEN $2 AND $3" for kind in _KINDS}
+SOURCES = Table(
+    "impact_sources",
+    ("kind", "source_id", "version", "live", "level", "excluded", "visibility", "service_ids"),
+    keys=2,
+    of_streams=_IDS,
+)
+PERIODS = Table(
+    "impact_periods",
+    ("kind", "source_id", "service_id", "from_version", "from_at", "to_at", "level", "excluded"),
+    keys=4,
+    of_streams=_IDS,
+)
+# The driver's way to write `infinity`: it lasts.
+_LASTS = datetime.max.replace(tzinfo=UTC)
+
+
 class Impact:
     """The projection `impact`."""
 
     name = "impact"
-    kinds = frozenset({incident.KIND, maintenance.KIND})
-    tables = ("impact_sources", "impact_periods")
+    version = 1
+    kinds = _KINDS
+    tables = (SOURCES, PERIODS)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """End and begin periods for each source touched."""
-        for kind in sorted(self.kinds):
+        for kind in self.kinds:
             if of_kind := [event for event in events if event.kind == kind]:
                 await self._apply(connection, tenant_id, kind, of_kind)
 
     async def _apply(self, connection: Connection, tenant_id: int, kind: str, events: Sequence[RecordedEvent]) -> None:
         streams = by_stream(events)
-        rows = {}
+        stored = {}
         if ids := continued(streams):
-            rows = {row["source_id"]: row for row in await connection.fetch(_LOAD, tenant_id, kind, ids)}
-        sources: list[tuple[int, int, Source]] = []
-        ended: list[tuple[int, int, datetime]] = []
-        begun: list[_Begun] = []
-        for source_id, stream in streams.items():
-            row = rows.get(source_id)
-            version = 0 if row is None else row["version"]
-            source = None if row is None else _source(row)
-            open_here: dict[int, _Begun] = {}
-            for recorded in stream:
-                if recorded.version <= version:
-                    continue
-                before = {} if source is None else source.touches()
-                source = evolve(source, recorded)
-                version = recorded.version
-                after = {} if source is None else source.touches()
-                moment = recorded.occurred_at
-                for service_id in [s for s in before if before[s] != after.get(s)]:
-                    period = open_here.pop(service_id, None)
-                    if period is None:
-                        ended.append((source_id, service_id, moment))
-                    else:
-                        period.end = moment
-                for service_id in [s for s in after if after[s] != before.get(s)]:
-                    period = _Begun(source_id, service_id, version, moment, *after[service_id])
-                    open_here[service_id] = period
-                    begun.append(period)
-            if source is not None:
-                sources.append((source_id, version, source))
-        await self._store(connection, tenant_id, kind, sources, ended, begun)
+            rows = await connection.fetch(_LOAD, tenant_id, kind, ids)
+            stored = {row["source_id"]: (row["version"], _source(row)) for row in rows}
+        changes = _changes(streams, stored)
+        columns = list(zip(*map(_source_row, changes.sources), strict=True))
+        columns[6] = tuple(map(id_array, columns[6]))
+        await connection.execute(_STORE, tenant_id, kind, *columns)
+        if changes.ended:
+            await connection.execute(_END, tenant_id, kind, *zip(*changes.ended, strict=True))
+        if changes.begun:
+            await connection.execute(_BEGIN, tenant_id, kind, *zip(*map(_period_row, changes.begun), strict=True))
 
-    async def _store(
-        self,
-        connection: Connection,
-        tenant_id: int,
-        kind: str,
-        sources: Sequence[tuple[int, int, Source]],
-        ended: Sequence[tuple[int, int, datetime]],
-        begun: Sequence[_Begun],
-    ) -> None:
-        await connection.execute(
-            _STORE,
-            tenant_id,
-            kind,
-            [source_id for source_id, _, _ in sources],
-            [version for _, version, _ in sources],
-            [source.live for _, _, source in sources],
-            [source.level for _, _, source in sources],
-            [source.excluded for _, _, source in sources],
-            [source.visibility for _, _, source in sources],
-            [id_array(source.service_ids) for _, _, source in sources],
-        )
-        if ended:
-            source_ids, service_ids, moments = zip(*ended, strict=True)
-            await connection.execute(_END, tenant_id, kind, source_ids, service_ids, moments)
-        if begun:
-            await connection.execute(
-                _BEGIN,
-                tenant_id,
-                kind,
-                [period.source_id for period in begun],
-                [period.service_id for period in begun],
-                [period.version for period in begun],
-                [period.start for period in begun],
-                [period.end for period in begun],
-                [period.level for period in begun],
-                [period.excluded for period in begun],
-            )
+    def deriver(self) -> Callable[[str, Streams], Rows]:
+        """Return a function that gives the rows of whole streams."""
+
+        def derive(kind: str, streams: Streams) -> Rows:
+            changes = _changes(streams, {})
+            return {
+                SOURCES.name: [(kind, *_source_row(source)) for source in changes.sources],
+                PERIODS.name: [(kind, *_period_row(period)) for period in changes.begun],
+            }
+
+        return derive
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
         await connection.execute(_CLEAR, tenant_id)
         await connection.execute(_CLEAR_PERIODS, tenant_id)
+
+
+def _changes(streams: Streams, stored: Mapping[int, tuple[int, Source]]) -> _Changes:
+    """Fold streams into what they do; of those that are `stored`, what their rows show already is passed over."""
+    changes = _Changes([], [], [])
+    for source_id, stream in streams.items():
+        version, source = stored.get(source_id, (0, None))
+        open_here: dict[int, _Begun] = {}
+        after: Mapping[int, tuple[int, bool]] = {} if source is None else source.touches()
+        for recorded in stream:
+            if recorded.version <= version:
+                continue
+            version, earlier = recorded.version, source
+            source = evolve(source, recorded)
+            if source is earlier:
+                continue
+            before, after = after, source.touches()
+            moment = recorded.occurred_at
+            for service_id in [s for s in before if before[s] != after.get(s)]:
+                period = open_here.pop(service_id, None)
+                if period is None:
+                    changes.ended.append((source_id, service_id, moment))
+                else:
+                    period.end = moment
+            for service_id in [s for s in after if after[s] != before.get(s)]:
+                period = _Begun(source_id, service_id, version, moment, *after[service_id])
+                open_here[service_id] = period
+                changes.begun.append(period)
+        if source is not None:
+            changes.sources.append((source_id, version, source))
+    return changes
+
+
+def _source_row(changed: tuple[int, int, Source]) -> tuple[Any, ...]:
+    source_id, version, source = changed
+    return (source_id, version, source.live, source.level, source.excluded, source.visibility, source.service_ids)
+
+
+def _period_row(period: _Begun) -> tuple[Any, ...]:
+    return (
+        period.source_id,
+        period.service_id,
+        period.version,
+        period.start,
+        _LASTS if period.end is None else period.end,
+        period.level,
+        period.excluded,
+    )
 
 
 def _source(row: asyncpg.Record) -> Source:

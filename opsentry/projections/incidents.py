@@ -1,9 +1,9 @@
 """Incidents with their timelines: serves `/incidents…`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import datetime
-from typing import cast
+from typing import Any, cast
 
 import asyncpg
 import msgspec
@@ -12,7 +12,7 @@ from opsentry.domain import incident
 from opsentry.domain.incident import Incident, IncidentEvent, IncidentRedacted, IncidentResolved, IncidentUpdated
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.projection import by_stream, continued, fold, freshness
+from opsentry.projections.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
 from opsentry.projections.timeline import (
     ENTRY,
     JOIN_AUTHORS,
@@ -21,8 +21,9 @@ from opsentry.projections.timeline import (
     author_name,
     etag_of,
     id_array,
+    marked,
     redacted,
-    update_columns,
+    update_rows,
 )
 
 # The rows that this batch goes on from. LIMIT keeps them from being joined by a scan of the table, which a connection
@@ -200,43 +201,64 @@ class IncidentDetail(IncidentView, kw_only=True):
 _decode = msgspec.json.Decoder(IncidentView).decode
 
 
-def evolve_view(view: IncidentView | None, recorded: RecordedEvent) -> IncidentView:
-    """Fold one event into the answer.
+class Shown(msgspec.Struct):
+    """What an incident's events leave of it to be shown; changed in place by `evolve`.
 
     `occurred_at` and `resolved_at` are the world's time, `created_at` and `updated_at` the ledger's.
     """
-    event = cast("IncidentEvent", recorded.event)
-    state = None
-    if view is not None:
-        state = Incident(
-            title=view.title,
-            description=view.description,
-            status=view.status,
-            severity=view.severity,
-            visibility=view.visibility,
-            service_ids=view.service_ids,
-            root_cause=view.root_cause,
-            postmortem=view.postmortem,
+
+    id: int
+    state: Incident
+    occurred_at: datetime
+    created_at: datetime
+    updated_at: datetime
+    resolved_at: datetime | None = None
+
+    @classmethod
+    def of(cls, view: IncidentView) -> "Shown":
+        """Return what `view` shows."""
+        state = Incident(**{name: getattr(view, name) for name in _SHARED})
+        return cls(view.id, state, view.occurred_at, view.created_at, view.updated_at, view.resolved_at)
+
+    def view(self) -> IncidentView:
+        """Return it as the API answers it."""
+        state = self.state
+        return IncidentView(
+            id=self.id,
+            title=state.title,
+            description=state.description,
+            status=state.status,
+            severity=state.severity,
+            visibility=state.visibility,
+            service_ids=state.service_ids,
+            root_cause=state.root_cause,
+            postmortem=state.postmortem,
+            occurred_at=self.occurred_at,
+            created_at=self.created_at,
+            updated_at=self.updated_at,
+            resolved_at=self.resolved_at,
         )
-    after = incident.evolve(state, event)
-    resolved_at = None
-    if after.status == "resolved":
-        resolved_at = recorded.occurred_at if isinstance(event, IncidentResolved) or view is None else view.resolved_at
-    return IncidentView(
-        id=recorded.stream_id,
-        title=after.title,
-        description=after.description,
-        status=after.status,
-        severity=after.severity,
-        visibility=after.visibility,
-        service_ids=after.service_ids,
-        root_cause=after.root_cause,
-        postmortem=after.postmortem,
-        occurred_at=recorded.occurred_at if view is None else view.occurred_at,
-        created_at=recorded.recorded_at if view is None else view.created_at,
-        updated_at=recorded.recorded_at,
-        resolved_at=resolved_at,
-    )
+
+
+_SHARED = tuple(name for name in Incident.__struct_fields__ if name in IncidentView.__struct_fields__)
+
+
+def evolve(shown: Shown | None, recorded: RecordedEvent) -> Shown:
+    """Fold one event."""
+    state = incident.evolve(None if shown is None else shown.state, cast("IncidentEvent", recorded.event))
+    if shown is None:
+        shown = Shown(recorded.stream_id, state, recorded.occurred_at, recorded.recorded_at, recorded.recorded_at)
+    shown.state, shown.updated_at = state, recorded.recorded_at
+    if state.status != "resolved":
+        shown.resolved_at = None
+    elif isinstance(recorded.event, IncidentResolved):
+        shown.resolved_at = recorded.occurred_at
+    return shown
+
+
+def evolve_view(view: IncidentView | None, recorded: RecordedEvent) -> IncidentView:
+    """Fold one event into the answer."""
+    return evolve(None if view is None else Shown.of(view), recorded).view()
 
 
 def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], token_names: Mapping[int, str]) -> bytes:
@@ -247,7 +269,8 @@ def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], to
         refs: How to link services, by id.
         token_names: Names of the tokens that may have written timeline entries, by id.
     """
-    ((view, _),) = fold(by_stream(history), {}, evolve_view)
+    ((shown, _),) = fold(by_stream(history), {}, evolve)
+    view = shown.view()
     view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
     updates = [
         UpdateView.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
@@ -266,9 +289,9 @@ def state_as_of(row: asyncpg.Record, incident_id: int, tail: Sequence[RecordedEv
     """Return the state in a row of `as_of`; `tail` are the events after `snapshot_version`, up to `version`."""
     stored = {}
     if row["snapshot"] is not None:
-        stored = {incident_id: (row["snapshot_version"], _decode(row["snapshot"]))}
-    ((view, _),) = fold({incident_id: tail}, stored, evolve_view)
-    return view
+        stored = {incident_id: (row["snapshot_version"], Shown.of(_decode(row["snapshot"])))}
+    ((shown, _),) = fold({incident_id: tail}, stored, evolve)
+    return shown.view()
 
 
 async def timeline(
@@ -285,12 +308,28 @@ def render_as_of(view: IncidentView, updates: bytes) -> bytes:
     return b"".join((msgspec.json.encode(view)[:-1], b',"updates":[', updates, b"]}"))
 
 
+_IDS = {incident.KIND: "incident_id BETWEEN $2 AND $3"}
+INCIDENTS = Table(
+    "incidents",
+    ("incident_id", "version", "status", "severity", "visibility", "service_ids", "occurred_at", "body"),
+    keys=1,
+    of_streams=_IDS,
+)
+UPDATES = Table(
+    "incident_updates", ("incident_id", "version", "actor_kind", "actor_id", "body"), keys=2, of_streams=_IDS
+)
+SNAPSHOTS = Table(
+    "incident_snapshots", ("incident_id", "version", "body", "updates", "token_ids"), keys=2, of_streams=_IDS
+)
+
+
 class Incidents:
     """The projection `incidents`."""
 
     name = "incidents"
-    kinds = frozenset({incident.KIND})
-    tables = ("incidents", "incident_updates", "incident_snapshots")
+    version = 1
+    kinds = (incident.KIND,)
+    tables = (INCIDENTS, UPDATES, SNAPSHOTS)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each incident touched, and its new timeline entries."""
@@ -298,28 +337,13 @@ class Incidents:
         stored = {}
         if ids := continued(streams):
             rows = await connection.fetch(_LOAD, tenant_id, ids)
-            stored = {row["incident_id"]: (row["version"], _decode(row["body"])) for row in rows}
-        snapshots: list[tuple[int, int, str]] = []
-
-        def keep(view: IncidentView, version: int) -> None:
-            if version % SNAPSHOT_EVERY == 0:
-                snapshots.append((view.id, version, msgspec.json.encode(view).decode()))
-
-        changed = fold(streams, stored, evolve_view, keep)
-        await connection.execute(
-            _STORE,
-            tenant_id,
-            [view.id for view, _ in changed],
-            [version for _, version in changed],
-            [view.status for view, _ in changed],
-            [view.severity for view, _ in changed],
-            [view.visibility for view, _ in changed],
-            [id_array(view.service_ids) for view, _ in changed],
-            [view.occurred_at for view, _ in changed],
-            [msgspec.json.encode(view).decode() for view, _ in changed],
-        )
-        if updates := [e for e in events if isinstance(e.event, IncidentUpdated)]:
-            await connection.execute(_STORE_UPDATES, tenant_id, *update_columns(updates))
+            stored = {row["incident_id"]: (row["version"], Shown.of(_decode(row["body"]))) for row in rows}
+        changed, snapshots = _rows(streams, stored)
+        columns = list(zip(*changed, strict=True))
+        columns[5] = tuple(map(id_array, columns[5]))
+        await connection.execute(_STORE, tenant_id, *columns)
+        if updates := update_rows(events):
+            await connection.execute(_STORE_UPDATES, tenant_id, *zip(*updates, strict=True))
         if erased := [(e, e.event) for e in events if isinstance(e.event, IncidentRedacted)]:
             last = {e.stream_id: e.version for e, _ in erased}
             snapshots = [kept for kept in snapshots if kept[1] > last.get(kept[0], 0)]
@@ -331,11 +355,62 @@ class Incidents:
         if snapshots:
             await connection.execute(_STORE_SNAPSHOTS, tenant_id, *zip(*snapshots, strict=True))
 
+    def deriver(self) -> Callable[[str, Streams], Rows]:
+        """Return a function that gives the rows of whole streams."""
+        return lambda _kind, streams: _derive(streams)
+
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
         await connection.execute(_CLEAR, tenant_id)
         await connection.execute(_CLEAR_UPDATES, tenant_id)
         await connection.execute(_CLEAR_SNAPSHOTS, tenant_id)
+
+
+def _rows(
+    streams: Streams, stored: Mapping[int, tuple[int, Shown]]
+) -> tuple[list[tuple[Any, ...]], list[tuple[int, int, str]]]:
+    """Return the rows of `incidents`, and the id, version and body of states to be kept."""
+    kept: list[tuple[int, int, str]] = []
+
+    def keep(shown: Shown, version: int) -> None:
+        if version % SNAPSHOT_EVERY == 0:
+            kept.append((shown.id, version, msgspec.json.encode(shown.view()).decode()))
+
+    rows = [
+        (
+            shown.id,
+            version,
+            shown.state.status,
+            shown.state.severity,
+            shown.state.visibility,
+            shown.state.service_ids,
+            shown.occurred_at,
+            msgspec.json.encode(shown.view()).decode(),
+        )
+        for shown, version in fold(streams, stored, evolve, keep)
+    ]
+    return rows, kept
+
+
+def _derive(streams: Streams) -> Rows:
+    changed, kept = _rows(streams, {})
+    updates = {stream_id: update_rows(stream) for stream_id, stream in streams.items()}
+    erased = {
+        stream_id: max((e.version for e in streams[stream_id] if isinstance(e.event, IncidentRedacted)), default=0)
+        for stream_id, _, _ in kept
+    }
+    snapshots = []
+    for stream_id, version, body in kept:
+        if version > erased[stream_id]:
+            recent = [row for row in updates[stream_id] if version - SNAPSHOT_EVERY < row[1] <= version]
+            entries = ",".join(marked(text, actor_kind, actor_id) for _, _, actor_kind, actor_id, text in recent)
+            tokens = sorted({row[3] for row in recent if row[2] == "token" and row[3] is not None})
+            snapshots.append((stream_id, version, body, entries, tokens))
+    return {
+        INCIDENTS.name: changed,
+        UPDATES.name: [row for rows in updates.values() for row in rows],
+        SNAPSHOTS.name: snapshots,
+    }
 
 
 async def page(

@@ -1,8 +1,8 @@
 """Maintenance windows: serves `/maintenance…` and tells the scheduler what is due."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import asyncpg
 import msgspec
@@ -19,7 +19,7 @@ from opsentry.domain.maintenance import (
 )
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.projection import by_stream, continued, fold, freshness
+from opsentry.projections.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
 from opsentry.projections.timeline import (
     ENTRY,
     JOIN_AUTHORS,
@@ -28,7 +28,7 @@ from opsentry.projections.timeline import (
     etag_of,
     id_array,
     redacted,
-    update_columns,
+    update_rows,
 )
 
 # The rows that this batch goes on from.
@@ -223,37 +223,49 @@ def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], to
     return msgspec.json.encode(MaintenanceDetail(**msgspec.structs.asdict(view), updates=updates))
 
 
+_IDS = {maintenance.KIND: "maintenance_id BETWEEN $2 AND $3"}
+WINDOWS = Table(
+    "maintenance",
+    (
+        "maintenance_id",
+        "version",
+        "status",
+        "visibility",
+        "service_ids",
+        "announced_at",
+        "scheduled_start",
+        "due_at",
+        "body",
+    ),
+    keys=1,
+    of_streams=_IDS,
+)
+UPDATES = Table(
+    "maintenance_updates", ("maintenance_id", "version", "actor_kind", "actor_id", "body"), keys=2, of_streams=_IDS
+)
+
+
 class MaintenanceWindows:
     """The projection `maintenance`."""
 
     name = "maintenance"
-    kinds = frozenset({maintenance.KIND})
-    tables = ("maintenance", "maintenance_updates")
+    version = 1
+    kinds = (maintenance.KIND,)
+    tables = (WINDOWS, UPDATES)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each window touched, and its new timeline entries."""
         streams = by_stream(events)
-        stored, announced = {}, {stream[0].stream_id: stream[0].occurred_at for stream in streams.values()}
+        stored, announced = {}, {}
         if ids := continued(streams):
             rows = await connection.fetch(_LOAD, tenant_id, ids)
             stored = {row["maintenance_id"]: (row["version"], _decode(row["body"])) for row in rows}
-            announced |= {row["maintenance_id"]: row["announced_at"] for row in rows}
-        changed = fold(streams, stored, evolve_view)
-        await connection.execute(
-            _STORE,
-            tenant_id,
-            [view.id for view, _ in changed],
-            [version for _, version in changed],
-            [view.status for view, _ in changed],
-            [view.visibility for view, _ in changed],
-            [id_array(view.service_ids) for view, _ in changed],
-            [announced[view.id] for view, _ in changed],
-            [view.scheduled_start for view, _ in changed],
-            [view.state().due_at for view, _ in changed],
-            [msgspec.json.encode(view).decode() for view, _ in changed],
-        )
-        if updates := [e for e in events if isinstance(e.event, MaintenanceUpdated)]:
-            await connection.execute(_STORE_UPDATES, tenant_id, *update_columns(updates))
+            announced = {row["maintenance_id"]: row["announced_at"] for row in rows}
+        columns = list(zip(*_rows(streams, stored, announced), strict=True))
+        columns[4] = tuple(map(id_array, columns[4]))
+        await connection.execute(_STORE, tenant_id, *columns)
+        if updates := update_rows(events):
+            await connection.execute(_STORE_UPDATES, tenant_id, *zip(*updates, strict=True))
         if gone := [
             (e.stream_id, v) for e in events if isinstance(e.event, MaintenanceRedacted) for v in e.event.versions
         ]:
@@ -261,10 +273,36 @@ class MaintenanceWindows:
             if rewritten := [(row["maintenance_id"], row["version"], redacted(row["body"])) for row in rows]:
                 await connection.execute(_REWRITE_UPDATES, tenant_id, *zip(*rewritten, strict=True))
 
+    def deriver(self) -> Callable[[str, Streams], Rows]:
+        """Return a function that gives the rows of whole streams."""
+        return lambda _kind, streams: {
+            WINDOWS.name: _rows(streams, {}, {}),
+            UPDATES.name: [row for stream in streams.values() for row in update_rows(stream)],
+        }
+
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
         await connection.execute(_CLEAR, tenant_id)
         await connection.execute(_CLEAR_UPDATES, tenant_id)
+
+
+def _rows(
+    streams: Streams, stored: Mapping[int, tuple[int, MaintenanceView]], announced: Mapping[int, datetime]
+) -> list[tuple[Any, ...]]:
+    return [
+        (
+            view.id,
+            version,
+            view.status,
+            view.visibility,
+            view.service_ids,
+            announced[view.id] if view.id in announced else streams[view.id][0].occurred_at,
+            view.scheduled_start,
+            view.state().due_at,
+            msgspec.json.encode(view).decode(),
+        )
+        for view, version in fold(streams, stored, evolve_view)
+    ]
 
 
 async def page(

@@ -22,7 +22,7 @@ from opsentry.postgres import Connection, Database
 from opsentry.projections import impact, incidents, services
 from opsentry.projections import maintenance as windows
 from opsentry.projections.impact import Source
-from opsentry.projections.incidents import IncidentView
+from opsentry.projections.incidents import IncidentView, Shown
 from opsentry.projections.maintenance import MaintenanceView
 from opsentry.projections.runner import Runner
 from opsentry.projections.services import Links, ServiceView
@@ -111,14 +111,14 @@ class Moments:
         self, tenant_id: int, seq: int, wanted: Callable[[IncidentView], bool], limit: int | None, offset: int
     ) -> Page:
         """Return a page of the incidents that were `wanted` at `seq`, newest first."""
-        views: dict[int, IncidentView] = {}
+        shown: dict[int, Shown] = {}
         links: dict[int, ServiceView] = {}
         async for event in self._events(tenant_id, seq, (incident.KIND, service.KIND)):
             if event.kind == service.KIND:
                 links[event.stream_id] = services.evolve_view(links.get(event.stream_id), event)
             else:
-                views[event.stream_id] = incidents.evolve_view(views.get(event.stream_id), event)
-        found = [view for view in views.values() if wanted(view)]
+                shown[event.stream_id] = incidents.evolve(shown.get(event.stream_id), event)
+        found = [view for view in (each.view() for each in shown.values()) if wanted(view)]
         found.sort(key=lambda view: (view.occurred_at, view.id), reverse=True)
         return _page(seq, found, limit, offset, links)
 

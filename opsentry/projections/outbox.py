@@ -4,9 +4,11 @@ The only projection that looks at more than one stream: at subscriptions and act
 keeps what it has to know of them as its own rows.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from hashlib import sha256
-from typing import TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -34,6 +36,7 @@ from opsentry.domain.status import LEVELS
 from opsentry.domain.subscription import Subscription, SubscriptionCreated, SubscriptionRemoved
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
+from opsentry.projections.projection import Rows, Streams, Table, by_stream
 
 # All of a tenant's subscriptions and active windows, which are few.
 _LOAD_FEW = "SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind IN ('subscription', 'active')"
@@ -67,35 +70,54 @@ _CLEAR = "DELETE FROM outbox_intents WHERE tenant_id = $1"
 _CLEAR_STATE = "DELETE FROM outbox_state WHERE tenant_id = $1"
 
 # What readiness asks, of all tenants: intents that wait to be sent, and events that the outbox has not seen yet,
-# be it behind or parked. Counting pending ones stops where the answer no longer changes.
+# be it behind or parked. Counting pending ones stops where the answer no longer changes. Only tenants with events that
+# some projection has not seen are looked at, so it costs the same however many there are.
 _BACKLOG = """
 SELECT
     (SELECT count(*) FROM (SELECT FROM outbox_intents WHERE NOT suppressed LIMIT $1) AS waiting) AS pending,
     (SELECT extract(epoch FROM clock_timestamp() - min(created_at)) FROM outbox_intents WHERE NOT suppressed)::float8
         AS pending_seconds,
     coalesce(lag.events, 0)::bigint AS unseen,
-    extract(epoch FROM clock_timestamp() - lag.since)::float8 AS unseen_seconds
+    extract(epoch FROM clock_timestamp() - lag.since)::float8 AS unseen_seconds,
+    lag.parked
 FROM (
-    SELECT sum(h.seq - coalesce(c.position, 0)) AS events, min(e.recorded_at) AS since
-    FROM heads h
+    SELECT sum(h.seq - coalesce(c.position, 0)) AS events, min(e.recorded_at) AS since,
+        count(*) FILTER (WHERE c.parked_seq IS NOT NULL) AS parked
+    FROM (
+        SELECT tenant_id FROM unprojected
+        UNION SELECT tenant_id FROM checkpoints WHERE projection = 'outbox' AND parked_seq IS NOT NULL) AS t
+    JOIN heads h USING (tenant_id)
     LEFT JOIN checkpoints c ON c.tenant_id = h.tenant_id AND c.projection = 'outbox'
     JOIN events e ON e.tenant_id = h.tenant_id AND e.seq = coalesce(c.position, 0) + 1
     WHERE h.seq > coalesce(c.position, 0)
 ) AS lag
 """
 
-_TOLD = (
-    IncidentOpened,
-    IncidentUpdated,
-    IncidentStatusChanged,
-    IncidentSeverityChanged,
-    IncidentResolved,
-    IncidentReopened,
-    MaintenanceScheduled,
-    MaintenanceUpdated,
-    MaintenanceStarted,
-    MaintenanceCompleted,
-    MaintenanceCancelled,
+_TOLD = frozenset(
+    {
+        IncidentOpened,
+        IncidentUpdated,
+        IncidentStatusChanged,
+        IncidentSeverityChanged,
+        IncidentResolved,
+        IncidentReopened,
+        MaintenanceScheduled,
+        MaintenanceUpdated,
+        MaintenanceStarted,
+        MaintenanceCompleted,
+        MaintenanceCancelled,
+    }
+)
+
+
+_CHANGES = frozenset(
+    {
+        IncidentOpened,
+        MaintenanceScheduled,
+        IncidentVisibilityChanged,
+        IncidentServicesChanged,
+        IncidentSeverityChanged,
+    }
 )
 
 
@@ -115,8 +137,8 @@ class Wish(msgspec.Struct, frozen=True):
     subscription: Subscription
 
 
-class Intent(msgspec.Struct, frozen=True):
-    """One message that must be sent, or that was withheld by a window with `suppress_alerts`."""
+class Intent(NamedTuple):
+    """One message that must be sent, or that was withheld by a window with `suppress_alerts`; a row of its table."""
 
     intent_id: UUID
     seq: int
@@ -126,56 +148,137 @@ class Intent(msgspec.Struct, frozen=True):
     stream_kind: str
     stream_id: int
     suppressed: bool
+    created_at: datetime
 
 
 Key = tuple[str, int]
 
+_FOR_EVER = 2**63
 
-class State(msgspec.Struct):
-    """Subscriptions, active windows that suppress alerts, and the incidents and windows of a batch."""
-
-    wishes: dict[int, Wish] = msgspec.field(default_factory=dict)
-    active: dict[int, Topic] = msgspec.field(default_factory=dict)
-    topics: dict[Key, Topic] = msgspec.field(default_factory=dict)
-    changed: dict[Key, msgspec.Struct] = msgspec.field(default_factory=dict)
-    forgotten: set[Key] = msgspec.field(default_factory=set)
-
-    def remember(self, key: Key, value: msgspec.Struct) -> None:
-        """Note that `value` must be stored."""
-        self.changed[key] = value
-        self.forgotten.discard(key)
-
-    def forget(self, key: Key) -> None:
-        """Note that what is stored under `key` is over."""
-        self.changed.pop(key, None)
-        self.forgotten.add(key)
+_T = TypeVar("_T")
 
 
-def derive(state: State, recorded: RecordedEvent) -> list[Intent]:
-    """Fold one event into `state` and return the intents that it gives rise to."""
-    if recorded.kind == subscription.KIND:
-        _follow_subscription(state, recorded)
-        return []
-    topic = _follow_topic(state, recorded)
-    if not state.wishes or recorded.meta.silent or not isinstance(recorded.event, _TOLD):
-        return []
-    suppressed = recorded.kind == incident.KIND and any(
-        topic.service_ids and set(topic.service_ids) <= set(window.service_ids) for window in state.active.values()
-    )
-    return [
-        Intent(
-            intent_id=intent_id(recorded, subscription_id, wish.subscription.channel),
-            seq=recorded.seq,
-            subscription_id=subscription_id,
-            channel=wish.subscription.channel,
-            topic=recorded.event.TYPE,
-            stream_kind=recorded.kind,
-            stream_id=recorded.stream_id,
-            suppressed=suppressed,
+class _Span(NamedTuple, Generic[_T]):
+    """What holds for the events after position `since` and before `until`."""
+
+    since: int
+    until: int
+    what: _T
+
+
+class Derived(NamedTuple):
+    """What events give rise to: intents, what has to be known for the next events, and what no longer has to."""
+
+    intents: list[Intent]
+    known: dict[Key, msgspec.Struct]
+    forgotten: set[Key]
+
+
+class Derivation:
+    """Derives intents from streams, kind by kind: subscriptions, then windows, then incidents.
+
+    In this order all that an event of a stream depends on is known, as of that event's own position, however the
+    streams interleave in the ledger. So they may be read one after the other, as a rebuild does.
+
+    Args:
+        wishes: Subscriptions that there are before the events to come, by id.
+        active: Windows that are active then and suppress alerts, by id.
+    """
+
+    def __init__(self, wishes: Mapping[int, Wish], active: Mapping[int, Topic]) -> None:
+        self._wishes = {number: _Span(wish.since, _FOR_EVER, wish.subscription) for number, wish in wishes.items()}
+        self._windows = {number: _Span(0, _FOR_EVER, frozenset(topic.service_ids)) for number, topic in active.items()}
+        self._steps: tuple[list[int], list[tuple[frozenset[int], ...]]] | None = None
+
+    def follow(self, kind: str, streams: Streams, topics: Mapping[int, Topic]) -> Derived:
+        """Fold the streams' events; `topics` is what is known of those that do not begin here."""
+        derived = Derived([], {}, set())
+        for number, stream in streams.items():
+            if kind == subscription.KIND:
+                self._follow_subscription(number, stream, derived)
+                continue
+            before = topic = topics.get(number)
+            for recorded in stream:
+                topic = _evolve(topic, recorded)
+                if kind == maintenance.KIND:
+                    self._follow_window(number, recorded, topic, derived)
+                if self._wishes and not recorded.meta.silent and type(recorded.event) in _TOLD:
+                    derived.intents.extend(self._intents(recorded, topic))
+            if topic is not None and topic is not before:
+                derived.known[kind, number] = topic
+        return derived
+
+    def _follow_subscription(self, number: int, stream: Sequence[RecordedEvent], derived: Derived) -> None:
+        key = (subscription.KIND, number)
+        for recorded in stream:
+            match recorded.event:
+                case SubscriptionCreated() as created:
+                    wish = Wish(recorded.seq, subscription.evolve(None, created))
+                    self._wishes[number] = _Span(recorded.seq, _FOR_EVER, wish.subscription)
+                    derived.known[key] = wish
+                case SubscriptionRemoved():
+                    _end(self._wishes, number, recorded.seq)
+                    derived.known.pop(key, None)
+                    derived.forgotten.add(key)
+
+    def _follow_window(self, number: int, recorded: RecordedEvent, topic: Topic, derived: Derived) -> None:
+        key = ("active", number)
+        match recorded.event:
+            case MaintenanceStarted() if topic.suppress_alerts:
+                self._windows[number] = _Span(recorded.seq, _FOR_EVER, frozenset(topic.service_ids))
+                derived.known[key] = topic
+            case MaintenanceCompleted():
+                _end(self._windows, number, recorded.seq)
+                derived.known.pop(key, None)
+                derived.forgotten.add(key)
+            case _:
+                return
+        self._steps = None
+
+    def _intents(self, recorded: RecordedEvent, topic: Topic) -> list[Intent]:
+        suppressed = (
+            recorded.kind == incident.KIND
+            and bool(topic.service_ids)
+            and any(services.issuperset(topic.service_ids) for services in self._suppressing(recorded.seq))
         )
-        for subscription_id, wish in sorted(state.wishes.items())
-        if wish.since < recorded.seq and _wants(wish.subscription, recorded, topic)
-    ]
+        return [
+            Intent(
+                intent_id=intent_id(recorded, subscription_id, wish.channel),
+                seq=recorded.seq,
+                subscription_id=subscription_id,
+                channel=wish.channel,
+                topic=recorded.event.TYPE,
+                stream_kind=recorded.kind,
+                stream_id=recorded.stream_id,
+                suppressed=suppressed,
+                created_at=recorded.recorded_at,
+            )
+            for subscription_id, (since, until, wish) in self._wishes.items()
+            if since < recorded.seq < until and _wants(wish, recorded, topic)
+        ]
+
+    def _suppressing(self, seq: int) -> Sequence[frozenset[int]]:
+        """Return the services of each window that suppresses alerts at this position."""
+        if self._steps is None:
+            # Few are active at once, however many there ever were: what holds between one change and the next.
+            edges = [(span.since, number) for number, span in self._windows.items()]
+            edges += [(span.until, number) for number, span in self._windows.items()]
+            positions: list[int] = []
+            steps: list[tuple[frozenset[int], ...]] = [()]
+            active: dict[int, frozenset[int]] = {}
+            for position, number in sorted(edges):
+                if active.pop(number, None) is None:
+                    active[number] = self._windows[number].what
+                positions.append(position)
+                steps.append(tuple(active.values()))
+            self._steps = positions, steps
+        positions, steps = self._steps
+        return steps[bisect_right(positions, seq)]
+
+
+def _end(spans: dict[int, _Span[_T]], number: int, seq: int) -> None:
+    if number in spans:
+        spans[number] = spans[number]._replace(until=seq)
 
 
 def intent_id(recorded: RecordedEvent, subscription_id: int, channel: str) -> UUID:
@@ -187,47 +290,26 @@ def intent_id(recorded: RecordedEvent, subscription_id: int, channel: str) -> UU
     return UUID(bytes=bytes(digest))
 
 
-def _follow_subscription(state: State, recorded: RecordedEvent) -> None:
-    key = (subscription.KIND, recorded.stream_id)
-    match recorded.event:
-        case SubscriptionCreated() as created:
-            value = Wish(recorded.seq, subscription.evolve(None, created))
-            state.wishes[recorded.stream_id] = value
-            state.remember(key, value)
-        case SubscriptionRemoved():
-            state.wishes.pop(recorded.stream_id, None)
-            state.forget(key)
-
-
-def _follow_topic(state: State, recorded: RecordedEvent) -> Topic:
-    key = (recorded.kind, recorded.stream_id)
-    before = state.topics.get(key)
-    topic = before
+def _evolve(topic: Topic | None, recorded: RecordedEvent) -> Topic:
+    """Fold one event of an incident or a window."""
+    if topic is not None and type(recorded.event) not in _CHANGES:
+        return topic
     match recorded.event:
         case IncidentOpened() as event:
-            topic = Topic(visibility=event.visibility, service_ids=event.service_ids, severity=event.severity)
+            return Topic(visibility=event.visibility, service_ids=event.service_ids, severity=event.severity)
         case MaintenanceScheduled() as event:
-            topic = Topic(
+            return Topic(
                 visibility=event.visibility, service_ids=event.service_ids, suppress_alerts=event.suppress_alerts
             )
     if topic is None:
         raise ValueError(f"{recorded.event.TYPE} without a beginning")
     match recorded.event:
         case IncidentVisibilityChanged(visibility=visibility):
-            topic = msgspec.structs.replace(topic, visibility=visibility)
+            return msgspec.structs.replace(topic, visibility=visibility)
         case IncidentServicesChanged(service_ids=service_ids):
-            topic = msgspec.structs.replace(topic, service_ids=service_ids)
+            return msgspec.structs.replace(topic, service_ids=service_ids)
         case IncidentSeverityChanged(severity=severity):
-            topic = msgspec.structs.replace(topic, severity=severity)
-        case MaintenanceStarted() if topic.suppress_alerts:
-            state.active[recorded.stream_id] = topic
-            state.remember(("active", recorded.stream_id), topic)
-        case MaintenanceCompleted():
-            state.active.pop(recorded.stream_id, None)
-            state.forget(("active", recorded.stream_id))
-    if topic is not before:
-        state.topics[key] = topic
-        state.remember(key, topic)
+            return msgspec.structs.replace(topic, severity=severity)
     return topic
 
 
@@ -245,33 +327,56 @@ def _wants(wish: Subscription, recorded: RecordedEvent, topic: Topic) -> bool:
     return topic.severity is None or LEVELS[topic.severity] >= LEVELS[wish.lowest_severity]
 
 
+_KINDS = (subscription.KIND, maintenance.KIND, incident.KIND)
+INTENTS = Table(
+    "outbox_intents",
+    Intent._fields,
+    keys=1,
+    of_streams={kind: f"stream_kind = '{kind}' AND stream_id BETWEEN $2 AND $3" for kind in _KINDS},
+)
+STATE = Table(
+    "outbox_state",
+    ("kind", "id", "state"),
+    keys=2,
+    of_streams={
+        subscription.KIND: f"kind = '{subscription.KIND}' AND id BETWEEN $2 AND $3",
+        maintenance.KIND: f"kind IN ('{maintenance.KIND}', 'active') AND id BETWEEN $2 AND $3",
+        incident.KIND: f"kind = '{incident.KIND}' AND id BETWEEN $2 AND $3",
+    },
+)
+
+
 class Outbox:
     """The projection `outbox`."""
 
     name = "outbox"
-    kinds = frozenset({incident.KIND, maintenance.KIND, subscription.KIND})
-    tables = ("outbox_intents", "outbox_state")
+    version = 1
+    kinds = _KINDS
+    tables = (INTENTS, STATE)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write the intents that `events` give rise to, and what has to be known for the next ones."""
         begun = {(e.kind, e.stream_id) for e in events if e.version == 1}
-        state = await _load(connection, tenant_id, {(e.kind, e.stream_id) for e in events} - begun)
-        intents = [intent for event in events for intent in derive(state, event)]
-        if state.changed:
-            kinds, ids = zip(*state.changed, strict=True)
-            states = [msgspec.json.encode(value).decode() for value in state.changed.values()]
-            await connection.execute(_STORE, tenant_id, kinds, ids, states)
-        if state.forgotten:
-            kinds, ids = zip(*sorted(state.forgotten), strict=True)
-            await connection.execute(_FORGET, tenant_id, kinds, ids)
-        if intents:
-            recorded_at = {event.seq: event.recorded_at for event in events}
-            await connection.execute(
-                _STORE_INTENTS,
-                tenant_id,
-                *([getattr(intent, column) for intent in intents] for column in Intent.__struct_fields__),
-                [recorded_at[intent.seq] for intent in intents],
-            )
+        derivation, topics = await _load(connection, tenant_id, {(e.kind, e.stream_id) for e in events} - begun)
+        for kind in self.kinds:
+            streams = by_stream(event for event in events if event.kind == kind)
+            derived = derivation.follow(kind, streams, topics.get(kind, {}))
+            if derived.known:
+                await connection.execute(_STORE, tenant_id, *zip(*_state_rows(derived), strict=True))
+            if derived.forgotten:
+                await connection.execute(_FORGET, tenant_id, *zip(*sorted(derived.forgotten), strict=True))
+            if derived.intents:
+                await connection.execute(_STORE_INTENTS, tenant_id, *zip(*derived.intents, strict=True))
+
+    def deriver(self) -> Callable[[str, Streams], Rows]:
+        """Return a function that gives the rows of whole streams."""
+        derivation = Derivation({}, {})
+
+        def derive(kind: str, streams: Streams) -> Rows:
+            derived = derivation.follow(kind, streams, {})
+            return {INTENTS.name: list(derived.intents), STATE.name: _state_rows(derived)}
+
+        return derive
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
@@ -282,20 +387,25 @@ class Outbox:
 _S = TypeVar("_S", bound=msgspec.Struct)
 
 
-async def _load(connection: Connection, tenant_id: int, wanted: Iterable[Key]) -> State:
+def _state_rows(derived: Derived) -> list[tuple[Any, ...]]:
+    return [(kind, number, msgspec.json.encode(value).decode()) for (kind, number), value in derived.known.items()]
+
+
+async def _load(
+    connection: Connection, tenant_id: int, wanted: Iterable[Key]
+) -> tuple[Derivation, dict[str, dict[int, Topic]]]:
+    """Return what there is to derive from, and the topics that are `wanted`, by kind and id."""
     rows = list(await connection.fetch(_LOAD_FEW, tenant_id))
     if keys := sorted(wanted):
         rows += await connection.fetch(_LOAD, tenant_id, [kind for kind, _ in keys], [id_ for _, id_ in keys])
-    state = State()
+    wishes: dict[int, Wish] = {}
+    topics: dict[str, dict[int, Topic]] = {}
     for row in rows:
-        match row["kind"]:
-            case "subscription":
-                state.wishes[row["id"]] = _decode(row, Wish)
-            case "active":
-                state.active[row["id"]] = _decode(row, Topic)
-            case _:
-                state.topics[row["kind"], row["id"]] = _decode(row, Topic)
-    return state
+        if row["kind"] == subscription.KIND:
+            wishes[row["id"]] = _decode(row, Wish)
+        else:
+            topics.setdefault(row["kind"], {})[row["id"]] = _decode(row, Topic)
+    return Derivation(wishes, topics.get("active", {})), topics
 
 
 def _decode(row: asyncpg.Record, type_: type[_S]) -> _S:
@@ -305,7 +415,7 @@ def _decode(row: asyncpg.Record, type_: type[_S]) -> _S:
 async def backlog(connection: Connection, at_most: int) -> asyncpg.Record:
     """Return how much of all tenants waits to be told.
 
-    `pending` intents (counted up to `at_most`) and the age of the oldest, `unseen` events and the age of the oldest;
-    ages are in seconds, NULL where nothing waits.
+    `pending` intents (counted up to `at_most`) and the age of the oldest, `unseen` events and the age of the oldest,
+    and in how many tenants the outbox is `parked`; ages are in seconds, NULL where nothing waits.
     """
     return await connection.fetchrow(_BACKLOG, at_most)

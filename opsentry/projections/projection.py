@@ -1,12 +1,35 @@
 """What every projection is, and what they share."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
 
 V = TypeVar("V")
+
+
+Streams: TypeAlias = Mapping[int, Sequence[RecordedEvent]]
+"""Whole streams of one kind by their ids, each stream's events in order."""
+
+Rows: TypeAlias = dict[str, list[tuple[Any, ...]]]
+"""Rows by the table that they belong to, each a tuple of the table's `columns`."""
+
+
+class Table(NamedTuple):
+    """A table of a projection's rows, and of nobody else's; each row belongs to one stream.
+
+    Attributes:
+        name: The table's.
+        columns: All columns but `tenant_id`, the others of the primary key first.
+        keys: How many of the columns belong to the primary key.
+        of_streams: For each kind of stream, the condition of the rows that streams from $2 to $3 have.
+    """
+
+    name: str
+    columns: Sequence[str]
+    keys: int
+    of_streams: Mapping[str, str]
 
 
 class Projection(Protocol):
@@ -17,15 +40,25 @@ class Projection(Protocol):
     """
 
     name: str
-    kinds: frozenset[str]
-    """The stream kinds it reads; events of others are not given to it."""
+    version: int
+    """Raised in the code whenever the same events give other rows: workers then derive all rows anew."""
 
     @property
-    def tables(self) -> Sequence[str]:
-        """The tables that hold its rows, and nobody else's."""
+    def kinds(self) -> Sequence[str]:
+        """The stream kinds it reads, in the order in which it must be given whole streams."""
+
+    @property
+    def tables(self) -> Sequence[Table]:
+        """Where its rows lie."""
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Bring the tenant's rows up to `events`, in the caller's transaction, in a fixed number of statements."""
+
+    def deriver(self) -> Callable[[str, Streams], Rows]:
+        """Return a function that gives the rows of whole streams of a kind, the same that `apply` would leave.
+
+        It serves one tenant, all of whose streams it is given, kind by kind in the order of `kinds`.
+        """
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows, in the caller's transaction."""
@@ -80,7 +113,8 @@ def freshness(*projections: str) -> str:
     """Return a FROM item `fresh(head, position, shown, tag)` for reads of `projections`' rows, for the tenant `$1`.
 
     `head` is where the tenant's ledger ends, `position` how far the rows can be trusted: to the head if all that is
-    missing is younger than any answered command. A parked projection counts as up to date: waiting would not help.
+    missing is younger than any answered command. One that is parked or paused counts as up to date: waiting would not
+    help.
     `shown` is the last event that the rows show in fact, `tag` a text that is another one whenever the rows are.
     All but `head` are NULL where one of the projections has never run for the tenant.
 
@@ -90,7 +124,8 @@ def freshness(*projections: str) -> str:
     names = ", ".join(f"'{name}'" for name in projections)
     return f"""(
         SELECT h.seq AS head, how.* FROM heads h LEFT JOIN LATERAL (
-            SELECT min(CASE WHEN c.position < h.seq AND c.parked_seq IS NULL AND (
+            SELECT min(CASE WHEN c.position < h.seq AND c.parked_seq IS NULL
+                    AND NOT EXISTS (SELECT FROM projections p WHERE p.name = c.projection AND p.paused) AND (
                     SELECT e.recorded_at FROM events e WHERE e.tenant_id = c.tenant_id AND e.seq > c.position
                     ORDER BY e.seq LIMIT 1) < clock_timestamp() - {UNANSWERED_SECONDS} * interval '1 second'
                     THEN c.position ELSE h.seq END) AS position,

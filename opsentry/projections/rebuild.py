@@ -1,203 +1,407 @@
 """Deriving read models anew, and comparing them with what the ledger gives, without anybody's noticing.
 
-A tenant's rebuild is one transaction. It folds the ledger into temporary tables of the same names, which the very
-same `apply` writes to because they come first in the search path, and takes no lock for that. Then it locks the
-checkpoint, folds what came meanwhile, and brings the rows to what was folded. Readers see the old rows until it
-commits; a process that is killed leaves nothing behind.
+A tenant's rebuild is one transaction. It folds the ledger stream by stream, without any lock, into rows that it keeps
+aside; then it locks the checkpoints, replaces the tenant's rows, applies what came meanwhile, and commits. Readers see
+the old rows until then; a process that is killed leaves nothing behind.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import NamedTuple, cast
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from operator import attrgetter
+from typing import IO, Any, NamedTuple, Self
 
-import asyncpg
+import msgspec
 
 from opsentry.events import log
+from opsentry.events.codec import UnknownEvent
 from opsentry.postgres import Connection, Database, is_passing
-from opsentry.projections.projection import Projection
+from opsentry.projections.operations import register
+from opsentry.projections.projection import Projection, Rows, Streams, Table
 from opsentry.projections.runner import Poison
 
-_BATCH = 1000
-_PATIENCE = 3600.0
+# So many events are folded at once: enough to make round trips cheap, few enough to stay small.
+_CHUNK = 2_000
+_TAIL = 500
+# Rows beyond so many wait in a file.
+_IN_MEMORY = 30_000
+_PATIENCE = 24 * 3600.0
 
-# The columns of a table's primary key: they tell which row of one side is which of the other.
-_KEY = """
-SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_index i
-JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey)
-WHERE i.indrelid = ('public.' || $1)::regclass AND i.indisprimary
+# Only one rebuild of a tenant at a time; whoever comes second leaves it to the first. Whoever stands still in the
+# transaction is thrown out of it. A read model can be derived again, so its commit need not wait for the disk.
+_ALONE = """
+SELECT pg_try_advisory_xact_lock(hashtextextended('rebuild', $1)),
+    set_config('idle_in_transaction_session_timeout', '60s', true), set_config('synchronous_commit', 'off', true)
 """
 
-# Only one rebuild of a tenant's projection at a time; whoever comes second leaves it to the first.
-_ALONE = "SELECT pg_try_advisory_xact_lock(hashtextextended('rebuild ' || $2, $1))"
+# Which of these projections are still to be rebuilt for the tenant.
+_WANTED = """
+SELECT c.projection FROM checkpoints c JOIN projections p ON p.name = c.projection
+WHERE c.tenant_id = $1 AND c.projection = ANY($2) AND c.generation < p.generation
+    AND c.rebuild_error IS NULL AND NOT p.paused
+"""
 
-_LOCK = "SELECT position FROM checkpoints WHERE tenant_id = $1 AND projection = $2 FOR NO KEY UPDATE"
+# Taken in the same order as a pass does, and with the same impatience.
+_LOCK = """
+SELECT projection, (SELECT set_config('idle_in_transaction_session_timeout', '3s', true)) AS setting
+FROM checkpoints WHERE tenant_id = $1 AND projection = ANY($2) ORDER BY projection FOR NO KEY UPDATE
+"""
 
 _DONE = """
-UPDATE checkpoints SET position = $3, parked_seq = NULL, error = NULL, generation = generation + 1,
-    rebuilt_at = clock_timestamp()
-WHERE tenant_id = $1 AND projection = $2
+UPDATE checkpoints c SET position = $3, parked_seq = NULL, error = NULL, rebuild_seq = NULL, rebuild_error = NULL,
+    generation = p.generation, rebuilt_at = clock_timestamp()
+FROM projections p WHERE p.name = c.projection AND c.tenant_id = $1 AND c.projection = ANY($2)
 """
 
-# A rebuild of all tenants: begun once, however often it has to be taken up again.
-_BEGIN = "INSERT INTO rebuilds (projection, started_at) VALUES ($1, clock_timestamp()) ON CONFLICT DO NOTHING"
-_STARTED = "SELECT started_at FROM rebuilds WHERE projection = $1"
-_END = "DELETE FROM rebuilds WHERE projection = $1"
+_FAILED = """
+UPDATE checkpoints SET rebuild_seq = $3, rebuild_error = $4 WHERE tenant_id = $1 AND projection = $2
+"""
 
-# Tenants that a rebuild begun at $2 has still to do, and how many events each has.
+# A rebuild of all tenants begins by raising the generation, unless one is under way: then it goes on. What failed in
+# one is tried again. It is done with the version that this code has.
+_BEGIN = """
+UPDATE projections p SET version = new.version, generation = generation + CASE
+    WHEN p.version = new.version AND EXISTS (
+        SELECT FROM checkpoints c WHERE c.projection = p.name AND c.generation < p.generation
+        AND c.rebuild_error IS NULL) THEN 0 ELSE 1 END
+FROM unnest($1::text[], $2::int[]) AS new (name, version) WHERE p.name = new.name
+"""
+_TRY_AGAIN = """
+UPDATE checkpoints SET rebuild_seq = NULL, rebuild_error = NULL
+WHERE projection = ANY($1) AND rebuild_error IS NOT NULL AND ($2::bigint IS NULL OR tenant_id = $2)
+"""
+
+# The same for one tenant.
+_BEGIN_ONE = "UPDATE checkpoints SET generation = -1 WHERE projection = ANY($1) AND tenant_id = $2 AND generation >= 0"
+
+# Tenants that are still to be rebuilt, found by the index: as much work as there are such tenants. Rows of a version
+# that this code does not have are left to code that has it.
 _LEFT = """
-SELECT c.tenant_id, h.seq AS events FROM checkpoints c JOIN heads h USING (tenant_id)
-WHERE c.projection = $1 AND (c.rebuilt_at IS NULL OR c.rebuilt_at < $2) ORDER BY c.tenant_id
+SELECT DISTINCT left_over.tenant_id FROM unnest($1::text[], $2::int[]) AS own (name, version)
+JOIN projections p ON p.name = own.name AND p.version = own.version AND NOT p.paused
+CROSS JOIN LATERAL (
+    SELECT tenant_id FROM checkpoints c
+    WHERE c.projection = p.name AND c.generation < p.generation AND c.rebuild_error IS NULL
+    ORDER BY c.generation LIMIT $3) AS left_over
 """
 
+# How many events tenants have.
+_SIZES = "SELECT tenant_id, seq FROM heads WHERE tenant_id = ANY($1) ORDER BY seq DESC"
 
-class Difference(NamedTuple):
-    """A row that is not what the ledger gives: `live` or `folded` is `None` where that side has none."""
+_POSITION = "SELECT position, parked_seq FROM checkpoints WHERE tenant_id = $1 AND projection = $2"
 
-    table: str
-    live: str | None
-    folded: str | None
+
+async def _go_on() -> None:
+    return None
 
 
 class Rebuilder:
     """Derives rows anew, tenant by tenant."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, projections: Sequence[Projection]) -> None:
         self._database = database
+        self._projections = sorted(projections, key=attrgetter("name"))
+        self._names = [projection.name for projection in self._projections]
+        self._versions = [projection.version for projection in self._projections]
 
-    async def begin(self, projection: str) -> list[asyncpg.Record]:
-        """Begin, or go on with, a rebuild of all tenants; return `tenant_id` and `events` of those that are left."""
-        async with self._database.connection(_PATIENCE) as connection:
-            await connection.execute(_BEGIN, projection)
-            started = await connection.fetchval(_STARTED, projection)
-            return list(await connection.fetch(_LEFT, projection, started))
+    async def begin(self, tenant_id: int | None = None) -> None:
+        """Have the rows of all tenants, or of one, derived anew; go on with what is under way already."""
+        async with self._database.transaction(60) as connection:
+            await register(connection, self._projections)
+            if tenant_id is None:
+                await connection.execute(_BEGIN, self._names, self._versions)
+            else:
+                await connection.execute(_BEGIN_ONE, self._names, tenant_id)
+            await connection.execute(_TRY_AGAIN, self._names, tenant_id)
 
-    async def end(self, projection: str) -> None:
-        """Note that all tenants are done: the next rebuild begins anew."""
-        async with self._database.connection() as connection:
-            await connection.execute(_END, projection)
+    async def left(self, limit: int) -> dict[int, int]:
+        """Return the tenants that are still to be done, and how many events each has, the longest ledger first.
+
+        At most `limit` of each projection.
+        """
+        async with self._database.connection(60) as connection:
+            rows = await connection.fetch(_LEFT, self._names, self._versions, limit)
+            sizes = await connection.fetch(_SIZES, [row["tenant_id"] for row in rows])
+            return {row["tenant_id"]: row["seq"] for row in sizes}
 
     async def rebuild(
-        self, projection: Projection, tenant_id: int, advance: Callable[[int], None] = lambda _events: None
-    ) -> bool:
-        """Derive a tenant's rows anew; return `False` if somebody else does that just now.
+        self,
+        tenant_id: int,
+        *,
+        advance: Callable[[int], None] = lambda _events: None,
+        breathe: Callable[[], Awaitable[None]] = _go_on,
+        chunk: int = _CHUNK,
+    ) -> list[str]:
+        """Derive anew what is to be derived of a tenant; return the names of the projections that were.
+
+        Nothing is done where somebody else is at it just now. A projection that meets an event that it cannot apply
+        has its rows left as they were, and says so among what is parked.
 
         Args:
-            projection: The projection.
             tenant_id: The tenant.
             advance: Called with the number of events that were folded.
+            breathe: Awaited after each chunk, while nothing is locked.
+            chunk: So many events are folded at once.
 
         Raises:
-            Poison: An event cannot be applied; the rows are as they were.
             DatabaseUnavailable: The database was lost; the rows are as they were.
         """
-        async with self._database.connection(_PATIENCE) as connection, connection.transaction():
-            if not await connection.fetchval(_ALONE, tenant_id, projection.name):
-                return False
-            async with _staged(connection, projection):
-                position = await _fold(connection, projection, tenant_id, 0, None, advance)
-                await connection.fetchval(_LOCK, tenant_id, projection.name)
-                position = await _fold(connection, projection, tenant_id, position, None, advance)
-            for table in projection.tables:
-                await _swap(connection, table, tenant_id)
-            await connection.execute(_DONE, tenant_id, projection.name, position)
-        return True
+        done: list[str] = []
+        tried: list[Projection] = self._projections
+        while tried:
+            try:
+                done += await self._rebuild(tenant_id, tried, advance, breathe, chunk)
+            except Poison as poison:
+                async with self._database.transaction() as connection:
+                    await connection.execute(_FAILED, tenant_id, poison.projection, poison.seq, poison.error)
+                tried = [projection for projection in tried if projection.name != poison.projection]
+                continue
+            break
+        return done
 
-    async def verify(self, projection: Projection, tenant_id: int) -> Difference | None:
+    async def _rebuild(
+        self,
+        tenant_id: int,
+        projections: Sequence[Projection],
+        advance: Callable[[int], None],
+        breathe: Callable[[], Awaitable[None]],
+        chunk: int,
+    ) -> list[str]:
+        async with self._database.transaction(_PATIENCE) as connection:
+            if not await connection.fetchval(_ALONE, tenant_id):
+                return []
+            rows = await connection.fetch(_WANTED, tenant_id, [projection.name for projection in projections])
+            wanted = {row["projection"] for row in rows}
+            group = [projection for projection in projections if projection.name in wanted]
+            if not group:
+                return []
+            names = [projection.name for projection in group]
+            end = await log.head(connection, tenant_id)
+            with Staged() as staged:
+                async for derived in fold(connection, group, tenant_id, end, chunk):
+                    staged.add(derived.rows)
+                    advance(derived.events)
+                    await breathe()
+                await connection.fetch(_LOCK, tenant_id, names)
+                await _replace(connection, [table for each in group for table in each.tables], tenant_id, staged)
+            end = await _apply_tail(connection, group, tenant_id, end)
+            await connection.execute(_DONE, tenant_id, names, end)
+            return names
+
+    async def verify(
+        self, projection: Projection, tenant_id: int, advance: Callable[[int], None] = lambda _events: None
+    ) -> "Difference | None":
         """Return the first row that differs from what the ledger gives up to the checkpoint, `None` if none does.
+
+        Nothing is locked: the ledger and the rows are read as they were at one moment.
 
         Raises:
             Poison: An event before the checkpoint cannot be applied.
             DatabaseUnavailable: The database was lost.
         """
         async with self._database.connection(_PATIENCE) as connection:
-            transaction = connection.transaction()
-            await transaction.start()
-            try:
-                async with _staged(connection, projection):
-                    # The lock holds the rows still; what they show is folded up to there, and not further.
-                    shown = await connection.fetchval(_LOCK, tenant_id, projection.name) or 0
-                    await _fold(connection, projection, tenant_id, 0, shown, lambda _events: None)
-                for table in projection.tables:
-                    if (difference := await _difference(connection, table, tenant_id)) is not None:
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                row = await connection.fetchrow(_POSITION, tenant_id, projection.name)
+                async for derived in fold(
+                    connection, [projection], tenant_id, 0 if row is None else row["position"], _CHUNK
+                ):
+                    difference = await _compare(connection, projection.tables, tenant_id, derived)
+                    if difference is not None:
                         return difference
-                return None
-            finally:
-                await transaction.rollback()
+                    advance(derived.events)
+            return None
 
 
-@asynccontextmanager
-async def _staged(connection: Connection, projection: Projection) -> AsyncIterator[None]:
-    """Let the projection's tables be temporary ones, which end with the transaction."""
-    for table in projection.tables:
-        await connection.execute(f"CREATE TEMP TABLE {table} (LIKE public.{table} INCLUDING ALL) ON COMMIT DROP")
-    await connection.execute("SET LOCAL search_path = pg_temp, public")
-    yield
-    await connection.execute("SET LOCAL search_path = public")
+# ------------------------------------------------------------------------------------------------ folding
 
 
-async def _fold(
-    connection: Connection,
-    projection: Projection,
-    tenant_id: int,
-    position: int,
-    until: int | None,
-    advance: Callable[[int], None],
-) -> int:
-    """Apply the events after `position`, up to `until` or to where the ledger ends; return the position reached."""
-    while True:
-        end = await log.head(connection, tenant_id) if until is None else until
-        if position >= end:
-            return position
-        reached = min(position + _BATCH, end)
-        try:
-            await _apply(connection, projection, tenant_id, position, reached)
-        except Exception as error:
-            if is_passing(error):
-                raise
-            # One at a time, to name the one that is to blame.
-            for seq in range(position + 1, reached + 1):
+class Chunk(NamedTuple):
+    """Rows of whole streams of a kind: all those with ids from `first` to `last`."""
+
+    kind: str
+    first: int
+    last: int
+    events: int
+    rows: Rows
+
+
+async def fold(
+    connection: Connection, projections: Sequence[Projection], tenant_id: int, until: int, size: int
+) -> AsyncIterator[Chunk]:
+    """Yield what `projections` make of a tenant's ledger up to position `until`, without writing anything.
+
+    Raises:
+        Poison: A projection cannot apply an event.
+    """
+    derivers = [(projection, projection.deriver()) for projection in projections]
+    for kind in _kinds(projections):
+        readers = [(projection, derive) for projection, derive in derivers if kind in projection.kinds]
+        first = 0
+        pages = log.read_by_stream(connection, tenant_id, kind, until, size)
+        while True:
+            try:
+                streams = await anext(pages, None)
+            except UnknownEvent as error:
+                raise Poison(readers[0][0].name, error.seq or 0, str(error)) from error
+            rows: Rows = {}
+            for projection, derive in readers:
                 try:
-                    await _apply(connection, projection, tenant_id, seq - 1, seq)
-                except Exception as blamed:
-                    if is_passing(blamed):
-                        raise
-                    raise Poison(projection.name, seq, f"{type(blamed).__name__}: {blamed}") from blamed
-        advance(reached - position)
-        position = reached
+                    rows |= derive(kind, streams or {})
+                except Exception as error:
+                    raise _blame(projection, kind, streams or {}, error) from error
+            if streams is None:
+                # Ids behind the last stream's belong to this chunk, which has no streams: nothing may be there.
+                yield Chunk(kind, first, 2**63 - 1, 0, rows)
+                break
+            last = max(streams)
+            yield Chunk(kind, first, last, sum(map(len, streams.values())), rows)
+            first = last + 1
 
 
-async def _apply(connection: Connection, projection: Projection, tenant_id: int, after: int, until: int) -> None:
-    async with connection.transaction():  # inside of another one, a savepoint
-        if events := await log.read_between(connection, tenant_id, after, until, projection.kinds):
-            await projection.apply(connection, tenant_id, events)
+def _kinds(projections: Sequence[Projection]) -> list[str]:
+    """Return the kinds of streams that `projections` read, in an order that suits all of them."""
+    kinds: list[str] = []
+    for projection in sorted(projections, key=lambda projection: -len(projection.kinds)):
+        kinds += [kind for kind in projection.kinds if kind not in kinds]
+    return kinds
 
 
-async def _swap(connection: Connection, table: str, tenant_id: int) -> None:
-    """Bring a tenant's rows to what was folded, writing only those that differ."""
-    await connection.execute(f"ANALYZE pg_temp.{table}")
-    same = await _same_key(connection, table)
-    await connection.execute(
-        f"DELETE FROM public.{table} l WHERE l.tenant_id = $1 AND NOT EXISTS ("
-        f" SELECT FROM pg_temp.{table} f WHERE {same} AND f::text = l::text)",
-        tenant_id,
-    )
-    await connection.execute(
-        f"INSERT INTO public.{table} SELECT * FROM pg_temp.{table} f WHERE NOT EXISTS ("
-        f" SELECT FROM public.{table} l WHERE {same} AND l.tenant_id = $1)",
-        tenant_id,
-    )
+def _blame(projection: Projection, kind: str, streams: Streams, error: Exception) -> Poison:
+    """Return the poison: the first event without which its stream can be folded up to there."""
+    for number, stream in streams.items():
+        for length, recorded in enumerate(stream, 1):
+            try:
+                projection.deriver()(kind, {number: stream[:length]})
+            except Exception as blamed:  # noqa: BLE001 - whatever it is that the event is to blame for
+                return Poison(projection.name, recorded.seq, f"{type(blamed).__name__}: {blamed}")
+    raise error
 
 
-async def _difference(connection: Connection, table: str, tenant_id: int) -> Difference | None:
-    same = await _same_key(connection, table)
-    row = await connection.fetchrow(
-        f"SELECT l::text AS live, f::text AS folded FROM (SELECT * FROM public.{table} WHERE tenant_id = $1) l"
-        f" FULL JOIN pg_temp.{table} f ON {same} WHERE l::text IS DISTINCT FROM f::text LIMIT 1",
-        tenant_id,
-    )
-    return None if row is None else Difference(table, row["live"], row["folded"])
+# ------------------------------------------------------------------------------------------------ rows kept aside
 
 
-async def _same_key(connection: Connection, table: str) -> str:
-    columns = cast("Sequence[str]", await connection.fetchval(_KEY, table))
-    return " AND ".join(f"l.{column} = f.{column}" for column in columns)
+class Staged:
+    """Rows that were derived and are not written yet: in memory while they are few, then in a file."""
+
+    def __init__(self) -> None:
+        self._rows: Rows = {}
+        self._count = 0
+        self._file: IO[bytes] | None = None
+        self._blocks: dict[str, list[tuple[int, int]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
+        """Keep `rows` aside."""
+        for table, new in rows.items():
+            self._rows.setdefault(table, []).extend(new)
+            self._count += len(new)
+        if self._count > _IN_MEMORY:
+            self._spill()
+
+    def _spill(self) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="opsentry-rebuild-")  # noqa: SIM115 - closed by __exit__
+        for table, rows in self._rows.items():
+            block = msgspec.msgpack.encode(rows)
+            self._blocks.setdefault(table, []).append((self._file.tell(), len(block)))
+            self._file.write(block)
+        self._rows, self._count = {}, 0
+
+    def of(self, table: str) -> Iterator[Sequence[Sequence[Any]]]:
+        """Yield all rows of a table, some at a time."""
+        for place, length in self._blocks.get(table, ()):
+            assert self._file is not None  # noqa: S101 - there are blocks
+            self._file.seek(place)
+            yield msgspec.msgpack.decode(self._file.read(length))
+        if self._file is not None:
+            self._file.seek(0, 2)
+        if rows := self._rows.get(table):
+            yield rows
+
+
+async def _replace(connection: Connection, tables: Sequence[Table], tenant_id: int, staged: Staged) -> None:
+    """Put the rows kept aside in the place of the tenant's rows."""
+    deletes = (f"d{n} AS (DELETE FROM {table.name} WHERE tenant_id = $1)" for n, table in enumerate(tables))
+    await connection.execute(f"WITH {', '.join(deletes)} SELECT", tenant_id)
+    for table in tables:
+        for rows in staged.of(table.name):
+            await connection.copy_records_to_table(
+                table.name, records=[(tenant_id, *row) for row in rows], columns=("tenant_id", *table.columns)
+            )
+
+
+async def _apply_tail(connection: Connection, group: Sequence[Projection], tenant_id: int, position: int) -> int:
+    """Apply what was appended meanwhile, with the checkpoints locked; return the position reached."""
+    end = await log.head(connection, tenant_id)
+    while position < end:
+        until = min(position + _TAIL, end)
+        for projection in group:
+            try:
+                events = await log.read_between(connection, tenant_id, position, until, projection.kinds)
+                if events:
+                    await projection.apply(connection, tenant_id, events)
+            except UnknownEvent as error:
+                raise Poison(projection.name, error.seq or until, str(error)) from error
+            except Exception as error:
+                if is_passing(error):
+                    raise
+                raise Poison(projection.name, until, f"{type(error).__name__}: {error}") from error
+        position = until
+    return end
+
+
+# ------------------------------------------------------------------------------------------------ comparing
+
+
+class Difference(NamedTuple):
+    """A row that is not what the ledger gives: `live` or `folded` is `None` where that side has none."""
+
+    table: str
+    live: dict[str, Any] | None
+    folded: dict[str, Any] | None
+
+
+async def _compare(
+    connection: Connection, tables: Sequence[Table], tenant_id: int, derived: Chunk
+) -> Difference | None:
+    for table in tables:
+        if derived.kind not in table.of_streams:
+            continue
+        rows = await connection.fetch(
+            f"SELECT {', '.join(table.columns)} FROM {table.name}"
+            f" WHERE tenant_id = $1 AND {table.of_streams[derived.kind]}",
+            tenant_id,
+            derived.first,
+            derived.last,
+        )
+        live = dict(map(_keyed(table), rows))
+        folded = dict(map(_keyed(table), derived.rows.get(table.name, ())))
+        if live != folded:
+            key = min(key for key in live.keys() | folded.keys() if live.get(key) != folded.get(key))
+            return Difference(table.name, _named(table, live.get(key)), _named(table, folded.get(key)))
+    return None
+
+
+def _keyed(table: Table) -> Callable[[Sequence[Any]], tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    def keyed(row: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        values = tuple(map(_comparable, row))
+        return values[: table.keys], values
+
+    return keyed
+
+
+def _comparable(value: Any) -> Any:
+    """Return a value as it is derived; the driver reads arrays as lists, and `infinity` as a time of no zone."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value.replace(tzinfo=UTC) if isinstance(value, datetime) and value.tzinfo is None else value
+
+
+def _named(table: Table, values: tuple[Any, ...] | None) -> dict[str, Any] | None:
+    return None if values is None else dict(zip(table.columns, values, strict=True))

@@ -15,17 +15,36 @@ from opsentry.projections.projection import Projection
 _log = structlog.get_logger()
 
 # Makes the rows that are missing, for a new tenant or a projection that is new in the code.
-_ENSURE = "INSERT INTO checkpoints (tenant_id, projection) SELECT $1, unnest($2::text[]) ON CONFLICT DO NOTHING"
+_ENSURE = """
+INSERT INTO checkpoints (tenant_id, projection, generation)
+SELECT $1, name, coalesce((SELECT generation FROM projections p WHERE p.name = new.name), 0)
+FROM unnest($2::text[]) AS new (name) ON CONFLICT DO NOTHING
+"""
 
 # Takes the tenant's checkpoints, in one order for all, so that two passes never wait for each other. A read model can
 # be derived again, so its commit need not wait for the disk: after a crash of the server both rows and checkpoint
-# are where they were, and the next pass or read goes on from there.
-_LOCK = (
-    "SELECT projection, position, parked_seq, set_config('synchronous_commit', 'off', true)"
-    " FROM checkpoints WHERE tenant_id = $1 AND projection = ANY($2) ORDER BY projection FOR NO KEY UPDATE"
-)
+# are where they were, and the next pass or read goes on from there. A process that stands still with the locks is
+# thrown out by the server, and what it does when it wakes up is refused: whoever waited has gone on meanwhile.
+_LOCK = """
+SELECT c.projection, c.position, c.parked_seq IS NOT NULL OR coalesce(p.paused, false) AS stopped, p.version,
+    (SELECT set_config('synchronous_commit', 'off', true)
+        || set_config('idle_in_transaction_session_timeout', '3s', true)
+        || CASE WHEN current_setting('server_version_num')::int >= 170000
+            THEN set_config('transaction_timeout', '30s', true) ELSE '' END) AS settings
+FROM checkpoints c LEFT JOIN projections p ON p.name = c.projection
+WHERE c.tenant_id = $1 AND c.projection = ANY($2) ORDER BY c.projection FOR NO KEY UPDATE OF c
+"""
 
-_ADVANCE = "UPDATE checkpoints SET position = $3 WHERE tenant_id = $1 AND projection = ANY($2)"
+# Moves the checkpoints that are furthest behind on to $3: nothing before that is left to be projected.
+_ADVANCE = """
+WITH projected AS (DELETE FROM unprojected WHERE tenant_id = $1 AND seq <= $3)
+UPDATE checkpoints SET position = $3 WHERE tenant_id = $1 AND projection = ANY($2)
+"""
+
+# Rows to which an older version of the code has added are to be derived anew by the newer one.
+_OUTDATE = "UPDATE checkpoints SET generation = -1 WHERE tenant_id = $1 AND projection = ANY($2) AND generation >= 0"
+
+_PROJECTED = "DELETE FROM unprojected WHERE tenant_id = $1 AND seq <= $2"
 
 # Unless another process, which may know the event, has gone past it since.
 _PARK = (
@@ -33,41 +52,16 @@ _PARK = (
     " WHERE tenant_id = $1 AND projection = $2 AND position = $3 - 1 AND parked_seq IS NULL"
 )
 
-# Tenants whose ledger has gone further than one of their projections.
-_BEHIND = (
-    "SELECT h.tenant_id FROM heads h WHERE h.seq > 0 AND ("
-    " (SELECT count(*) FROM checkpoints c WHERE c.tenant_id = h.tenant_id AND c.projection = ANY($1))"
-    " < cardinality($1::text[]) OR EXISTS (SELECT FROM checkpoints c WHERE c.tenant_id = h.tenant_id"
-    " AND c.projection = ANY($1) AND c.position < h.seq AND c.parked_seq IS NULL)) LIMIT $2"
-)
-
-# How each projection stands over all tenants that have a ledger.
-_STANDING = """
-SELECT p.name AS projection, count(*) AS tenants,
-    count(*) FILTER (WHERE c.position >= h.seq AND c.parked_seq IS NULL) AS done,
-    count(*) FILTER (WHERE coalesce(c.position, 0) < h.seq AND c.parked_seq IS NULL) AS behind,
-    count(*) FILTER (WHERE c.parked_seq IS NOT NULL) AS parked,
-    sum(h.seq - coalesce(c.position, 0))::bigint AS lag_events,
-    coalesce(max(extract(epoch FROM clock_timestamp() - e.recorded_at)), 0)::float8 AS lag_seconds,
-    coalesce(min(c.generation), 0) AS generation, max(c.rebuilt_at) AS rebuilt_at
-FROM unnest($1::text[]) WITH ORDINALITY AS p (name, place) CROSS JOIN heads h
-LEFT JOIN checkpoints c ON c.tenant_id = h.tenant_id AND c.projection = p.name
-LEFT JOIN LATERAL (
-    SELECT recorded_at FROM events WHERE tenant_id = h.tenant_id AND seq > coalesce(c.position, 0)
-    ORDER BY seq LIMIT 1) AS e ON true
-WHERE h.seq > 0 GROUP BY p.name, p.place ORDER BY p.place
-"""
-
-# Projections that stopped at an event, of all tenants.
-_PARKED = """
-SELECT t.slug, c.tenant_id, c.projection, c.parked_seq AS seq, c.error
-FROM checkpoints c JOIN tenants t USING (tenant_id) WHERE c.parked_seq IS NOT NULL ORDER BY t.slug, c.projection
-"""
-
-# Lets parked projections try again, of all tenants or of one.
-_RELEASE = """
-UPDATE checkpoints SET parked_seq = NULL, error = NULL
-WHERE parked_seq IS NOT NULL AND projection = ANY($1) AND ($2::bigint IS NULL OR tenant_id = $2) RETURNING tenant_id
+# Tenants after $1 whose ledger has gone further than one of their projections, each found by the index: as much work
+# as there are tenants that lag.
+_BEHIND = """
+WITH RECURSIVE found AS (
+    (SELECT tenant_id, 1 AS number FROM unprojected WHERE tenant_id > $1 ORDER BY tenant_id LIMIT 1)
+    UNION ALL
+    SELECT next.tenant_id, number + 1 FROM found CROSS JOIN LATERAL (
+        SELECT tenant_id FROM unprojected WHERE tenant_id > found.tenant_id ORDER BY tenant_id LIMIT 1) AS next
+    WHERE number < $2)
+SELECT tenant_id FROM found
 """
 
 _BATCH = 500
@@ -97,7 +91,13 @@ class Runner:
         self._database = database
         self._projections = sorted(projections, key=lambda projection: projection.name)
         self._names = [projection.name for projection in self._projections]
+        self._versions = {projection.name: projection.version for projection in self._projections}
         self._passes: dict[int, asyncio.Task[int]] = {}
+
+    @property
+    def projections(self) -> Sequence[Projection]:
+        """The projections that it brings up, by name."""
+        return self._projections
 
     async def catch_up(self, tenant_id: int, seq: int) -> None:
         """Return when every projection of the tenant that is not parked shows event `seq`.
@@ -122,31 +122,9 @@ class Runner:
         if self._passes.get(tenant_id) is ended:
             del self._passes[tenant_id]
 
-    async def behind(self, limit: int = 1000) -> list[int]:
-        """Return tenants with projections that lag, at most `limit`."""
-        return [row["tenant_id"] for row in await self._database.fetch(_BEHIND, self._names, limit, seconds=10)]
-
-    async def standing(self) -> list[asyncpg.Record]:
-        """Return for each projection how many `tenants` are `done`, `behind` and `parked`, and the lag of all.
-
-        `lag_events` is a sum, `lag_seconds` the age of the oldest event that is missing; `generation` is how often
-        the tenant's rows were derived anew that were so least often.
-        """
-        return await self._database.fetch(_STANDING, self._names, seconds=60)
-
-    async def parked(self) -> list[asyncpg.Record]:
-        """Return `slug`, `tenant_id`, `projection`, `seq` and `error` of what stopped at an event."""
-        return await self._database.fetch(_PARKED, seconds=60)
-
-    async def retry(self, names: Sequence[str], tenant_id: int | None = None) -> int:
-        """Let parked projections go on from where they stopped, of all tenants or of one; return how many did.
-
-        One that still cannot apply its event is parked there again.
-        """
-        rows = await self._database.fetch(_RELEASE, list(names), tenant_id, seconds=60)
-        for tenant in sorted({row["tenant_id"] for row in rows}):
-            await self.catch_up(tenant, 0)
-        return len(rows)
+    async def behind(self, limit: int = 1000, after: int = 0) -> list[int]:
+        """Return the tenants with projections that lag, at most `limit`, whose ids are above `after`; in order."""
+        return [row["tenant_id"] for row in await self._database.fetch(_BEHIND, after, limit, seconds=10)]
 
     async def read(
         self, tenant_id: int, query: Callable[[Connection], Awaitable[asyncpg.Record]], *, at_least: int = 0
@@ -212,9 +190,13 @@ class Runner:
         if len(rows) < len(self._names):
             await connection.execute(_ENSURE, tenant_id, self._names)
             rows = await connection.fetch(_LOCK, tenant_id, self._names)
-        positions = {row["projection"]: int(row["position"]) for row in rows if row["parked_seq"] is None}
+        positions = {row["projection"]: int(row["position"]) for row in rows if not row["stopped"]}
+        newer = [row["projection"] for row in rows if (row["version"] or 0) > self._versions[row["projection"]]]
         if not positions:
-            return await log.head(connection, tenant_id), False
+            # Whoever lets them go on notes the tenant again.
+            head = await log.head(connection, tenant_id)
+            await connection.execute(_PROJECTED, tenant_id, head)
+            return head, False
         lowest = min(positions.values())
         # Projections that stand at the same position advance together; those that are behind catch up first.
         group = [p for p in self._projections if positions.get(p.name) == lowest]
@@ -235,7 +217,12 @@ class Runner:
         if events:
             await self._apply(connection, tenant_id, group, events)
             lowest = events[-1].seq
-            await connection.execute(_ADVANCE, tenant_id, [projection.name for projection in group], lowest)
+            names = [projection.name for projection in group]
+            await connection.execute(_ADVANCE, tenant_id, names, lowest)
+            if outdated := [name for name in names if name in newer]:
+                await connection.execute(_OUTDATE, tenant_id, outdated)
+        else:
+            await connection.execute(_PROJECTED, tenant_id, lowest)
         more = len(events) == limit or next_position is not None or len(group) < len(positions)
         return lowest, more and bool(events)
 

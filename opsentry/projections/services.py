@@ -1,7 +1,7 @@
 """The registry of services: serves `/services`."""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias, cast
 
@@ -12,7 +12,7 @@ from opsentry.domain import service
 from opsentry.domain.service import Service, ServiceEvent
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.projection import by_stream, continued, fold, freshness
+from opsentry.projections.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
 from opsentry.projections.runner import Runner
 
 # The rows that this batch goes on from.
@@ -120,40 +120,58 @@ def evolve_view(view: ServiceView | None, recorded: RecordedEvent) -> ServiceVie
     )
 
 
+SERVICES = Table(
+    "services",
+    ("service_id", "version", "slug", "name", "visibility", "retired", "since", "body", "ref"),
+    keys=1,
+    of_streams={service.KIND: "service_id BETWEEN $2 AND $3"},
+)
+
+
 class Services:
     """The projection `services`."""
 
     name = "services"
-    kinds = frozenset({service.KIND})
-    tables = ("services",)
+    version = 1
+    kinds = (service.KIND,)
+    tables = (SERVICES,)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each service touched."""
         streams = by_stream(events)
-        stored = {}
-        retired = {e.stream_id for e in events if isinstance(e.event, service.ServiceRetired)}
+        stored, retired = {}, set()
         if ids := continued(streams):
             rows = await connection.fetch(_LOAD, tenant_id, ids)
             stored = {row["service_id"]: (row["version"], _decode(row["body"])) for row in rows}
-            retired |= {row["service_id"] for row in rows if row["retired"]}
-        changed = fold(streams, stored, evolve_view)
-        await connection.execute(
-            _STORE,
-            tenant_id,
-            [view.id for view, _ in changed],
-            [version for _, version in changed],
-            [view.slug for view, _ in changed],
-            [view.name for view, _ in changed],
-            [view.visibility for view, _ in changed],
-            [view.id in retired for view, _ in changed],
-            [view.created_at for view, _ in changed],
-            [msgspec.json.encode(view).decode() for view, _ in changed],
-            [bytes(ref(view)).decode() for view, _ in changed],
-        )
+            retired = {row["service_id"] for row in rows if row["retired"]}
+        await connection.execute(_STORE, tenant_id, *zip(*_rows(streams, stored, retired), strict=True))
+
+    def deriver(self) -> Callable[[str, Streams], Rows]:
+        """Return a function that gives the rows of whole streams."""
+        return lambda _kind, streams: {SERVICES.name: _rows(streams, {}, set())}
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
         await connection.execute(_CLEAR, tenant_id)
+
+
+def _rows(
+    streams: Streams, stored: Mapping[int, tuple[int, ServiceView]], retired: Container[int]
+) -> list[tuple[Any, ...]]:
+    return [
+        (
+            view.id,
+            version,
+            view.slug,
+            view.name,
+            view.visibility,
+            view.id in retired or any(isinstance(e.event, service.ServiceRetired) for e in streams[view.id]),
+            view.created_at,
+            msgspec.json.encode(view).decode(),
+            bytes(ref(view)).decode(),
+        )
+        for view, version in fold(streams, stored, evolve_view)
+    ]
 
 
 async def page(

@@ -1,6 +1,6 @@
 """Timeline entries, as incidents and maintenance windows both have them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -35,6 +35,12 @@ def etag(version: int, service_versions: Iterable[int]) -> str:
 # An entry `u` in which a token stands for its name, to be named later: octet 1 never stands in JSON itself.
 MARKED = """replace(u.body, '"author":null', '"author":"' || CASE WHEN u.actor_kind = 'token' AND u.actor_id IS NOT NULL
     THEN chr(1) || u.actor_id ELSE u.actor_kind END || '"')"""
+
+
+def marked(body: str, actor_kind: str, actor_id: int | None) -> str:
+    """Return the stored entry `body` as `MARKED` gives it."""
+    author = f"\x01{actor_id}" if actor_kind == "token" and actor_id is not None else actor_kind
+    return body.replace('"author":null', f'"author":"{author}"')
 
 
 def name_authors(updates: bytes, token_ids: Iterable[int], token_names: Mapping[int, str]) -> bytes:
@@ -77,20 +83,19 @@ def author_name(actor: Actor, token_names: Mapping[int, str]) -> str:
     return actor.kind
 
 
-def update_columns(updates: Sequence[RecordedEvent]) -> tuple[list[Any], ...]:
-    """Return ids, versions, actor kinds, actor ids and bodies of `updates`, ready to store."""
-    bodies = []
-    for recorded in updates:
-        if not isinstance(recorded.event, IncidentUpdated | MaintenanceUpdated):
-            raise TypeError(f"{recorded.event.TYPE} is no timeline entry")
-        bodies.append(msgspec.json.encode(UpdateView.of(recorded, recorded.event, None)).decode())
-    return (
-        [recorded.stream_id for recorded in updates],
-        [recorded.version for recorded in updates],
-        [recorded.meta.actor.kind for recorded in updates],
-        [recorded.meta.actor.id for recorded in updates],
-        bodies,
-    )
+def update_rows(events: Iterable[RecordedEvent]) -> list[tuple[Any, ...]]:
+    """Return the stream id, version, actor's kind and id, and body of each timeline entry among `events`."""
+    return [
+        (
+            recorded.stream_id,
+            recorded.version,
+            recorded.meta.actor.kind,
+            recorded.meta.actor.id,
+            msgspec.json.encode(UpdateView.of(recorded, recorded.event, None)).decode(),
+        )
+        for recorded in events
+        if isinstance(recorded.event, IncidentUpdated | MaintenanceUpdated)
+    ]
 
 
 def redacted(body: str) -> str:

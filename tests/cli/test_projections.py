@@ -1,4 +1,9 @@
+import asyncio
 import json
+import signal
+
+import psutil
+import pytest
 
 from opsentry.domain import incident
 from opsentry.domain.incident import OpenIncident, PostUpdate
@@ -45,35 +50,64 @@ async def test_rows_are_compared_and_derived_anew(run, parts, acme, globex, owne
     assert ran.code == 1
     wrong = {row["tenant"]: row["difference"] for row in json.loads(ran.out)}
     assert (wrong["globex"], wrong["acme"]["table"]) == (None, "incidents")
-    assert "Up" in wrong["acme"]["live"]
-    assert "Down" in wrong["acme"]["folded"]
-    assert json.loads(await run("projections", "rebuild", "incidents", "--tenant", "acme", "--json"))["rebuilt"] == 1
+    assert "Up" in wrong["acme"]["live"]["body"]
+    assert "Down" in wrong["acme"]["folded"]["body"]
+    ran = await opsentry(environment(settings), "projections", "verify", "incidents")
+    assert [line.split(":")[0].strip() for line in ran.out.splitlines()] == [
+        "1 of 2 of tenants' projections are what the ledger gives", "acme incidents, table incidents", "live", "ledger"
+    ]  # fmt: skip
+    events = {t.id: await owner.fetchval("SELECT seq FROM heads WHERE tenant_id = $1", t.id) for t in (acme, globex)}
+    rebuilt = json.loads(await run("projections", "rebuild", "incidents", "--tenant", "acme", "--json"))
+    assert rebuilt == {"tenants": 1, "events": events[acme.id], "failed": []}
     assert "2 of 2" in await run("projections", "verify", "incidents")
-    assert json.loads(await run("projections", "rebuild", "--all", "--json")) == {"rebuilt": 10, "failed": []}
+    assert "1 of 1" in await run("projections", "verify", "incidents", "--sample", "1")
+    rebuilt = json.loads(await run("projections", "rebuild", "--all", "--json"))
+    assert rebuilt == {"tenants": 2, "events": sum(events.values()), "failed": []}
     assert (await standing(run))["incidents"]["generation"] == 1
-    assert await owner.fetchval("SELECT count(*) FROM rebuilds") == 0
+    assert {row["to_rebuild"] for row in (await standing(run)).values()} == {0}
 
 
-async def test_a_rebuild_that_was_killed_goes_on_with_those_that_are_left(run, parts, acme, globex, owner, settings):
-    await filled(parts, acme)
-    await filled(parts, globex)
-    generations = "SELECT generation FROM checkpoints WHERE projection = 'incidents' ORDER BY tenant_id"
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+async def test_a_rebuild_that_was_stopped_goes_on_with_those_that_are_left(
+    run, parts, acme, globex, owner, settings, sign
+):
+    for tenant in (acme, globex):
+        await filled(parts, tenant)
+    rebuilt = "SELECT rebuilt_at IS NOT NULL FROM checkpoints WHERE projection = 'incidents' ORDER BY tenant_id"
     async with owner.transaction():
         await owner.execute(
             "SELECT FROM checkpoints WHERE tenant_id = $1 AND projection = 'incidents' FOR UPDATE", globex.id
         )
-        async with running(environment(settings), "projections", "rebuild", "incidents", "--jobs", "1") as process:
-            done = "SELECT FROM checkpoints WHERE tenant_id = $1 AND projection = 'incidents' AND generation = 1"
+        async with running(environment(settings), "projections", "rebuild", "incidents", "--jobs", "2") as process:
 
             async def first_is_done():
-                return await parts.database.fetchrow(done, acme.id) is not None
+                return (await parts.database.fetch(rebuilt))[0][0]
 
             await until(first_is_done)
-            process.kill()
-    assert [row["generation"] for row in await owner.fetch(generations)] == [1, 0]
-    assert json.loads(await run("projections", "rebuild", "incidents", "--json"))["rebuilt"] == 1
-    assert [row["generation"] for row in await owner.fetch(generations)] == [1, 1]
+            started = psutil.Process(process.pid).children(recursive=True)
+            assert len(started) >= 2
+            process.process.send_signal(sign)
+            assert await process.ended() != 0
+            _, alive = await asyncio.to_thread(psutil.wait_procs, started, 10)
+            assert alive == []
+    assert [row[0] for row in await owner.fetch(rebuilt)] == [True, False]
+    assert json.loads(await run("projections", "rebuild", "incidents", "--json"))["tenants"] == 1
+    assert [row[0] for row in await owner.fetch(rebuilt)] == [True, True]
     assert "2 of 2" in await run("projections", "verify", "incidents")
+
+
+async def test_projections_are_paused_and_resumed(run, fail, parts, acme):
+    number = await filled(parts, acme)
+    assert json.loads(await run("projections", "pause", "--all", "--json")) == {"paused": sorted(NAMES)}
+    assert "none, they were already" in await run("projections", "pause", "impact")
+    assert "outbox: paused" in await fail(1, "projections", "rebuild", "outbox")
+    await parts.commands.execute(incident.DECIDER, acme.id, number, PostUpdate(message="m"), META)
+    await parts.runner.catch_up(acme.id, 0)
+    assert {(row["behind"], row["paused"]) for row in (await standing(run)).values()} == {(1, True)}
+    assert json.loads(await run("projections", "resume", "impact", "--json")) == {"resumed": ["impact"]}
+    await parts.runner.catch_up(acme.id, 0)
+    assert (await standing(run))["impact"]["behind"] == 0
+    assert "impact" not in await run("projections", "resume", "--all")
 
 
 async def test_what_is_parked_is_named_and_goes_on_once_the_cause_is_gone(run, parts, acme, owner, settings):
@@ -88,6 +122,7 @@ async def test_what_is_parked_is_named_and_goes_on_once_the_cause_is_gone(run, p
     ran = await opsentry(environment(settings), "projections", "rebuild", "incidents", "--json")
     assert ran.code == 1
     assert "incident.exploded" in json.loads(ran.out)["failed"][0]["error"]
+    assert json.loads(await run("projections", "parked", "--json"))[2]["at"] == "rebuilding"
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("UPDATE events SET type = 'incident.reopened' WHERE type = 'incident.exploded'")
     assert json.loads(await run("projections", "retry", "--all", "--json")) == {"retried": 3, "parked": 0}

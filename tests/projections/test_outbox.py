@@ -8,6 +8,7 @@ from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
 from opsentry.projections import outbox
 from opsentry.projections.outbox import Outbox
 from tests.projections.histories import META, apply, schedule
+from tests.projections.planting import plant
 
 
 def wish(**fields):
@@ -251,6 +252,7 @@ async def test_the_backlog_counts_what_waits_and_what_was_not_seen(parts, acme, 
         "pending_seconds": None,
         "unseen": 0,
         "unseen_seconds": None,
+        "parked": 0,
     }
     created = await parts.commands.create(subscription.DECIDER, acme.id, wish(), META)
     await parts.runner.catch_up(acme.id, created.seq)
@@ -266,6 +268,7 @@ async def test_the_backlog_counts_what_waits_and_what_was_not_seen(parts, acme, 
     assert (await outbox.backlog(app_connection, 2))["pending"] == 2
     await owner.execute("UPDATE outbox_intents SET suppressed = true")
     assert (await outbox.backlog(app_connection, 10))["pending"] == 0
-    await owner.execute("DELETE FROM checkpoints WHERE tenant_id = $1", globex.id)
-    head = await owner.fetchval("SELECT seq FROM heads WHERE tenant_id = $1", globex.id)
-    assert (await outbox.backlog(app_connection, 10))["unseen"] == head
+    await plant(owner, globex.id, 1, 1, data="{")
+    await parts.runner.catch_up(globex.id, 0)
+    parked = await outbox.backlog(app_connection, 10)
+    assert (parked["unseen"], parked["parked"]) == (1, 1)

@@ -6,17 +6,18 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from opsentry.domain import incident, maintenance, subscription
-from opsentry.domain.decider import TransitionRefused
-from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate
+from opsentry.domain.incident import OpenIncident, PostUpdate
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.projections.runner import Poison
+from opsentry.projections import impact as impact_module
+from opsentry.projections import incidents as incidents_module
+from opsentry.projections import operations
+from opsentry.projections.projection import by_stream
+from opsentry.projections.rebuild import Rebuilder, _keyed
 from opsentry.wiring import projections
 from tests.conftest import META, make_service
-from tests.projections.histories import dump, schedule
+from tests.projections.histories import apply, dump, histories, schedule
 from tests.projections.planting import plant
 
-CHANGES = st.sampled_from([*incident.STATUSES, *incident.SEVERITIES])
 # The order in which rows were last written shows nowhere; what they hold does.
 DAMAGE = {
     "services": "UPDATE services SET name = 'wrong'",
@@ -49,40 +50,79 @@ async def busy(parts, acme, globex):
 
 @pytest.fixture
 def rebuilder(parts):
-    return Rebuilder(parts.database)
+    """Rebuilds, and compares, one projection or all."""
+
+    class Ready:
+        def of(self, *chosen):
+            return Rebuilder(parts.database, chosen or projections())
+
+        async def rebuild(self, tenant_id, *chosen, **options):
+            found = self.of(*chosen)
+            await found.begin(tenant_id)
+            return await found.rebuild(tenant_id, **options)
+
+        async def verify(self, tenant_id):
+            return [await self.of().verify(projection, tenant_id) for projection in projections()]
+
+    return Ready()
+
+
+ONE = {projection.name: projection for projection in projections()}
+RIGHT = [None] * len(ONE)
 
 
 @pytest.mark.parametrize("projection", projections(), ids=lambda p: p.name)
 async def test_damaged_rows_are_found_and_derived_anew(rebuilder, busy, app_connection, projection):
     acme, globex, _ = busy
     right = await dump(app_connection)
-    assert await rebuilder.verify(projection, acme) is None
+    assert await rebuilder.verify(acme) == RIGHT
     await app_connection.execute(DAMAGE[projection.name])
     assert await dump(app_connection) != right
-    difference = await rebuilder.verify(projection, acme)
+    difference = await rebuilder.of().verify(projection, acme)
     assert difference is not None
-    assert difference.table in projection.tables
+    assert difference.table in {table.name for table in projection.tables}
     assert difference.live != difference.folded
     for tenant_id in (acme, globex):
-        done: list[int] = []
-        assert await rebuilder.rebuild(projection, tenant_id, done.append)
-        assert sum(done) == await app_connection.fetchval("SELECT seq FROM heads WHERE tenant_id = $1", tenant_id)
-        assert await rebuilder.verify(projection, tenant_id) is None
+        assert await rebuilder.rebuild(tenant_id, projection) == [projection.name]
+        assert await rebuilder.verify(tenant_id) == RIGHT
     assert await dump(app_connection) == right
 
 
-@pytest.mark.parametrize("projection", projections(), ids=lambda p: p.name)
-async def test_rows_that_are_right_are_not_written(rebuilder, busy, app_connection, projection):
+async def test_rows_that_nothing_gave_rise_to_are_found_and_go(rebuilder, busy, app_connection):
     acme, _, _ = busy
-    places = {t: await app_connection.fetch(f"SELECT ctid, xmin FROM {t} ORDER BY ctid") for t in projection.tables}
-    assert await rebuilder.rebuild(projection, acme)
-    for table, before in places.items():
-        assert await app_connection.fetch(f"SELECT ctid, xmin FROM {table} ORDER BY ctid") == before
-    row = await app_connection.fetchrow(
-        "SELECT generation, rebuilt_at FROM checkpoints WHERE tenant_id = $1 AND projection = $2", acme, projection.name
+    right = await dump(app_connection)
+    await app_connection.execute(
+        "INSERT INTO incidents SELECT tenant_id, 10^9, version, status, severity, visibility, service_ids,"
+        " occurred_at, body FROM incidents"
     )
-    assert row["generation"] == 1
-    assert row["rebuilt_at"] is not None
+    difference = await rebuilder.of().verify(ONE["incidents"], acme)
+    assert (difference.table, difference.folded) == ("incidents", None)
+    assert difference.live["incident_id"] == 10**9
+    await rebuilder.rebuild(acme, ONE["incidents"])
+    await rebuilder.rebuild(busy[1], ONE["incidents"])
+    assert await dump(app_connection) == right
+
+
+@pytest.mark.parametrize("in_memory", [0, 10, 10**6])
+async def test_all_projections_are_derived_from_one_reading(rebuilder, busy, app_connection, monkeypatch, in_memory):
+    monkeypatch.setattr("opsentry.projections.rebuild._IN_MEMORY", in_memory)
+    acme, globex, _ = busy
+    right = await dump(app_connection)
+    await app_connection.execute("UPDATE checkpoints SET position = 0")
+    for projection in projections():
+        for tenant_id in (acme, globex):
+            await projection.clear(app_connection, tenant_id)
+    for tenant_id in (acme, globex):
+        read: list[int] = []
+        assert sorted(await rebuilder.rebuild(tenant_id, advance=read.append, chunk=7)) == sorted(ONE)
+        kinds = [kind for projection in projections() for kind in projection.kinds]
+        assert sum(read) == await app_connection.fetchval(
+            "SELECT count(*) FROM events WHERE tenant_id = $1 AND stream_kind = ANY($2)", tenant_id, kinds
+        )
+    assert await dump(app_connection) == right
+    rows = await app_connection.fetch("SELECT generation, rebuilt_at FROM checkpoints")
+    assert all(row["rebuilt_at"] is not None for row in rows)
+    assert await rebuilder.of().left(10) == {}
 
 
 async def test_commands_go_on_while_a_tenant_is_rebuilt_and_nothing_is_lost(rebuilder, busy, parts, app_connection):
@@ -100,41 +140,55 @@ async def test_commands_go_on_while_a_tenant_is_rebuilt_and_nothing_is_lost(rebu
 
     live = asyncio.create_task(command())
     for _ in range(3):
-        for projection in projections():
-            assert await rebuilder.rebuild(projection, acme)
+        assert await rebuilder.rebuild(acme, chunk=10)
     stopping = True
     written = await live
-    for projection in projections():
-        assert await rebuilder.verify(projection, acme) is None
+    assert await rebuilder.verify(acme) == RIGHT
     updates = "SELECT count(*) FROM incident_updates WHERE tenant_id = $1 AND incident_id = $2"
     assert await app_connection.fetchval(updates, acme, number) == 121 + written
 
 
-async def test_readers_see_the_old_rows_until_the_new_ones_are_whole(rebuilder, busy, app_connection, monkeypatch):
+async def test_what_is_appended_while_it_folds_is_applied_before_the_swap(rebuilder, busy, parts, app_connection):
+    acme, _, number = busy
+    late: list[int] = []
+
+    async def append_more():
+        change = PostUpdate(message=f"late {len(late)}")
+        done = await parts.commands.execute(incident.DECIDER, acme, number, change, META)
+        late.append(done.seq)
+
+    assert await rebuilder.rebuild(acme, breathe=append_more, chunk=50)
+    assert late
+    positions = await app_connection.fetch("SELECT position FROM checkpoints WHERE tenant_id = $1", acme)
+    assert {row["position"] for row in positions} == {late[-1]}
+    assert await rebuilder.verify(acme) == RIGHT
+
+
+async def test_readers_see_the_old_rows_until_the_new_ones_are_whole(rebuilder, busy, app_connection):
     acme, _, _ = busy
-    right = await dump(app_connection)
-    incidents = next(p for p in projections() if p.name == "incidents")
-    real = type(incidents).apply
+    await app_connection.execute("UPDATE incidents SET body = replace(body, 'Down', 'Up') WHERE tenant_id = $1", acme)
+    before = await dump(app_connection)
+    looked: list[bool] = []
 
-    async def watched(self, connection, tenant_id, events):
-        await real(self, connection, tenant_id, events)
-        assert await dump(app_connection) == right
+    async def look():
+        looked.append(await dump(app_connection) == before)
 
-    monkeypatch.setattr(type(incidents), "apply", watched)
-    assert await rebuilder.rebuild(incidents, acme)
-    assert await dump(app_connection) == right
+    assert await rebuilder.rebuild(acme, ONE["incidents"], breathe=look, chunk=10)
+    assert looked
+    assert all(looked)
+    assert await rebuilder.verify(acme) == RIGHT
 
 
 async def test_a_second_rebuild_of_the_same_leaves_it_to_the_first(rebuilder, busy, owner):
-    acme, _, _ = busy
+    acme, globex, _ = busy
     async with owner.transaction():
-        await owner.execute("SELECT pg_advisory_xact_lock(hashtextextended('rebuild incidents', $1))", acme)
-        incidents = next(p for p in projections() if p.name == "incidents")
-        assert not await rebuilder.rebuild(incidents, acme)
-        assert await rebuilder.rebuild(incidents, busy[1])
+        await owner.execute("SELECT pg_advisory_xact_lock(hashtextextended('rebuild', $1))", acme)
+        assert await rebuilder.rebuild(acme) == []
+        assert await rebuilder.rebuild(globex)
+        assert list(await rebuilder.of().left(10)) == [acme]
 
 
-async def test_poison_leaves_the_rows_as_they_were(rebuilder, busy, owner, app_connection, parts):
+async def test_poison_leaves_the_rows_of_those_it_stops_as_they_were(rebuilder, busy, owner, app_connection, parts):
     acme, _, number = busy
     right = await dump(app_connection)
     version = await owner.fetchval(
@@ -142,44 +196,144 @@ async def test_poison_leaves_the_rows_as_they_were(rebuilder, busy, owner, app_c
         acme,
         number,
     )
-    await plant(owner, acme, number, version + 1, type="incident.exploded")
-    incidents = next(p for p in projections() if p.name == "incidents")
-    with pytest.raises(Poison, match=r"incident\.exploded"):
-        await rebuilder.rebuild(incidents, acme)
+    seq = await plant(owner, acme, number, version + 1, type="incident.exploded")
+    assert sorted(await rebuilder.rebuild(acme)) == ["maintenance", "services"]
+    parked = await operations.parked(app_connection)
+    assert {(row["projection"], row["at"], row["seq"]) for row in parked} == {
+        (name, "rebuilding", seq) for name in ("impact", "incidents", "outbox")
+    }
+    assert all("incident.exploded" in row["error"] for row in parked)
     assert await dump(app_connection) == right
+    assert await rebuilder.of().left(10) == {}
+    await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
+    await owner.execute("UPDATE events SET type = 'incident.updated' WHERE type = 'incident.exploded'")
+    await operations.release(app_connection, list(ONE), acme)
+    assert list(await rebuilder.of().left(10)) == [acme]
+    assert sorted(await rebuilder.of().rebuild(acme)) == ["impact", "incidents", "outbox"]
+    assert await rebuilder.verify(acme) == RIGHT
+    assert await operations.parked(app_connection) == []
+
+
+async def test_a_defect_in_a_fold_is_blamed_on_its_event(rebuilder, busy, app_connection, monkeypatch):
+    acme, _, _ = busy
+    real = impact_module.evolve
+    seqs = "SELECT seq FROM events WHERE tenant_id = $1 AND stream_kind = 'incident' AND version = 60"
+    seq = await app_connection.fetchval(seqs, acme)
+
+    def broken(source, recorded):
+        if recorded.seq >= seq and recorded.kind == "incident":
+            raise ZeroDivisionError("a defect")
+        return real(source, recorded)
+
+    monkeypatch.setattr(impact_module, "evolve", broken)
+    assert "impact" not in await rebuilder.rebuild(acme)
+    (row,) = await operations.parked(app_connection)
+    assert (row["projection"], row["seq"], row["error"]) == ("impact", seq, "ZeroDivisionError: a defect")
 
 
 async def test_a_rebuild_of_all_goes_on_where_it_was(rebuilder, busy, app_connection):
     acme, globex, _ = busy
-    incidents = next(p for p in projections() if p.name == "incidents")
-    left = await rebuilder.begin("incidents")
-    assert [row["tenant_id"] for row in left] == sorted([acme, globex])
-    await rebuilder.rebuild(incidents, acme)
-    assert [row["tenant_id"] for row in await rebuilder.begin("incidents")] == [globex]
-    await rebuilder.rebuild(incidents, globex)
-    assert await rebuilder.begin("incidents") == []
-    await rebuilder.end("incidents")
-    assert len(await rebuilder.begin("incidents")) == 2
+    found = rebuilder.of(ONE["incidents"])
+    await found.begin()
+    assert sorted(await found.left(10)) == sorted([acme, globex])
+    assert await found.rebuild(acme) == ["incidents"]
+    await found.begin()
+    assert list(await found.left(10)) == [globex]
+    assert await found.rebuild(acme) == []
+    assert await found.rebuild(globex) == ["incidents"]
+    assert await found.left(10) == {}
+    await found.begin()
+    assert len(await found.left(10)) == 2
+    generations = await app_connection.fetch("SELECT generation FROM projections WHERE name = 'incidents'")
+    assert [row["generation"] for row in generations] == [2]
 
 
-@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    changes=st.lists(st.sampled_from([*incident.STATUSES, *incident.SEVERITIES]), max_size=12), size=st.integers(1, 9)
-)
-async def test_rebuilt_is_live_whatever_the_history_and_the_batches(rebuilder, parts, acme, changes, size):
-    made = await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="T", description="D"), META)
-    for change in changes:
-        field = "status" if change in incident.STATUSES else "severity"
-        try:
-            await parts.commands.execute(
-                incident.DECIDER, acme.id, made.stream_id, ChangeIncident(**{field: change}), META
-            )  # fmt: skip
-        except TransitionRefused:
-            continue
-    await parts.runner.catch_up(acme.id, 0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opsentry.projections.rebuild._BATCH", size)
-        for projection in projections():
-            assert await rebuilder.verify(projection, acme.id) is None
-            assert await rebuilder.rebuild(projection, acme.id)
-            assert await rebuilder.verify(projection, acme.id) is None
+async def test_a_raised_version_has_everything_derived_anew_and_older_code_never_undoes_it(
+    rebuilder, busy, parts, app_connection
+):
+    acme, globex, number = busy
+    await operations.register(app_connection, projections())
+    newer = next(projection for projection in projections() if projection.name == "incidents")
+    newer.version = 2
+    assert await operations.register(app_connection, [newer]) == ["incidents"]
+    assert await operations.register(app_connection, [newer]) == []
+    older, found = rebuilder.of(ONE["incidents"]), rebuilder.of(newer)
+    assert await older.left(10) == {}
+    assert sorted(await found.left(10)) == sorted([acme, globex])
+    for tenant_id in (acme, globex):
+        assert await found.rebuild(tenant_id) == ["incidents"]
+    assert await found.left(10) == {}
+    # A process of the version before, not yet replaced, answers a command.
+    done = await parts.commands.execute(incident.DECIDER, acme, number, PostUpdate(message="m"), META)
+    await parts.runner.catch_up(acme, done.seq)
+    assert list(await found.left(10)) == [acme]
+    assert await operations.register(app_connection, projections()) == []
+
+
+async def test_a_projection_that_is_new_is_derived_for_all(rebuilder, busy, app_connection):
+    acme, globex, _ = busy
+    right = await dump(app_connection)
+    await operations.register(app_connection, projections())
+    for statement in ("DELETE FROM checkpoints WHERE projection = 'impact'", "DELETE FROM impact_sources"):
+        await app_connection.execute(statement)
+    await app_connection.execute("DELETE FROM impact_periods")
+    await app_connection.execute("UPDATE projections SET version = 0 WHERE name = 'impact'")
+    assert await operations.register(app_connection, projections()) == ["impact"]
+    assert sorted(await rebuilder.of().left(10)) == sorted([acme, globex])
+    for tenant_id in (acme, globex):
+        assert await rebuilder.of().rebuild(tenant_id) == ["impact"]
+    assert await dump(app_connection) == right
+
+
+async def test_a_paused_projection_stands_still_and_misses_nothing(rebuilder, busy, parts, app_connection):
+    acme, _, number = busy
+    await operations.register(app_connection, projections())
+    assert await operations.pause(app_connection, ["incidents"]) == ["incidents"]
+    assert await operations.pause(app_connection, ["incidents"]) == []
+    done = await parts.commands.execute(incident.DECIDER, acme, number, PostUpdate(message="paused"), META)
+    await parts.runner.catch_up(acme, done.seq)
+    positions = {r["projection"]: r["position"] for r in await app_connection.fetch("SELECT * FROM checkpoints")}
+    assert await rebuilder.rebuild(acme, ONE["incidents"]) == []
+    shown = {
+        row["projection"]: (row["behind"], row["paused"])
+        for row in await operations.standing(app_connection, projections())
+    }
+    assert shown["incidents"] == (1, True)
+    assert shown["impact"] == (0, False)
+    assert positions
+    assert await parts.runner.behind() == []
+    row = await parts.runner.read(acme, lambda connection: incidents_module.one(connection, acme, number))
+    assert b"paused" not in row["body"]
+    assert await operations.resume(app_connection, ["incidents"]) == ["incidents"]
+    assert await parts.runner.behind() == [acme]
+    await parts.runner.catch_up(acme, done.seq)
+    assert await parts.runner.behind() == []
+    row = await parts.runner.read(acme, lambda connection: incidents_module.one(connection, acme, number))
+    assert b"paused" in row["body"]
+
+
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(made=histories(), size=st.integers(1, 9))
+async def test_whole_streams_give_the_rows_that_lived_through_every_event(app_connection, made, size):
+    """The law that a rebuild rests on, for any history and any order of streams."""
+    transaction = app_connection.transaction()
+    await transaction.start()
+    try:
+        for history in made:
+            for projection in projections():
+                for begin in range(0, len(history.events), size):
+                    await apply(app_connection, projection, history.events[begin : begin + size])
+                derive = projection.deriver()
+                derived: dict[str, list[tuple[object, ...]]] = {}
+                for kind in projection.kinds:
+                    streams = by_stream(e for e in history.erased() if e.kind == kind)
+                    for number, stream in sorted(streams.items(), reverse=True):
+                        for name, rows in derive(kind, {number: stream}).items():
+                            derived.setdefault(name, []).extend(rows)
+                for table in projection.tables:
+                    live = await app_connection.fetch(
+                        f"SELECT {', '.join(table.columns)} FROM {table.name} WHERE tenant_id = $1", history.tenant_id
+                    )
+                    assert dict(map(_keyed(table), derived.get(table.name, ()))) == dict(map(_keyed(table), live))
+    finally:
+        await transaction.rollback()

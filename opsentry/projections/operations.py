@@ -1,0 +1,128 @@
+"""What operators see of the projections, and do to them: how they stand, what is parked, going on, pausing."""
+
+from collections.abc import Sequence
+
+import asyncpg
+
+from opsentry.postgres import Connection
+from opsentry.projections.projection import Projection
+
+# Makes projections known by name and version. A version that was raised since, in the code, makes their rows be derived
+# anew: it raises the generation that all tenants' rows must have.
+_REGISTER = """
+INSERT INTO projections (name, version) SELECT * FROM unnest($1::text[], $2::int[])
+ON CONFLICT (name) DO UPDATE SET version = excluded.version, generation = projections.generation + 1
+WHERE projections.version < excluded.version
+RETURNING name
+"""
+
+# One that is new where there are ledgers already has everything to be derived.
+_ENSURE = """
+INSERT INTO checkpoints (tenant_id, projection, generation)
+SELECT tenant_id, $1, -1 FROM heads WHERE seq > 0 ON CONFLICT DO NOTHING
+"""
+
+# How each projection stands over all tenants that have a ledger.
+_STANDING = """
+SELECT p.name AS projection, coalesce(k.version, p.version) AS version, coalesce(k.generation, 0) AS generation,
+    coalesce(k.paused, false) AS paused, of_all.*
+FROM unnest($1::text[], $2::int[]) WITH ORDINALITY AS p (name, version, place)
+LEFT JOIN projections k ON k.name = p.name
+CROSS JOIN LATERAL (
+    SELECT count(*) AS tenants,
+        count(*) FILTER (WHERE c.position >= h.seq AND c.parked_seq IS NULL) AS done,
+        count(*) FILTER (WHERE coalesce(c.position, 0) < h.seq AND c.parked_seq IS NULL) AS behind,
+        count(*) FILTER (WHERE c.parked_seq IS NOT NULL) AS parked,
+        count(*) FILTER (WHERE coalesce(c.generation, 0) < k.generation OR c.generation < 0) AS to_rebuild,
+        count(*) FILTER (WHERE c.rebuild_error IS NOT NULL) AS rebuild_failed,
+        coalesce(sum(h.seq - coalesce(c.position, 0)), 0)::bigint AS lag_events,
+        coalesce(max(extract(epoch FROM clock_timestamp() - e.recorded_at)), 0)::float8 AS lag_seconds,
+        max(c.rebuilt_at) AS rebuilt_at
+    FROM heads h LEFT JOIN checkpoints c ON c.tenant_id = h.tenant_id AND c.projection = p.name
+    LEFT JOIN LATERAL (
+        SELECT recorded_at FROM events WHERE tenant_id = h.tenant_id AND seq > coalesce(c.position, 0)
+        ORDER BY seq LIMIT 1) AS e ON coalesce(c.position, 0) < h.seq
+    WHERE h.seq > 0) AS of_all
+ORDER BY p.place
+"""
+
+# What stands still at an event that it cannot apply, of all tenants: in catching up, or in a rebuild.
+_PARKED = """
+SELECT t.slug, c.tenant_id, c.projection, stopped.*
+FROM checkpoints c JOIN tenants t USING (tenant_id) CROSS JOIN LATERAL (
+    VALUES ('catching up', c.parked_seq, c.error), ('rebuilding', c.rebuild_seq, c.rebuild_error)
+) AS stopped (at, seq, error)
+WHERE (c.parked_seq IS NOT NULL OR c.rebuild_error IS NOT NULL) AND stopped.error IS NOT NULL
+ORDER BY t.slug, c.projection, stopped.at
+"""
+
+# Lets what is parked go on from where it stopped, of all tenants or of one.
+_RELEASE = """
+WITH released AS (
+    UPDATE checkpoints SET parked_seq = NULL, error = NULL, rebuild_seq = NULL, rebuild_error = NULL
+    WHERE (parked_seq IS NOT NULL OR rebuild_error IS NOT NULL) AND projection = ANY($1)
+        AND ($2::bigint IS NULL OR tenant_id = $2)
+    RETURNING tenant_id, projection),
+noted AS (
+    INSERT INTO unprojected SELECT tenant_id, seq FROM heads WHERE tenant_id IN (SELECT tenant_id FROM released)
+    ON CONFLICT DO NOTHING)
+SELECT tenant_id, projection FROM released
+"""
+
+_PAUSE = "UPDATE projections SET paused = true WHERE name = ANY($1) AND NOT paused RETURNING name"
+
+# Whatever a paused projection has missed is noted as what has to be projected.
+_RESUME = """
+WITH resumed AS (UPDATE projections SET paused = false WHERE name = ANY($1) AND paused RETURNING name),
+noted AS (
+    INSERT INTO unprojected SELECT DISTINCT h.tenant_id, h.seq FROM resumed r
+    JOIN checkpoints c ON c.projection = r.name JOIN heads h ON h.tenant_id = c.tenant_id AND h.seq > c.position
+    ON CONFLICT DO NOTHING)
+SELECT name FROM resumed
+"""
+
+
+async def register(connection: Connection, projections: Sequence[Projection]) -> list[str]:
+    """Make `projections` known as this code has them; return those that are new, or whose version was raised.
+
+    Their rows are then derived anew, tenant by tenant, by whoever rebuilds next.
+    """
+    names = [projection.name for projection in projections]
+    rows = await connection.fetch(_REGISTER, names, [projection.version for projection in projections])
+    raised = [row["name"] for row in rows]
+    for name in raised:
+        await connection.execute(_ENSURE, name)
+    return raised
+
+
+async def standing(connection: Connection, projections: Sequence[Projection]) -> list[asyncpg.Record]:
+    """Return for each projection how many `tenants` are `done`, `behind` and `parked`, and the lag of all.
+
+    `lag_events` is a sum, `lag_seconds` the age of the oldest event that is missing, `to_rebuild` the number of tenants
+    whose rows are still to be derived anew, `rebuild_failed` of those where that stopped at an event.
+    """
+    names = [projection.name for projection in projections]
+    return list(await connection.fetch(_STANDING, names, [projection.version for projection in projections]))
+
+
+async def parked(connection: Connection) -> list[asyncpg.Record]:
+    """Return `slug`, `tenant_id`, `projection`, `at`, `seq` and `error` of what stopped at an event.
+
+    `at` is `catching up`, or `rebuilding`: then the rows go on as they were.
+    """
+    return list(await connection.fetch(_PARKED))
+
+
+async def release(connection: Connection, names: Sequence[str], tenant_id: int | None = None) -> list[asyncpg.Record]:
+    """Let what is parked go on from where it stopped, of all tenants or of one; return `tenant_id` and `projection`."""
+    return list(await connection.fetch(_RELEASE, list(names), tenant_id))
+
+
+async def pause(connection: Connection, names: Sequence[str]) -> list[str]:
+    """Let these projections stand still for all tenants; return those that did not yet."""
+    return [row["name"] for row in await connection.fetch(_PAUSE, list(names))]
+
+
+async def resume(connection: Connection, names: Sequence[str]) -> list[str]:
+    """Let these projections go on; return those that stood still."""
+    return [row["name"] for row in await connection.fetch(_RESUME, list(names))]
