@@ -152,3 +152,5 @@ def configure_logging(level: str) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING)
+    # That a job is not begun again while it still runs is as it should be, and no warning.
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)

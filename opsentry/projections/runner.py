@@ -64,6 +64,17 @@ WITH RECURSIVE found AS (
 SELECT tenant_id FROM found
 """
 
+# Sessions of ours that others of ours wait for and that stand still, waiting for a client that neither sends nor reads.
+# What stands still between statements the server ends by itself, but not what does so in the middle of one.
+_EVICT = """
+SELECT DISTINCT holder.pid, pg_terminate_backend(holder.pid) FROM pg_stat_activity AS waiter
+CROSS JOIN unnest(pg_blocking_pids(waiter.pid)) AS blocking (pid)
+JOIN pg_stat_activity AS holder ON holder.pid = blocking.pid
+WHERE waiter.datname = current_database() AND waiter.usename = current_user AND waiter.wait_event_type = 'Lock'
+    AND holder.usename = current_user AND holder.wait_event IN ('ClientRead', 'ClientWrite')
+    AND holder.state_change < clock_timestamp() - interval '10 seconds'
+"""
+
 _BATCH = 500
 _PASS_TIMEOUT = 30.0
 # How often a read looks whether a position that it waits for has been recorded.
@@ -93,6 +104,7 @@ class Runner:
         self._names = [projection.name for projection in self._projections]
         self._versions = {projection.name: projection.version for projection in self._projections}
         self._passes: dict[int, asyncio.Task[int]] = {}
+        self._began: dict[int, float] = {}
 
     @property
     def projections(self) -> Sequence[Projection]:
@@ -113,14 +125,26 @@ class Runner:
             if current is None or current.done():
                 current = asyncio.create_task(self._pass(tenant_id))
                 self._passes[tenant_id] = current
+                self._began[tenant_id] = asyncio.get_running_loop().time()
                 current.add_done_callback(partial(self._forget, tenant_id))
             # A caller that gives up waiting must not take the pass away from the others.
             if await asyncio.shield(current) >= seq:
                 return
 
+    def under_way(self, tenant_id: int) -> float | None:
+        """Return for how many seconds a pass of the tenant has been under way here, `None` if none is."""
+        current = self._passes.get(tenant_id)
+        if current is None or current.done():
+            return None
+        return asyncio.get_running_loop().time() - self._began[tenant_id]
+
+    async def evict(self) -> list[int]:
+        """End sessions that stand still with locks that others wait for; return the process ids they had."""
+        return [row["pid"] for row in await self._database.fetch(_EVICT, seconds=10)]
+
     def _forget(self, tenant_id: int, ended: "asyncio.Task[int]") -> None:
         if self._passes.get(tenant_id) is ended:
-            del self._passes[tenant_id]
+            del self._passes[tenant_id], self._began[tenant_id]
 
     async def behind(self, limit: int = 1000, after: int = 0) -> list[int]:
         """Return the tenants with projections that lag, at most `limit`, whose ids are above `after`; in order."""

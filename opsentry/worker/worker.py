@@ -1,6 +1,8 @@
 """The worker's loops. APScheduler only wakes them up: what has to be done stands in due rows."""
 
 import asyncio
+import random
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -20,21 +22,34 @@ from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
 from opsentry.events.writer import TenantBusy
 from opsentry.postgres import Database, DatabaseUnavailable
 from opsentry.projections import maintenance as windows
+from opsentry.projections import operations
+from opsentry.projections.rebuild import Rebuilder
 from opsentry.projections.runner import Runner
 
 _log = structlog.get_logger()
 
-POLL_SECONDS = 1.0
+# Whatever is left behind is found within this, with no hint from anybody: half of the second that a lag may last.
+POLL_SECONDS = 0.5
+REBUILD_SECONDS = 1.0
 PRUNE_SECONDS = 60.0
 _PRUNE_BATCH = 5_000
-_HORIZON_SECONDS = 2 * POLL_SECONDS
+_HORIZON_SECONDS = 2.0
 _BATCH = 200
+# So many tenants are caught up at once: while one waits for the database, another folds.
+_LANES = 4
+_BEHIND = 1_000
+# A rebuild nobody waits for folds so many events at once, and then rests three times as long as that took.
+_CHUNK = 200
+_REST = 3.0
+_REBUILD_BATCH = 20
+# After a pass has been held up for so long it is looked at who holds it.
+_PATIENCE = 5.0
 _META = Meta(Actor("scheduler"))
 _MOVES: dict[str, MaintenanceCommand] = {"scheduled": StartMaintenance(), "active": CompleteMaintenance()}
 
 
 class Worker:
-    """Catches projections up, moves windows on and forgets old idempotency keys, until stopped.
+    """Catches projections up and rebuilds them, moves windows on and forgets old idempotency keys, until stopped.
 
     Workers need no leader: a checkpoint's lock makes an event be applied once, and the stream's version makes a
     window be started once, whoever tries.
@@ -54,6 +69,8 @@ class Worker:
         self._database = database
         self._commands = commands
         self._runner = runner
+        self._rebuilder = Rebuilder(database, runner.projections)
+        self._registered = False
         # A wake-up that comes late is as good as one on time: it looks at what is due now.
         self._scheduler = AsyncIOScheduler(
             executors={"default": AsyncIOExecutor()},
@@ -64,13 +81,14 @@ class Worker:
     def start(self) -> None:
         """Begin to work, on the running loop."""
         now = datetime.now(UTC)
-        for task in (self.catch_up, self.move_windows):
-            self._scheduler.add_job(
-                _job, "interval", args=[task], id=task.__name__, seconds=POLL_SECONDS, next_run_time=now
-            )
-        self._scheduler.add_job(
-            _job, "interval", args=[self.prune_keys], id="prune_keys", seconds=PRUNE_SECONDS, next_run_time=now
-        )
+        every = {
+            self.catch_up: POLL_SECONDS,
+            self.move_windows: POLL_SECONDS,
+            self.rebuild: REBUILD_SECONDS,
+            self.prune_keys: PRUNE_SECONDS,
+        }
+        for task, seconds in every.items():
+            self._scheduler.add_job(_job, "interval", args=[task], id=task.__name__, seconds=seconds, next_run_time=now)
         self._scheduler.start()
 
     def stop(self) -> None:
@@ -79,14 +97,48 @@ class Worker:
 
     async def catch_up(self) -> None:
         """Bring up to date what commands left behind: they died, or ran out of time."""
-        for tenant_id in await self._runner.behind():
-            await _surviving(self._catch_up_one, tenant_id)
+        after = 0
+        while found := await self._runner.behind(_BEHIND, after):
+            after = found[-1]
+            # Workers that come to the same tenants in another order are less in each other's way.
+            random.shuffle(found)
+            await asyncio.gather(*(self._catch_up_some(found) for _ in range(_LANES)))
+            if len(found) < _BEHIND:
+                return
+
+    async def _catch_up_some(self, waiting: list[int]) -> None:
+        while waiting:
+            await _surviving(self._catch_up_one, waiting.pop())
 
     async def _catch_up_one(self, tenant_id: int) -> None:
         # A pass that takes longer goes on by itself; it must not hold up the other tenants.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(POLL_SECONDS):
-                await self._runner.catch_up(tenant_id, 0)
+        if (held_up := self._runner.under_way(tenant_id)) is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._runner.catch_up(tenant_id, 0)
+        elif held_up > _PATIENCE:
+            for pid in await self._runner.evict():
+                _log.warning("threw out a session that stood still with locks that others wait for", pid=pid)
+
+    async def rebuild(self) -> None:
+        """Derive anew what is to be, because a version was raised or somebody asked; at leisure."""
+        if not self._registered:
+            async with self._database.connection(PRUNE_SECONDS) as connection:
+                raised = await operations.register(connection, self._runner.projections)
+            self._registered = True
+            if raised:
+                _log.info("projections that are new, or whose version was raised", projections=raised)
+        rest = _Rest()
+        left = list(await self._rebuilder.left(_REBUILD_BATCH))
+        random.shuffle(left)
+        for tenant_id in left:
+            await _surviving(self._rebuild_one, tenant_id, rest)
+
+    async def _rebuild_one(self, tenant_id: int, rest: "_Rest") -> None:
+        done = await self._rebuilder.rebuild(tenant_id, breathe=rest, chunk=_CHUNK)
+        if done:
+            _log.info("read models derived anew", tenant_id=tenant_id, projections=done)
+        await rest()
 
     async def move_windows(self) -> None:
         """Start and complete what is due, and wake up again when the next one is."""
@@ -136,6 +188,17 @@ class Worker:
             maintenance_id=maintenance_id,
             status=executed.state.status,
         )
+
+
+class _Rest:
+    """Sleeps three times as long as was worked since it last slept, so that whoever has to be answered comes first."""
+
+    def __init__(self) -> None:
+        self._woke = time.monotonic()
+
+    async def __call__(self) -> None:
+        await asyncio.sleep(_REST * (time.monotonic() - self._woke))
+        self._woke = time.monotonic()
 
 
 async def _job(task: Callable[[], Awaitable[None]]) -> None:
