@@ -12,11 +12,13 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
+from opsentry.access.operators import OperatorTokens
 from opsentry.access.rate_limit import RateLimiter
 from opsentry.access.tokens import Tokens
 from opsentry.api.app import create_app
 from opsentry.api.health import Readiness
 from opsentry.api.http import Parts
+from opsentry.api.ops import Ops
 from opsentry.config import Settings
 from opsentry.events.execute import Commands
 from opsentry.events.writer import Writer
@@ -90,10 +92,12 @@ async def serving(
                 moments=Moments(parts.database, parts.runner),
                 refs=RefsReader(parts.runner),
                 tokens=Tokens(parts.database),
+                operators=OperatorTokens(parts.database),
                 limiter=limiter,
                 failures=failures,
             ),
             Readiness(probe, client),
+            Ops(parts.runner),
         )
         web_runner = web.AppRunner(
             app,

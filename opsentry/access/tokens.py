@@ -1,4 +1,7 @@
-"""API tokens: `ops_` + 8 hex digits of public prefix + 40 of secret + 8 of checksum; only a SHA-256 is stored."""
+"""API tokens: `ops_` + 8 hex digits of public prefix + 40 of secret + 8 of checksum; only a SHA-256 is stored.
+
+What is the same for operators' tokens, which begin with another mark, is used by them too.
+"""
 
 import asyncio
 import re
@@ -8,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
+from typing import Generic, TypeVar
 
 import asyncpg
 import msgspec
@@ -25,7 +29,9 @@ SCOPES = ("read:status", "write:incidents", "write:maintenance", "read:audit")
 CACHE_SECONDS = 3.0
 _CACHE_SIZE = 20_000
 
-_FORMAT = re.compile(r"ops_([0-9a-f]{48})([0-9a-f]{8})")
+MARK = "ops_"
+
+_FORMAT = re.compile(r"([a-z]{3}_)([0-9a-f]{48})([0-9a-f]{8})")
 
 # The one query that cannot name its tenant: it finds it.
 _BY_DIGEST = (
@@ -55,24 +61,32 @@ class BadToken(Exception):
 
 
 class NoSuchToken(Exception):
-    """The tenant has no such token that could be revoked."""
+    """There is no such token that could be revoked."""
 
 
-class Token(msgspec.Struct, frozen=True):
-    """What a token that works carries."""
+class AnyToken(msgspec.Struct, frozen=True):
+    """What every token that works carries."""
 
-    tenant_id: int
     token_id: int
     prefix: str
     name: str
-    scopes: frozenset[str]
     expires_at: datetime | None
 
 
-def mint() -> str:
-    """Return a new token value. It cannot be recovered from what is stored of it."""
+class Token(AnyToken, frozen=True):
+    """What a tenant's token that works carries."""
+
+    tenant_id: int
+    scopes: frozenset[str]
+
+
+T = TypeVar("T", bound=AnyToken)
+
+
+def mint(mark: str = MARK) -> str:
+    """Return a new token value that begins with `mark`. It cannot be recovered from what is stored of it."""
     body = secrets.token_hex(24)
-    return f"ops_{body}{_checksum(body)}"
+    return f"{mark}{body}{_checksum(body)}"
 
 
 def prefix(value: str) -> str:
@@ -84,21 +98,31 @@ def _checksum(body: str) -> str:
     return f"{zlib.crc32(body.encode()):08x}"
 
 
-def well_formed(value: str) -> bool:
-    """Tell whether `value` can be a token at all; a typing error is found here, without asking the database."""
+def well_formed(value: str, mark: str = MARK) -> bool:
+    """Tell whether `value` can be such a token at all; a typing error is found here, without asking the database."""
     match = _FORMAT.fullmatch(value)
-    return match is not None and _checksum(match[1]) == match[2]
+    return match is not None and match[1] == mark and _checksum(match[2]) == match[3]
 
 
-class Tokens:
-    """Looks tokens up, remembering each answer for a moment."""
+class Lookup(Generic[T]):
+    """Looks tokens of one kind up, remembering each answer for a moment.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        database: Where they are.
+        mark: What their values begin with.
+        query: Finds the row of one that works by the digest of its value; has the columns that `kind` has fields.
+        kind: What one carries.
+    """
+
+    def __init__(self, database: Database, mark: str, query: str, kind: type[T]) -> None:
+        self.mark = mark
         self._database = database
-        self._known: dict[bytes, tuple[float, Token | None]] = {}
-        self._lookups: dict[bytes, asyncio.Task[Token | None]] = {}
+        self._query = query
+        self._kind = kind
+        self._known: dict[bytes, tuple[float, T | None]] = {}
+        self._lookups: dict[bytes, asyncio.Task[T | None]] = {}
 
-    async def authenticate(self, value: str) -> Token:
+    async def authenticate(self, value: str) -> T:
         """Return what the token carries.
 
         Raises:
@@ -109,7 +133,7 @@ class Tokens:
         known = self._known.get(digest)
         if known is not None and known[0] > time.monotonic():
             token = known[1]
-        elif not well_formed(value):
+        elif not well_formed(value, self.mark):
             raise BadToken
         else:
             token = await self._look_up(digest)
@@ -117,7 +141,7 @@ class Tokens:
             raise BadToken
         return token
 
-    async def _look_up(self, digest: bytes) -> Token | None:
+    async def _look_up(self, digest: bytes) -> T | None:
         task = self._lookups.get(digest)
         if task is None:
             task = asyncio.create_task(self._fetch(digest))
@@ -125,23 +149,21 @@ class Tokens:
             task.add_done_callback(lambda _: self._lookups.pop(digest, None))
         return await asyncio.shield(task)
 
-    async def _fetch(self, digest: bytes) -> Token | None:
+    async def _fetch(self, digest: bytes) -> T | None:
         asked_at = time.monotonic()
-        row = await self._database.fetchrow(_BY_DIGEST, digest)
-        token = None
-        if row is not None:
-            token = Token(
-                tenant_id=row["tenant_id"],
-                token_id=row["token_id"],
-                prefix=row["prefix"],
-                name=row["name"],
-                scopes=frozenset(row["scopes"]),
-                expires_at=row["expires_at"],
-            )
+        row = await self._database.fetchrow(self._query, digest)
+        token = None if row is None else msgspec.convert(dict(row), self._kind)
         if len(self._known) >= _CACHE_SIZE:
             self._known.clear()
         self._known[digest] = (asked_at + CACHE_SECONDS, token)
         return token
+
+
+class Tokens(Lookup[Token]):
+    """Looks tenants' tokens up."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database, MARK, _BY_DIGEST, Token)
 
 
 def check_scopes(scopes: Iterable[str]) -> list[str]:

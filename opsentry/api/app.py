@@ -1,19 +1,27 @@
 """All routes, and the way every request goes, readable at a glance."""
 
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
+from typing import TypeVar
 
+import structlog
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
-from opsentry.access.rate_limit import source
-from opsentry.access.tokens import BadToken, Token
+from opsentry.access.operators import OperatorToken
+from opsentry.access.rate_limit import RateLimiter, source
+from opsentry.access.tokens import AnyToken, BadToken, Lookup, Token
 from opsentry.api import errors, health, incidents, ledger, maintenance, services, uptime
 from opsentry.api.answers import unless_known
 from opsentry.api.errors import MissingScope, NotFound, RateLimited, rate_headers
 from opsentry.api.health import Readiness
 from opsentry.api.http import MAX_BODY, Call, Parts
+from opsentry.api.ops import Ops
+
+_log = structlog.get_logger()
+
+T = TypeVar("T", bound=AnyToken)
 
 Endpoint = Callable[[Call], Awaitable[web.StreamResponse]]
 
@@ -58,7 +66,7 @@ _requests = count(1)
 _REQUEST_ID = web.RequestKey("request_id", str)
 
 
-def create_app(parts: Parts, readiness: Readiness) -> web.Application:
+def create_app(parts: Parts, readiness: Readiness, ops: Ops) -> web.Application:
     """Return the HTTP application.
 
     Handlers are wrapped where they are registered: a middleware of aiohttp costs every request, probes above all, more
@@ -69,9 +77,11 @@ def create_app(parts: Parts, readiness: Readiness) -> web.Application:
         "/health": {"GET": health.probe},
         "/health/live": {"GET": health.live},
         "/health/ready": {"GET": readiness.ready},
+        "/ops/projections": {"GET": _for_operators(parts, ops.projections)},
+        "/ops/projections/parked": {"GET": _for_operators(parts, ops.parked)},
     }
     for method, path, scopes, endpoint in ROUTES:
-        routes.setdefault(f"/api/v1{path}", {})[method] = _guarded(parts, scopes, endpoint)
+        routes.setdefault(f"/api/v1{path}", {})[method] = _for_tenants(parts, scopes, endpoint)
     resources = []
     for path, handlers in routes.items():
         resource = app.router.add_resource(path)
@@ -122,24 +132,47 @@ def _unrouted(resources: Sequence[web.Resource]) -> Handler:
     return handle
 
 
-def _guarded(parts: Parts, scopes: Sequence[str], endpoint: Endpoint) -> Handler:
-    """Return a handler that lets in who may: a working token, within its rate, with the scopes."""
+def _for_tenants(parts: Parts, scopes: Sequence[str], endpoint: Endpoint) -> Handler:
+    """Return a handler that lets in tenants' tokens with the scopes."""
+
+    async def respond(request: web.Request, token: Token, rate: Mapping[str, str]) -> web.StreamResponse:
+        _require(token, scopes)
+        request_id = request[_REQUEST_ID]
+        return await endpoint(Call(request, request_id, token, parts, {**rate, "X-Request-ID": request_id}))
+
+    return _guarded(parts, parts.tokens, respond)
+
+
+def _for_operators(parts: Parts, handler: Handler) -> Handler:
+    """Return a handler that lets in operators' tokens, and logs which one asked."""
+
+    async def respond(request: web.Request, token: OperatorToken, _: Mapping[str, str]) -> web.StreamResponse:
+        _log.info("operator asked", request_id=request[_REQUEST_ID], path=request.path, token_prefix=token.prefix)
+        return await handler(request)
+
+    return _guarded(parts, parts.operators, respond)
+
+
+def _guarded(
+    parts: Parts,
+    tokens: Lookup[T],
+    respond: Callable[[web.Request, T, Mapping[str, str]], Awaitable[web.StreamResponse]],
+) -> Handler:
+    """Return a handler that lets in who may: a working token of the kind, within its rate, as `respond` decides."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         # A proxy may add its address in a line of its own, after whatever line the client made up.
         forwarded_for = ",".join(request.headers.getall("X-Forwarded-For", ()))
         address = source(request.remote, forwarded_for, parts.settings.trusted_proxies)
-        token = await _authenticate(parts, request, address)
-        standing = parts.limiter.hit(token.token_id, address)
+        token = await _authenticate(tokens, parts.failures, request, address)
+        standing = parts.limiter.hit(tokens.mark, token.token_id, address)
         if not standing.allowed:
             raise RateLimited(standing)
-        request_id, rate = request[_REQUEST_ID], rate_headers(standing)
+        rate = rate_headers(standing)
         try:
-            _require(token, scopes)
-            call = Call(request, request_id, token, parts, {**rate, "X-Request-ID": request_id})
-            response = unless_known(request, await endpoint(call))
+            response = unless_known(request, await respond(request, token, rate))
         except Exception as error:  # noqa: BLE001 - answered here, so that the answer shows the rate as well
-            response = errors.answer(error, request, request_id)
+            response = errors.answer(error, request, request[_REQUEST_ID])
         response.headers.update(rate)
         return response
 
@@ -152,13 +185,13 @@ def _require(token: Token, scopes: Sequence[str]) -> None:
             raise MissingScope(scope)
 
 
-async def _authenticate(parts: Parts, request: web.Request, address: str) -> Token:
+async def _authenticate(tokens: Lookup[T], failures: RateLimiter, request: web.Request, address: str) -> T:
     kind, _, value = request.headers.get("Authorization", "").partition(" ")
     try:
-        return await parts.tokens.authenticate(value.strip() if kind.lower() == "bearer" else "")
+        return await tokens.authenticate(value.strip() if kind.lower() == "bearer" else "")
     except BadToken:
         # Counted after the fact: a token that works is let in however many others failed from the same address.
-        standing = parts.failures.hit(address)
+        standing = failures.hit(address)
         if not standing.allowed:
             raise RateLimited(standing) from None
         raise

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import redis.asyncio
@@ -21,9 +21,11 @@ CACHE_SECONDS = 1.0
 MAX_PENDING = 1000
 MAX_AGE_SECONDS = 300
 
-_NO_STORE = {"Cache-Control": "no-store"}
+T = TypeVar("T")
+
+NO_STORE = {"Cache-Control": "no-store"}
 # Made once: a load balancer asks this many times a second of every process.
-_PROBE_HEADERS = CIMultiDict({"Content-Type": "text/plain; charset=utf-8", **_NO_STORE})
+_PROBE_HEADERS = CIMultiDict({"Content-Type": "text/plain; charset=utf-8", **NO_STORE})
 
 
 class Unhealthy(Exception):
@@ -41,7 +43,24 @@ async def probe(_: web.Request) -> web.Response:
 
 async def live(_: web.Request) -> web.Response:
     """`GET /health/live`: the same, in JSON."""
-    return web.Response(body=b'{"status":"ok"}', content_type="application/json", charset="utf-8", headers=_NO_STORE)
+    return web.Response(body=b'{"status":"ok"}', content_type="application/json", charset="utf-8", headers=NO_STORE)
+
+
+class Shared(Generic[T]):
+    """What `work` returns, done once for all who ask while it runs, or within a second of its beginning."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._work = work
+        self._round: asyncio.Task[T] | None = None
+        self._began = 0.0
+
+    async def get(self) -> T:
+        """Return what came of it; raises what `work` raised."""
+        if self._round is None or (self._round.done() and time.monotonic() - self._began >= CACHE_SECONDS):
+            self._began = time.monotonic()
+            self._round = asyncio.create_task(self._work())
+        # A caller that gives up waiting must not take the round away from the others.
+        return await asyncio.shield(self._round)
 
 
 class Readiness:
@@ -59,17 +78,13 @@ class Readiness:
             "redis": self._redis,
             "outbox": self._outbox,
         }
-        self._round: asyncio.Task[tuple[int, bytes]] | None = None
-        self._began = -CACHE_SECONDS
+        self._round = Shared(self._check_all)
 
     async def ready(self, _: web.Request) -> web.Response:
         """`GET /health/ready`."""
-        if self._round is None or (self._round.done() and time.monotonic() - self._began >= CACHE_SECONDS):
-            self._began = time.monotonic()
-            self._round = asyncio.create_task(self._check_all())
-        status, body = await asyncio.shield(self._round)
+        status, body = await self._round.get()
         return web.Response(
-            status=status, body=body, content_type="application/json", charset="utf-8", headers=_NO_STORE
+            status=status, body=body, content_type="application/json", charset="utf-8", headers=NO_STORE
         )
 
     async def _check_all(self) -> tuple[int, bytes]:

@@ -12,6 +12,7 @@ import asyncpg
 import msgspec
 from aiohttp import web
 
+from opsentry.access.operators import OperatorTokens
 from opsentry.access.rate_limit import RateLimiter
 from opsentry.access.tokens import Token, Tokens
 from opsentry.api.errors import BadRequest, BodyBroken, BodyTooLarge, BodyTooSlow, NotFound, NotJson
@@ -46,6 +47,7 @@ class Parts:
     moments: Moments
     refs: RefsReader
     tokens: Tokens
+    operators: OperatorTokens
     limiter: RateLimiter
     failures: RateLimiter
 

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar, cast
 
 import asyncpg
@@ -15,7 +15,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from opsentry.access import tenants
+from opsentry.access import tenants, tokens
 from opsentry.access.tenants import NoSuchTenant, SlugTaken
 from opsentry.access.tokens import NoSuchToken
 from opsentry.config import BadConfiguration, Settings
@@ -39,6 +39,12 @@ PATIENCE = 30.0
 
 as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON instead of a table.")
 for_tenant = click.option("--tenant", "slug", required=True, metavar="SLUG", help="The tenant's slug.")
+expiring = click.option(
+    "--expires",
+    type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]),
+    callback=lambda _, __, moment: None if moment is None else moment.replace(tzinfo=UTC),
+    help="When it stops working, in UTC; never if left out.",
+)
 
 
 def settings() -> Settings:
@@ -179,6 +185,14 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_outp
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in columns))
     Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def show_token(value: str, *, json_output: bool) -> None:
+    """Print a new token's value, this once."""
+    if json_output:
+        show([{"token": value, "prefix": tokens.prefix(value)}], ["token", "prefix"], json_output=True)
+    else:
+        click.echo(value)
 
 
 def _cell(value: Any) -> str:

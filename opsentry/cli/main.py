@@ -12,6 +12,7 @@ from opsentry.cli.common import PATIENCE, explained, run, settings
 from opsentry.cli.history import history, redact
 from opsentry.cli.import_ import import_group
 from opsentry.cli.ledger import events_group, verify
+from opsentry.cli.operators import operator_group
 from opsentry.cli.projections import projections_group
 from opsentry.cli.tenants import service_group, tenant_group, token_group
 from opsentry.config import Settings
@@ -115,3 +116,4 @@ cli.add_command(redact)
 cli.add_command(events_group)
 cli.add_command(verify)
 cli.add_command(projections_group)
+cli.add_command(operator_group)

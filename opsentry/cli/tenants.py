@@ -1,12 +1,23 @@
 """`opsentry tenant|token|service`: what an API client needs before it can begin."""
 
 import json
-from datetime import UTC, datetime
+from datetime import datetime
 
 import click
 
 from opsentry.access import tenants, tokens
-from opsentry.cli.common import META, as_json, connected, for_tenant, run, settings, show, tenant_core
+from opsentry.cli.common import (
+    META,
+    as_json,
+    connected,
+    expiring,
+    for_tenant,
+    run,
+    settings,
+    show,
+    show_token,
+    tenant_core,
+)
 from opsentry.domain import service
 from opsentry.domain.service import RegisterService
 from opsentry.events.execute import NameTaken
@@ -59,11 +70,7 @@ def token_group() -> None:
 @click.option(
     "--scope", "scopes", multiple=True, required=True, help=f"May be given more than once: {', '.join(tokens.SCOPES)}."
 )
-@click.option(
-    "--expires",
-    type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]),
-    help="When it stops working, in UTC; never if left out.",
-)
+@expiring
 @as_json
 def create_token(slug: str, name: str, scopes: tuple[str, ...], expires: datetime | None, *, json_output: bool) -> None:
     """Create an API token. Its value is printed this once and cannot be recovered."""
@@ -77,14 +84,10 @@ def create_token(slug: str, name: str, scopes: tuple[str, ...], expires: datetim
                 name=name,
                 scopes=scopes,
                 meta=META,
-                expires_at=None if expires is None else expires.replace(tzinfo=UTC),
+                expires_at=expires,
             )
 
-    value = run(work())
-    if json_output:
-        show([{"token": value, "prefix": tokens.prefix(value)}], ["token", "prefix"], json_output=True)
-    else:
-        click.echo(value)
+    show_token(run(work()), json_output=json_output)
 
 
 @token_group.command(name="list")

@@ -15,7 +15,7 @@ import asyncpg
 import click
 import uvloop
 
-from opsentry.access import tokens
+from opsentry.access import operators, tokens
 from opsentry.config import Settings
 from opsentry.demo import seed
 from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres, EmbeddedValkey
@@ -117,9 +117,10 @@ async def _live(settings: Settings, folder: Path) -> None:
                 "redis_url": settings.redis_url,
                 "tokens": facts["tokens"],
                 "other": facts["other"],
+                "operator": facts["operator"],
             }
             _write(note, facts)
-            _welcome(base_url, facts["tokens"]["full"], note)
+            _welcome(base_url, facts["tokens"]["full"], facts["operator"]["token"], note)
             await stopped
 
 
@@ -146,7 +147,12 @@ async def _prepare(parts: Core, before: dict[str, Any]) -> dict[str, Any]:
     }
     other_before = before.get("other", {}).get("token")
     other = await _token(parts, other_id, other_before, "demo other", tokens.SCOPES)
-    return {"tenant_id": tenant_id, "tokens": values, "other": {"tenant_id": other_id, "token": other}}
+    return {
+        "tenant_id": tenant_id,
+        "tokens": values,
+        "other": {"tenant_id": other_id, "token": other},
+        "operator": {"token": await _operator(parts, before.get("operator", {}).get("token"))},
+    }
 
 
 async def _token(parts: Core, tenant_id: int, value: object, name: str, scopes: Iterable[str]) -> str:
@@ -163,6 +169,19 @@ async def _token(parts: Core, tenant_id: int, value: object, name: str, scopes: 
         return await tokens.create(connection, tenant_id, name=name, scopes=scopes, meta=seed.META)
 
 
+async def _operator(parts: Core, value: object) -> str:
+    """Return `value` if it is an operator's token that works, else a new one."""
+    if isinstance(value, str):
+        try:
+            await operators.OperatorTokens(parts.database).authenticate(value)
+        except tokens.BadToken:
+            pass
+        else:
+            return value
+    async with parts.database.connection() as connection:
+        return await operators.create(connection, name="demo operator")
+
+
 def _write(note: Path, facts: dict[str, Any]) -> None:
     """Write the file whole or not at all, for the owner's eyes: it holds tokens."""
     draft = note.with_suffix(".tmp")
@@ -171,7 +190,7 @@ def _write(note: Path, facts: dict[str, Any]) -> None:
     draft.replace(note)
 
 
-def _welcome(base_url: str, token: str, note: Path) -> None:
+def _welcome(base_url: str, token: str, operator: str, note: Path) -> None:
     click.echo(f"""
 Opsentry runs at {base_url}   (Ctrl-C stops it)
 
@@ -183,6 +202,8 @@ Try, in another terminal:
   curl -H "Authorization: Bearer $TOKEN" {base_url}/api/v1/incidents/active
   curl -X POST {base_url}/api/v1/incidents -H "Authorization: Bearer $TOKEN" \\
     -H "Content-Type: application/json" -d '{{"title": "Deploy failed", "severity": "degraded"}}'
+  export OPERATOR={operator}
+  curl -H "Authorization: Bearer $OPERATOR" {base_url}/ops/projections
 
 All tokens, and where the servers are: {note}
 """)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from opsentry.access import tokens
+from opsentry.access import operators, tokens
 from opsentry.events import log
 from opsentry.wiring import Core
-from tests.conftest import META, Tenant, make_service
+from tests.conftest import META, Client, Tenant, make_service
 
 DRILL = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
 CANARY = "CANARY"
@@ -14,6 +14,11 @@ CANARY = "CANARY"
 async def make_token(parts, tenant_id, *scopes, **fields):
     async with parts.database.connection() as connection:
         return await tokens.create(connection, tenant_id, name="t", scopes=scopes, meta=META, **fields)
+
+
+async def make_operator(parts, **fields):
+    async with parts.database.connection() as connection:
+        return await operators.create(connection, name="on call", **fields)
 
 
 async def recorded(parts, tenant_id, kind, stream_id):
@@ -38,6 +43,12 @@ async def raw(client, method, path, **options):
     url = f"{client.base_url}/api/v1{path}"
     async with client.session.request(method, url, headers=client.headers, **options) as response:
         return response.status, await response.read()
+
+
+@pytest.fixture
+async def operator(http, base_url, parts: Core) -> Client:
+    """A client with an operator's token."""
+    return Client(http, base_url, await make_operator(parts))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from opsentry.access import rate_limit, tokens
 from opsentry.demo.embedded import EmbeddedValkey
 from opsentry.redis import connect
 from opsentry.wiring import serving
+from tests.api.conftest import make_operator
 from tests.conftest import Client
 
 
@@ -73,6 +74,23 @@ async def test_failed_authentications_have_a_limit_of_their_own(http, limited_se
         assert 1 <= int(answers[-1][2]["Retry-After"]) <= 60
         assert await statuses(Client(http, url, None), 1) == [429]  # whatever is wrong with it
         assert await statuses(Client(http, url, acme.token), 6) == [200] * 5 + [429]
+
+
+async def test_operators_have_buckets_of_their_own_and_the_same_limits(http, limited_settings, parts, acme):
+    values = [await make_operator(parts), await make_operator(parts)]
+    async with serving(limited_settings, parts) as url:
+        one, two = (Client(http, url, value) for value in values)
+        answers = [await one.send("GET", "/ops/projections") for _ in range(7)]
+        assert [status for status, _, _ in answers] == [200] * 5 + [429] * 2
+        assert answers[0][2]["RateLimit-Policy"] == '"default";q=5;w=60'
+        assert answers[-1][1] == {"error": "rate limit of 5 requests in 60 s exceeded"}
+        assert 1 <= int(answers[-1][2]["Retry-After"]) <= 60
+        assert (await two.send("GET", "/ops/projections/parked"))[0] == 200
+        assert await statuses(Client(http, url, acme.token), 6) == [200] * 5 + [429]
+        stranger = Client(http, url, acme.token)
+        failed = [(await stranger.send("GET", "/ops/projections"))[0] for _ in range(2)]
+        failed += await statuses(one, 2)
+        assert failed == [401] * 3 + [429]
 
 
 async def test_forwarded_addresses_are_believed_only_from_proxies(http, limited_settings, parts, acme):

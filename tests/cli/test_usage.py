@@ -46,6 +46,7 @@ async def test_the_process_explains_itself():
         (("serve", "--port", "70000"), "Invalid value for '--port'"),
         (("serve", "--nonsense"), "No such option '--nonsense'"),
         (("token", "create", "--tenant", "a", "--name", "b", "--scope", "c", "--expires", "soon"), "Invalid value for"),
+        (("operator", "token", "create"), "Missing argument 'NAME'"),
         (("import", "statuspage"), "Missing argument 'FILE'"),
     ],
 )
@@ -104,6 +105,9 @@ BAD = ("DATABASE_URL", "PORT", "RATE_LIMIT", "TRUSTED_PROXIES", "LOG_LEVEL")
         ("token", "create", "--tenant", "acme", "--name", "CI", "--scope", "read:status"),
         ("token", "list", "--tenant", "acme"),
         ("token", "revoke", "--tenant", "acme", "00000000"),
+        ("operator", "token", "create", "on call"),
+        ("operator", "token", "list"),
+        ("operator", "token", "revoke", "00000000"),
         ("service", "create", "--tenant", "acme", "main-api"),
         ("service", "list", "--tenant", "acme"),
     ],

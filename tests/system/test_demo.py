@@ -12,7 +12,7 @@ from opsentry.access import tokens
 from tests.conftest import Client
 from tests.system.processes import environment, free_port, opsentry, running, until
 
-FACTS = {"base_url", "pid", "tenant_id", "tenant_slug", "database_url", "redis_url", "tokens", "other"}
+FACTS = {"base_url", "pid", "tenant_id", "tenant_slug", "database_url", "redis_url", "tokens", "other", "operator"}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,8 @@ async def test_the_note_has_what_is_needed_for_the_owners_eyes_only(folder):
             "maintenance": (mine, ["write:maintenance"]),
             "other": (other, sorted(tokens.SCOPES)),
         }
+        operator = Client(http, facts["base_url"], facts["operator"]["token"])
+        assert (await operator.send("GET", "/ops/projections"))[0] == 200
         interrupt(process)
         assert await process.ended() == 0
 
@@ -125,7 +127,8 @@ async def test_it_goes_on_with_the_same_data_and_tokens(folder, end):
         process.process.send_signal(end)
         assert await process.ended() == (0 if end == signal.SIGTERM else -end)
     async with demo(folder) as (process, after), aiohttp.ClientSession() as http:
-        assert (after["tokens"], after["other"]) == (before["tokens"], before["other"])
+        for key in ("tokens", "other", "operator"):
+            assert after[key] == before[key]
         api = Client(http, after["base_url"], after["tokens"]["full"])
         assert await titles(api) == shown
         assert (await api.post(f"/incidents/{made['id']}/resolve"))[0] == 200
