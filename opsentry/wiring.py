@@ -97,7 +97,7 @@ async def serving(
                 failures=failures,
             ),
             Readiness(probe, client),
-            Ops(parts.runner),
+            Ops(parts.database, parts.runner.projections),
         )
         web_runner = web.AppRunner(
             app,

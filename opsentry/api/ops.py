@@ -9,15 +9,28 @@ from aiohttp import web
 
 from opsentry.api.answers import object_response
 from opsentry.api.health import NO_STORE, Shared
-from opsentry.projections.runner import Runner
+from opsentry.postgres import Connection, Database
+from opsentry.projections import operations
+from opsentry.projections.projection import Projection
+
+# Longer than these queries take with 100,000 tenants, and so many rows at most.
+_PATIENCE = 10.0
+_MOST = 1_000
+
+Query = Callable[[Connection], Awaitable[Sequence[asyncpg.Record]]]
 
 
 class Ops:
     """What operators' tokens open. Its queries go over all tenants, so each is run once for all who ask."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._standing = Shared(partial(_encoded, "projections", runner.standing))
-        self._parked = Shared(partial(_encoded, "parked", runner.parked))
+    def __init__(self, database: Database, projections: Sequence[Projection]) -> None:
+        self._database = database
+        self._standing = Shared(
+            partial(self._encoded, "projections", lambda connection: operations.standing(connection, projections))
+        )
+        self._parked = Shared(
+            partial(self._encoded, "parked", lambda connection: operations.parked(connection, limit=_MOST))
+        )
 
     async def projections(self, _: web.Request) -> web.Response:
         """`GET /ops/projections`: for each, how many tenants are done, behind and parked, and the lag."""
@@ -27,9 +40,10 @@ class Ops:
         """`GET /ops/projections/parked`: what stopped at an event that it cannot apply, and why."""
         return _answer(await self._parked.get())
 
-
-async def _encoded(name: str, query: Callable[[], Awaitable[Sequence[asyncpg.Record]]]) -> bytes:
-    return msgspec.json.encode({name: [dict(row) for row in await query()]})
+    async def _encoded(self, name: str, query: Query) -> bytes:
+        async with self._database.connection(_PATIENCE) as connection:
+            rows = await query(connection)
+        return msgspec.json.encode({name: [dict(row) for row in rows]})
 
 
 def _answer(body: bytes) -> web.Response:

@@ -53,7 +53,7 @@ FROM checkpoints c JOIN tenants t USING (tenant_id) CROSS JOIN LATERAL (
     VALUES ('catching up', c.parked_seq, c.error), ('rebuilding', c.rebuild_seq, c.rebuild_error)
 ) AS stopped (at, seq, error)
 WHERE (c.parked_seq IS NOT NULL OR c.rebuild_error IS NOT NULL) AND stopped.error IS NOT NULL
-ORDER BY t.slug, c.projection, stopped.at
+ORDER BY t.slug, c.projection, stopped.at LIMIT $1
 """
 
 # Lets what is parked go on from where it stopped, of all tenants or of one.
@@ -105,12 +105,12 @@ async def standing(connection: Connection, projections: Sequence[Projection]) ->
     return list(await connection.fetch(_STANDING, names, [projection.version for projection in projections]))
 
 
-async def parked(connection: Connection) -> list[asyncpg.Record]:
-    """Return `slug`, `tenant_id`, `projection`, `at`, `seq` and `error` of what stopped at an event.
+async def parked(connection: Connection, limit: int | None = None) -> list[asyncpg.Record]:
+    """Return at most `limit` of `slug`, `tenant_id`, `projection`, `at`, `seq` and `error` of what stopped at an event.
 
     `at` is `catching up`, or `rebuilding`: then the rows go on as they were.
     """
-    return list(await connection.fetch(_PARKED))
+    return list(await connection.fetch(_PARKED, limit))
 
 
 async def release(connection: Connection, names: Sequence[str], tenant_id: int | None = None) -> list[asyncpg.Record]:

@@ -9,6 +9,7 @@ from opsentry.access import operators, tokens
 from opsentry.api import health
 from opsentry.api.app import ROUTES
 from opsentry.postgres import DatabaseUnavailable
+from opsentry.projections import operations
 from opsentry.wiring import serving
 from tests.api.conftest import make_operator, raw
 from tests.conftest import Client
@@ -35,7 +36,8 @@ async def test_how_read_models_stand_over_all_tenants(operator, api, other_api, 
     status, body, headers = await operator.send("GET", "/ops/projections")
     assert (status, headers["Content-Type"]) == (200, "application/json; charset=utf-8")
     assert headers["Cache-Control"] == "no-store"
-    assert body == {"projections": msgspec.to_builtins([dict(row) for row in await parts.runner.standing()])}
+    found = await operations.standing(owner, parts.runner.projections)
+    assert body == {"projections": msgspec.to_builtins([dict(row) for row in found])}
     rows = body["projections"]
     assert [row["projection"] for row in rows] == NAMES
     assert {(row["tenants"], row["done"], row["behind"], row["parked"]) for row in rows} == {(2, 2, 0, 0)}
@@ -56,17 +58,17 @@ async def test_what_stopped_is_named(monkeypatch, operator, api, parts, acme, ow
 
 async def test_all_who_ask_at_about_the_same_time_share_one_query(monkeypatch, http, settings, parts):
     began, may_end = asyncio.Semaphore(0), asyncio.Event()
-    query = parts.runner.standing
+    query = operations.standing
     asked = 0
 
-    async def slow():
+    async def slow(*arguments):
         nonlocal asked
         asked += 1
         began.release()
         await may_end.wait()
-        return await query()
+        return await query(*arguments)
 
-    monkeypatch.setattr(parts.runner, "standing", slow)
+    monkeypatch.setattr(operations, "standing", slow)
     monkeypatch.setattr(health, "CACHE_SECONDS", 3600.0)
     values = [await make_operator(parts), await make_operator(parts)]
     async with serving(settings, parts) as url:
@@ -86,15 +88,15 @@ async def test_all_who_ask_at_about_the_same_time_share_one_query(monkeypatch, h
 
 
 async def test_a_database_that_is_lost_is_said_and_its_return_is_noticed(monkeypatch, http, settings, parts):
-    query = parts.runner.standing
+    query = operations.standing
     lost = True
 
-    async def standing():
+    async def standing(*arguments):
         if lost:
             raise DatabaseUnavailable("database: gone")
-        return await query()
+        return await query(*arguments)
 
-    monkeypatch.setattr(parts.runner, "standing", standing)
+    monkeypatch.setattr(operations, "standing", standing)
     monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
     async with serving(settings, parts) as url:
         client = Client(http, url, await make_operator(parts))
