@@ -124,10 +124,11 @@ class Call:
             raise BadRequest("as_of: must not be in the future")
         return found
 
-    def no_as_of(self) -> None:
-        """Raise `BadRequest` where a moment is asked for: what answers for now only must not seem to answer for it."""
-        if "as_of" in self.request.query:
-            raise BadRequest("as_of: cannot be asked for here")
+    def refuse(self, *names: str) -> None:
+        """Raise `BadRequest` where these are asked for: what answers for now only must not seem to answer for then."""
+        for name in names:
+            if name in self.request.query:
+                raise BadRequest(f"{name}: cannot be asked for here")
 
     async def head(self) -> Head:
         """Return where the tenant's ledger ends, once it has come as far as the request asks for.

@@ -65,7 +65,7 @@ async def listing(call: Call) -> web.Response:
 
 async def upcoming(call: Call) -> web.Response:
     """`GET /maintenance/upcoming`."""
-    call.no_as_of()
+    call.refuse("as_of")
     row = await call.read(lambda connection: windows.upcoming(connection, call.tenant_id))
     return list_response(call, "maintenance", row, timeless=False)
 

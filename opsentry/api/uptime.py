@@ -1,7 +1,7 @@
 """`/uptime` and `/services/:id/uptime…`: percentages, and what they are made of."""
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -9,10 +9,11 @@ import msgspec
 from aiohttp import web
 
 from opsentry.api.answers import add_digest, object_response, with_position
+from opsentry.api.commands import CLOCK_SKEW
 from opsentry.api.errors import BadRequest, NotFound
 from opsentry.api.http import Call
-from opsentry.domain.incident import SEVERITIES
-from opsentry.domain.status import Period, Reckoning, percentage, reckon
+from opsentry.domain.incident import KIND, SEVERITIES
+from opsentry.domain.status import Reckoning, Share, by_day, percentage, reckon
 from opsentry.projections import impact
 from opsentry.projections.impact import Touched
 
@@ -21,40 +22,44 @@ TRAILING = {"uptime_24h": timedelta(days=1), "uptime_7d": timedelta(days=7), "up
 LONGEST = max(TRAILING.values()).days
 MAX_DAYS = 366
 
+# As many periods are held in memory and reckoned at once, in a fraction of a second; whoever has more asks for less.
+MAX_PERIODS = 20_000
+
 _DAY = timedelta(days=1)
 
 
 async def one(call: Call) -> web.Response:
     """`GET /services/:id/uptime`: of trailing windows, or of the one that is asked for."""
     service_id = call.id()
-    call.no_as_of()
+    call.refuse("as_of")
     start, end = _window(call)
     explain = call.flag("explain")
-    row = await call.read(
-        lambda connection: impact.between(connection, call.tenant_id, service_id, start, end, LONGEST)
-    )
-    touched = impact.touched(row)
+    touched, row = await _touched(call, service_id, start, end)
     if not touched:
         raise NotFound
-    service = touched[0]
+    service, now = touched[0], row["now"]
     answer: dict[str, Any] = {"service_id": service_id}
     if start is None and end is None and not explain:
-        answer |= _trailing([service], row["now"])
+        answer |= _trailing([service], now)
     else:
-        begin, stop = _bounds(start, end, row["now"])
+        begin, stop = _bounds(start, end, now)
         found = reckon(service.periods, max(service.since, begin), stop)
         answer |= {"from": begin, "to": stop, **_totals(found)}
         if explain:
-            answer |= {"service_since": service.since, "position": row["shown"], "periods": _explained(found)}
+            answer |= {
+                "excluded_seconds": found.cut / 1e6,
+                "service_since": service.since,
+                "position": row["shown"],
+                "periods": [_explained(share, now) for share in found.shares],
+            }
     return _answer(answer, row)
 
 
 async def everything(call: Call) -> web.Response:
     """`GET /uptime`: of each service, and of all together, each weighing as long as it was observed."""
-    call.no_as_of()
+    call.refuse("as_of", "explain")
     start, end = _window(call)
-    row = await call.read(lambda connection: impact.between(connection, call.tenant_id, None, start, end, LONGEST))
-    touched = impact.touched(row)
+    touched, row = await _touched(call, None, start, end)
     if start is None and end is None:
         services = [{"service": service.ref, **_trailing([service], row["now"])} for service in touched]
         return _answer({**_trailing(touched, row["now"]), "services": services}, row)
@@ -68,29 +73,44 @@ async def everything(call: Call) -> web.Response:
 async def daily(call: Call) -> web.Response:
     """`GET /services/:id/uptime/daily`: of each day in UTC, the oldest first, today as far as it has come last."""
     service_id = call.id()
-    call.no_as_of()
+    call.refuse("as_of", "from", "to", "explain")
     days = call.number("days", 90, lowest=1)
     if days > MAX_DAYS:
         raise BadRequest(f"days: must be at most {MAX_DAYS}")
-    row = await call.read(lambda connection: impact.between(connection, call.tenant_id, service_id, None, None, days))
-    touched = impact.touched(row)
+    touched, row = await _touched(call, service_id, None, None, days)
     if not touched:
         raise NotFound
-    service, now = touched[0], row["now"].astimezone(UTC)
-    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    first = midnight - (days - 1) * _DAY
-    by_day: list[list[Period]] = [[] for _ in range(days)]
-    for period in service.periods:
-        begin = max(0, (period.start - first) // _DAY)
-        for number in range(begin, min(days - 1, (period.end - first) // _DAY) + 1):
-            by_day[number].append(period)
-    bars = []
-    for number, periods in enumerate(by_day):
-        begin = first + number * _DAY
-        found = reckon(periods, max(service.since, begin), min(begin + _DAY, now))
+    service, now = touched[0], row["now"]
+    # A period is reckoned on each day that it touches.
+    _check("days", sum(min(days, (p.end - p.start) // _DAY + 1) for p in service.periods))
+    bars = [
         # Before the service there was nothing to observe: no bar, not a green one.
-        bars.append({"date": begin.date(), **_totals(found), "worst": _worst(found)})
+        {"date": day, **_totals(found), "worst": _worst(found)}
+        for day, found in by_day(service.periods, service.since, now, days)
+    ]
     return _answer({"service_id": service_id, "days": bars}, row)
+
+
+async def _touched(
+    call: Call, service_id: int | None, start: datetime | None, end: datetime | None, days: int | None = None
+) -> tuple[Sequence[Touched], asyncpg.Record]:
+    """Return what touched one service or all, and the row that tells it; see `impact.between`.
+
+    Raises:
+        BadRequest: It is more than can be reckoned at once.
+    """
+    row = await call.read(
+        lambda connection: impact.between(
+            connection, call.tenant_id, service_id, start, end, days or LONGEST, MAX_PERIODS + 1
+        )
+    )
+    _check("days" if days else "from", len(row["touched"] or ()))
+    return impact.touched(row), row
+
+
+def _check(field: str, periods: int) -> None:
+    if periods > MAX_PERIODS:
+        raise BadRequest(f"{field}: takes in more than {MAX_PERIODS} periods, ask for a shorter time")
 
 
 def _window(call: Call) -> tuple[datetime | None, datetime | None]:
@@ -101,15 +121,19 @@ def _window(call: Call) -> tuple[datetime | None, datetime | None]:
 
 
 def _bounds(start: datetime | None, end: datetime | None, now: datetime) -> tuple[datetime, datetime]:
-    """Return the window that is reckoned; what has not happened yet cannot be.
+    """Return the window that is reckoned; what has not happened yet cannot be, but clocks may differ a little.
 
     Raises:
-        BadRequest: It ends in the future, or begins at its end.
+        BadRequest: It ends in the future, or begins at its end, or before the calendar does.
     """
     stop = now if end is None else end
-    if stop > now:
+    if stop > now + CLOCK_SKEW:
         raise BadRequest("to: must not be in the future")
-    begin = min(stop, now) - LONGEST * _DAY if start is None else start
+    stop = min(stop, now)
+    try:
+        begin = stop - LONGEST * _DAY if start is None else start
+    except OverflowError:
+        raise BadRequest("to: is out of range") from None
     if begin >= stop:
         raise BadRequest("from: must be before to, and not in the future")
     return begin, stop
@@ -125,7 +149,7 @@ def _trailing(touched: Sequence[Touched], now: datetime) -> dict[str, float]:
 def _sum(reckonings: Iterable[Reckoning]) -> Reckoning:
     """Return the mean of services, weighted by the time that each was observed, as one reckoning."""
     found = list(reckonings)
-    return Reckoning(sum(r.observed for r in found), sum(r.lost for r in found), ())
+    return Reckoning(sum(r.observed for r in found), sum(r.lost for r in found), sum(r.cut for r in found), ())
 
 
 def _totals(found: Reckoning) -> dict[str, Any]:
@@ -137,26 +161,25 @@ def _totals(found: Reckoning) -> dict[str, Any]:
     }
 
 
-def _explained(found: Reckoning) -> list[dict[str, Any]]:
-    return [
-        {
-            "source": {"kind": share.period.kind, "id": share.period.source_id},
-            "from": share.period.start,
-            "to": share.period.end,
-            "level": None if share.period.excluded else SEVERITIES[share.period.level],
-            "excluded": share.period.excluded,
-            "weight": share.weight,
-            "seconds": share.inside / 1e6,
-            "cut_seconds": 0.0 if share.period.excluded else share.cut / 1e6,
-            "counted_seconds": share.counted / 1e6,
-            "downtime_seconds": share.lost / 1e7,
-        }
-        for share in found.shares
-    ]
+def _explained(share: Share, now: datetime) -> dict[str, Any]:
+    period = share.period
+    return {
+        "source": {"kind": period.kind, "id": period.source_id},
+        "from": period.start,
+        # Open where it still lasts, so that the answer for a window of the past stays the same.
+        "to": period.end if period.end < now else None,
+        "level": SEVERITIES[period.level] if period.kind == KIND else None,
+        "excluded": period.excluded,
+        "weight": share.weight,
+        "seconds": share.inside / 1e6,
+        "cut_seconds": 0.0 if period.excluded else share.cut / 1e6,
+        "counted_seconds": share.counted / 1e6,
+        "downtime_seconds": share.lost / 1e7,
+    }
 
 
 def _worst(found: Reckoning) -> str | None:
-    levels = [share.period.level for share in found.shares if share.period.kind == "incident" and share.inside]
+    levels = [share.period.level for share in found.shares if share.period.kind == KIND]
     return SEVERITIES[max(levels)] if levels else None
 
 

@@ -1,8 +1,8 @@
 """How severities become a service's status, and periods of trouble become an uptime percentage."""
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
-from itertools import pairwise
+from datetime import UTC, date, datetime, timedelta
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from opsentry.domain import incident
@@ -14,6 +14,8 @@ LEVELS = {severity: level for level, severity in enumerate(SEVERITIES)}
 # A critical incident is shown as a major outage and weighs like one.
 _WEIGHTS = {LEVELS["partial_outage"]: 3, LEVELS["major_outage"]: 10, LEVELS["critical"]: 10}
 
+_DAY = timedelta(days=1)
+_MICROSECOND = timedelta(microseconds=1)
 
 _STATUSES = ("operational", "degraded_performance", "partial_outage", "major_outage", "major_outage")
 
@@ -51,7 +53,7 @@ class Share(NamedTuple):
         period: As it lasted, also outside of the window.
         inside: How long it lasted within the window.
         cut: How much of that excluded windows took away.
-        counted: How much of the rest it was the one that counts: of those at once the heaviest, of equals the first.
+        counted: How much of the rest it was the one that counts: of those at once the most severe, of equals the first.
     """
 
     period: Period
@@ -71,10 +73,18 @@ class Share(NamedTuple):
 
 
 class Reckoning(NamedTuple):
-    """What a window comes to: observed microseconds, lost tenths of microseconds, and the part of each period in it."""
+    """What a window comes to.
+
+    Attributes:
+        observed: Microseconds of the window, less what is cut.
+        lost: Tenths of microseconds of downtime in what was observed.
+        cut: Microseconds that excluded periods take out of the window, where they overlap once.
+        shares: The part of each period, by their starts; their `lost` adds up to that of the whole.
+    """
 
     observed: int
     lost: int
+    cut: int
     shares: Sequence[Share]
 
     @property
@@ -99,9 +109,10 @@ def uptime(periods: Iterable[Period], start: datetime, end: datetime) -> float:
     """Return the percentage of `[start, end)` that was uptime, floored to two decimals.
 
     With observed time O (the window less excluded periods) and, at each moment of O, the weight w of the worst
-    period covering it: `100 * (1 - sum(w dt) / O)`. The weights are those of Statuspage's published definition
-    (major outages in full, partial outages at 30 %). Overlaps count once. It is computed in whole microseconds, so
-    that 100.0 means that there was no downtime at all. No observed time at all gives 100.0.
+    period covering it: `100 * (1 - sum(w dt) / O)`. The weights are those that Statuspage publishes in its help page
+    'Display historical uptime of components': major outages in full, partial outages at 30 %, degraded performance and
+    maintenance not at all. Overlaps count once. It is computed in whole microseconds, so that 100.0 means that there
+    was no downtime at all. No observed time at all gives 100.0.
 
     Args:
         periods: Periods of one service, in any order; parts outside of the window are ignored.
@@ -115,39 +126,72 @@ def uptime(periods: Iterable[Period], start: datetime, end: datetime) -> float:
 
 
 def reckon(periods: Iterable[Period], start: datetime, end: datetime) -> Reckoning:
-    """Return what `uptime` is made of; the `lost` of the shares, which come by their starts, add up to the whole's."""
+    """Return what `uptime` is made of.
+
+    One sweep over the moments at which periods begin and end, the most severe of those under way on top of a heap:
+    thousands that last at once take no longer than thousands that follow each other.
+    """
+    if start >= end:
+        return Reckoning(0, 0, 0, ())
     inside = sorted(
         (p for p in periods if p.start < end and p.end > start and p.start < p.end),
         key=lambda p: (p.start, p.kind, p.source_id),
     )
-    clipped = [p._replace(start=max(p.start, start), end=min(p.end, end)) for p in inside]
-    cuts = sorted({start, end, *(p.start for p in clipped), *(p.end for p in clipped)}) if start < end else []
-    observed = lost = 0
-    cut, counted = [0] * len(inside), [0] * len(inside)
-    for left, right, active in _slices(cuts, clipped):
-        length = (right - left) // timedelta(microseconds=1)
-        if any(clipped[i].excluded for i in active):
-            for i in active:
-                cut[i] += length
-            continue
-        observed += length
-        if active:
-            worst = max(active, key=lambda i: (_WEIGHTS.get(clipped[i].level, 0), clipped[i].level, -i))
-            counted[worst] += length
-            lost += length * _WEIGHTS.get(clipped[worst].level, 0)
+    begins = [max(0, (p.start - start) // _MICROSECOND) for p in inside]
+    stops = [(min(p.end, end) - start) // _MICROSECOND for p in inside]
+    # Periods by their number where they begin, and by the same one counted from the end, below 0, where they end.
+    count = len(inside)
+    turns = sorted([*zip(begins, range(count), strict=True), *zip(stops, range(-count, 0), strict=True)])
+    observed = lost = cut = excluding = at = 0
+    cuts, counted = [0] * count, [0] * count
+    # (-level, number) of what is under way; what has ended goes when it comes to the top.
+    worst: list[tuple[int, int]] = []
+    for moment, turn in (*turns, ((end - start) // _MICROSECOND, None)):
+        length, at = moment - at, moment
+        if excluding:
+            cut += length
+        elif length:
+            observed += length
+            while worst and stops[worst[0][1]] < moment:
+                heappop(worst)
+            if worst:
+                counted[worst[0][1]] += length
+                lost += length * _WEIGHTS.get(-worst[0][0], 0)
+        if turn is None:
+            break
+        period = inside[turn]
+        if turn >= 0:
+            excluding += period.excluded
+            cuts[turn] -= cut
+            if not period.excluded:
+                heappush(worst, (-period.level, turn))
+        else:
+            excluding -= period.excluded
+            cuts[turn] += cut
     shares = [
-        Share(p, (c.end - c.start) // timedelta(microseconds=1), cut[i], counted[i])
-        for i, (p, c) in enumerate(zip(inside, clipped, strict=True))
+        Share(p, stop - begin, *rest)
+        for p, begin, stop, *rest in zip(inside, begins, stops, cuts, counted, strict=True)
     ]
-    return Reckoning(observed, lost, shares)
+    return Reckoning(observed, lost, cut, shares)
 
 
-def _slices(cuts: Sequence[datetime], periods: Sequence[Period]) -> Iterable[tuple[datetime, datetime, Sequence[int]]]:
-    """Yield (left, right, indices of periods covering it) between neighbouring cuts, in time order."""
-    waiting = sorted(range(len(periods)), key=lambda i: periods[i].start, reverse=True)
-    active: list[int] = []
-    for left, right in pairwise(cuts):
-        active = [i for i in active if periods[i].end > left]
-        while waiting and periods[waiting[-1]].start <= left:
-            active.append(waiting.pop())
-        yield left, right, active
+def by_day(periods: Iterable[Period], since: datetime, now: datetime, days: int) -> list[tuple[date, Reckoning]]:
+    """Return the reckoning of each of the last `days` days in UTC, the oldest first; the last one ends `now`.
+
+    Args:
+        periods: As for `uptime`.
+        since: When the service began: what lies before it is not observed.
+        now: The moment.
+        days: How many, today included.
+    """
+    midnight = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    first = midnight - (days - 1) * _DAY
+    touching: list[list[Period]] = [[] for _ in range(days)]
+    for period in periods:
+        for number in range(max(0, (period.start - first) // _DAY), min(days - 1, (period.end - first) // _DAY) + 1):
+            touching[number].append(period)
+    begins = [first + number * _DAY for number in range(days)]
+    return [
+        (begin.date(), reckon(some, max(since, begin), min(begin + _DAY, now)))
+        for begin, some in zip(begins, touching, strict=True)
+    ]

@@ -67,21 +67,23 @@ _CLEAR_PERIODS = "DELETE FROM impact_periods WHERE tenant_id = $1"
 
 
 def _periods_query(chosen: str) -> str:
-    """Return the query of what touched the `chosen` services between $2 and $3, NULL for $4 days ago and for now.
+    """Return the query of what touched the `chosen` services between $2 and $3, NULL for $4 days before $3 and for now.
 
-    An end is NULL where a period still lasts. Each service's periods are found by the index, whatever their number.
+    An end is NULL where a period still lasts. Each service's periods are found by the index, at most $5 of all; days
+    are 24 hours, while those of the server's time zone, '1 day', need not be.
     """
     return f"""
         WITH bounds AS MATERIALIZED (
-            SELECT coalesce($2, now() - $4 * interval '1 day') AS begin, coalesce($3, now()) AS stop),
+            SELECT coalesce($2, coalesce($3, now()) - $4 * interval '24 hours') AS begin, coalesce($3, now()) AS stop),
         chosen AS (
             SELECT service_id, since, ref FROM services WHERE tenant_id = $1 AND NOT retired {chosen}),
         found AS (
             SELECT p.*, row_number() OVER (
                 ORDER BY p.service_id, p.from_at, p.kind, p.source_id, p.from_version) AS place
-            FROM bounds, chosen c CROSS JOIN LATERAL (
+            FROM (SELECT any_of.* FROM bounds, chosen c CROSS JOIN LATERAL (
                 SELECT service_id, from_at, to_at, level, excluded, kind, source_id, from_version FROM impact_periods
-                WHERE tenant_id = $1 AND service_id = c.service_id AND to_at > begin AND from_at < stop) AS p)
+                WHERE tenant_id = $1 AND service_id = c.service_id AND to_at > begin AND from_at < stop) AS any_of
+                LIMIT $5) AS p)
         SELECT fresh.*, now() AS now,
             (SELECT array_agg(service_id ORDER BY service_id) FROM chosen) AS service_ids,
             (SELECT array_agg(since ORDER BY service_id) FROM chosen) AS sinces,
@@ -97,7 +99,7 @@ def _periods_query(chosen: str) -> str:
     """
 
 
-_OF_ONE = _periods_query("AND service_id = $5")
+_OF_ONE = _periods_query("AND service_id = $6")
 _OF_ALL = _periods_query("")
 
 
@@ -301,6 +303,7 @@ async def between(
     start: datetime | None,
     end: datetime | None,
     days: int,
+    limit: int,
 ) -> asyncpg.Record:
     """Return what touched a service, or all of the tenant's, in a window, for `touched`; and `now`.
 
@@ -308,13 +311,14 @@ async def between(
         connection: The database.
         tenant_id: The tenant.
         service_id: The service; all if `None`.
-        start: Where the window begins; so many `days` ago if `None`.
+        start: Where the window begins; so many `days` of 24 hours before its end if `None`.
         end: Where it ends; now if `None`.
         days: See `start`.
+        limit: How many periods there may be at most; which ones, where there are more, is left to chance.
     """
     if service_id is None:
-        return await connection.fetchrow(_OF_ALL, tenant_id, start, end, days)
-    return await connection.fetchrow(_OF_ONE, tenant_id, start, end, days, service_id)
+        return await connection.fetchrow(_OF_ALL, tenant_id, start, end, days, limit)
+    return await connection.fetchrow(_OF_ONE, tenant_id, start, end, days, limit, service_id)
 
 
 class Touched(msgspec.Struct, frozen=True):

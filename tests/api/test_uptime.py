@@ -3,9 +3,11 @@ from typing import Any
 
 import pytest
 
-from opsentry.domain import incident, maintenance
+from opsentry.api.uptime import MAX_PERIODS
+from opsentry.domain import incident, maintenance, service
 from opsentry.domain.incident import ChangeIncident, OpenIncident, ResolveIncident
-from opsentry.domain.maintenance import CompleteMaintenance, ScheduleMaintenance, StartMaintenance
+from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, ScheduleMaintenance, StartMaintenance
+from opsentry.domain.service import RetireService
 from tests.api.conftest import raw
 from tests.conftest import META, make_service
 
@@ -35,9 +37,9 @@ async def outage(parts, tenant_id, start, end, service_ids, severity="major_outa
     return made.stream_id
 
 
-async def window(parts, tenant_id, start, end, service_ids):
+async def window(parts, tenant_id, start, end, service_ids, *, exclude=True):
     hours: dict[str, Any] = {"scheduled_start": at(start), "scheduled_end": at(end)}
-    command = ScheduleMaintenance(title="w", **hours, service_ids=tuple(service_ids), exclude_from_sla=True)
+    command = ScheduleMaintenance(title="w", **hours, service_ids=tuple(service_ids), exclude_from_sla=exclude)
     made = await parts.commands.create(maintenance.DECIDER, tenant_id, command, META, occurred_at=at(start - 1))
     for when, move in ((start, StartMaintenance()), (end, CompleteMaintenance())):
         await parts.commands.execute(
@@ -80,10 +82,11 @@ async def test_a_window_explains_itself(api, parts, acme, web):
     one = await outage(parts, acme.id, 10, 20, [web], "major_outage", change)
     other = await outage(parts, acme.id, 12, 16, [web], "critical")
     cut = await window(parts, acme.id, 18, 22, [web])
-    _, body, _ = await api.get(f"/services/{web}/uptime?{between(-10, 90)}&explain=true")
+    _, body, headers = await api.get(f"/services/{web}/uptime?{between(-10, 90)}&explain=true")
     hour = 3600.0
     assert body["service_since"] == text(at(0))
     assert body["observed_seconds"] == 86 * hour  # from when the service began, without the window
+    assert body["excluded_seconds"] == 4 * hour
     # 10 to 16 in full (twice at once counts once), 16 to 18 three tenths, 18 to 20 is cut
     assert body["downtime_seconds"] == pytest.approx(6.6 * hour)
     assert body["uptime"] == 92.32
@@ -100,8 +103,105 @@ async def test_a_window_explains_itself(api, parts, acme, web):
         (("incident", one), "partial_outage", 0.3, 6, 2, 2, pytest.approx(0.6)),
         (("maintenance", cut), None, 0.0, 4, 0, 0, 0),
     ]
-    assert body["position"] == (await api.get("/events/head"))[1]["seq"]
+    assert body["position"] == int(headers["Opsentry-Seq"]) == (await api.get("/events/head"))[1]["seq"]
+    assert sum(p["downtime_seconds"] for p in body["periods"]) == pytest.approx(body["downtime_seconds"])
     assert [p["excluded"] for p in body["periods"]] == [False, False, False, True]
+
+
+async def test_what_still_lasts_has_no_end_and_past_windows_stay_as_they_are(api, parts, acme, web):
+    await outage(parts, acme.id, 10, None, [web])
+    path = f"/services/{web}/uptime?{between(0, 20)}&explain=true"
+    _, body, headers = await api.get(path)
+    assert (body["uptime"], body["periods"][0]["from"], body["periods"][0]["to"]) == (50.0, text(at(10)), None)
+    assert (await api.get(path, headers={"If-None-Match": headers["ETag"]}))[0] == 304
+
+
+async def test_a_window_that_names_its_end_alone_begins_thirty_days_before(api, parts, acme, web):
+    await outage(parts, acme.id, 10, 20, [web])
+    _, body, _ = await api.get(f"/services/{web}/uptime?to={text(at(40 * 24))}")
+    assert (body["from"], body["uptime"]) == (text(at(10 * 24)), 100.0)
+    for path in (f"/services/{web}/uptime", "/uptime"):
+        _, body, _ = await api.get(f"{path}?to={text(at(100))}")
+        assert (body["from"], body["observed_seconds"], body["downtime_seconds"]) == (
+            text(at(100 - 30 * 24)), 100 * 3600, 10 * 3600,
+        )  # fmt: skip
+
+
+async def test_the_end_may_be_a_little_ahead_of_the_servers_clock(api, owner, web):
+    now = await owner.fetchval("SELECT now()")
+    path = f"/services/{web}/uptime?from={text(at(0))}&to="
+    status, body, _ = await api.get(path + text(now + timedelta(seconds=4)))
+    assert status == 200
+    assert now < datetime.fromisoformat(body["to"]) < now + timedelta(seconds=4)
+    assert (await api.get(path + text(now + timedelta(minutes=1))))[0] == 400
+
+
+async def test_what_lasted_before_the_service_began_is_not_its_downtime(api, parts, acme):
+    late = await make_service(parts, acme.id, "late", occurred_at=at(50))
+    source = await outage(parts, acme.id, 10, 60, [late])
+    _, body, _ = await api.get(f"/services/{late}/uptime?{between(20, 30)}&explain=true")
+    assert (body["uptime"], body["observed_seconds"], body["excluded_seconds"], body["periods"]) == (None, 0, 0, [])
+    _, body, _ = await api.get(f"/services/{late}/uptime?{between(0, 100)}&explain=true")
+    assert (body["uptime"], body["observed_seconds"]) == (80.0, 50 * 3600)
+    assert [(p["source"]["id"], p["from"], p["seconds"]) for p in body["periods"]] == [(source, text(at(10)), 36_000)]
+
+
+async def test_a_day_before_the_service_began_has_no_bar(api, parts, acme, owner):
+    today = (await owner.fetchval("SELECT now()")).replace(hour=0, minute=0, second=0, microsecond=0)
+    late = await make_service(parts, acme.id, "late", occurred_at=today - timedelta(days=1))
+    await outage(parts, acme.id, (today - timedelta(days=5) - BEGAN) / timedelta(hours=1), None, [late])
+    days = (await api.get(f"/services/{late}/uptime/daily?days=4"))[1]["days"]
+    assert [(day["uptime"], day["worst"]) for day in days] == [(None, None)] * 2 + [(0.0, "major_outage")] * 2
+
+
+async def test_a_window_cuts_what_it_really_lasted_and_only_where_it_is_excluded(api, parts, acme, web):
+    other = await make_service(parts, acme.id, "other", occurred_at=at(0))
+    await outage(parts, acme.id, 10, 30, [web, other])
+    planned: dict[str, Any] = {"scheduled_start": at(10), "scheduled_end": at(30)}
+    for moves in ([(12, CancelMaintenance())], [(15, StartMaintenance()), (20, CompleteMaintenance())]):
+        command = ScheduleMaintenance(title="w", **planned, service_ids=(web,), exclude_from_sla=True)
+        made = await parts.commands.create(maintenance.DECIDER, acme.id, command, META, occurred_at=at(0))
+        for when, move in moves:
+            await parts.commands.execute(
+                maintenance.DECIDER, acme.id, made.stream_id, move, META, occurred_at=at(when)
+            )  # fmt: skip
+    kept = await window(parts, acme.id, 40, 50, [web], exclude=False)
+    _, body, _ = await api.get(f"/services/{web}/uptime?{between(0, 105)}&explain=true")
+    assert (body["observed_seconds"], body["downtime_seconds"]) == (100 * 3600, 15 * 3600)
+    (shown,) = [p for p in body["periods"] if p["source"] == {"kind": "maintenance", "id": kept}]
+    assert (shown["level"], shown["excluded"], shown["weight"], shown["seconds"]) == (None, False, 0.0, 36_000)
+    _, body, _ = await api.get(f"/services/{other}/uptime?{between(0, 105)}")
+    assert (body["observed_seconds"], body["downtime_seconds"]) == (105 * 3600, 20 * 3600)
+
+
+async def test_a_retired_service_has_no_uptime_and_no_part_in_the_tenants(api, parts, acme, web):
+    gone = await make_service(parts, acme.id, "gone", occurred_at=at(0))
+    await outage(parts, acme.id, 10, 20, [gone])
+    await parts.commands.execute(service.DECIDER, acme.id, gone, RetireService(), META)
+    await parts.runner.catch_up(acme.id, 0)
+    for path in ("uptime", f"uptime?{between(0, 100)}", "uptime/daily"):
+        assert await raw(api, "GET", f"/services/{gone}/{path}") == (404, b'{"error":"not found"}')
+    _, body, _ = await api.get(f"/uptime?{between(0, 100)}")
+    assert ([s["service"]["id"] for s in body["services"]], body["uptime"]) == ([web], 100.0)
+
+
+async def test_more_periods_than_can_be_reckoned_at_once_are_refused(api, acme, owner, web):
+    today = await owner.fetchval("SELECT now()")
+    plant = """
+        INSERT INTO impact_periods
+        SELECT $1, $2, 'incident', n, 1, $3::timestamptz - interval '30 h' - n * interval '1 s', 'infinity', 3, false
+        FROM generate_series($4::int, $5::int) n"""
+    await owner.execute(plant, acme.id, web, today, 1, MAX_PERIODS)
+    assert (await api.get("/uptime"))[0] == 200
+    # Each of them is reckoned on each of its days.
+    answers = [await api.get(f"/services/{web}/uptime/daily?days=3")]
+    await owner.execute(plant, acme.id, web, today, MAX_PERIODS + 1, MAX_PERIODS + 1)
+    paths = ("/uptime", f"/services/{web}/uptime", f"/services/{web}/uptime?from=1926-01-01T00:00:00Z&explain=true")
+    answers += [await api.get(path) for path in (*paths, f"/services/{web}/uptime/daily?days=1")]
+    words = "takes in more than 20000 periods, ask for a shorter time"
+    fields = ("days", "from", "from", "from", "days")
+    assert [answer[:2] for answer in answers] == [(400, {"error": f"{field}: {words}"}) for field in fields]
+    assert (await api.get(f"/services/{web}/uptime?from={text(at(0))}&to={text(at(9))}"))[0] == 200
 
 
 async def test_a_backdated_change_restates_a_window(api, parts, acme, web):
@@ -140,7 +240,7 @@ async def test_the_tenant_is_the_mean_weighted_by_time_observed(api, other_api, 
     assert (await other_api.get(f"/uptime?{between(0, 100)}"))[1]["uptime"] is None
 
 
-async def test_bars_of_days(api, parts, acme, owner):
+async def test_bars_of_days_are_windows_of_a_day(api, parts, acme, owner):
     now = await owner.fetchval("SELECT now()")
     today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     service = await make_service(parts, acme.id, "web", occurred_at=today - timedelta(days=3, hours=12))
@@ -153,6 +253,13 @@ async def test_bars_of_days(api, parts, acme, owner):
     assert [day["observed_seconds"] / 3600 for day in days[:5]] == [0, 12, 24, 24, 24]
     assert [day["worst"] for day in days] == [None, None, "partial_outage", "partial_outage", None, None]
     assert len((await api.get(f"/services/{service}/uptime/daily"))[1]["days"]) == 90
+    for day in days[:-1]:
+        begin = datetime.fromisoformat(day["date"]).replace(tzinfo=UTC)
+        _, body, _ = await api.get(
+            f"/services/{service}/uptime?from={text(begin)}&to={text(begin + timedelta(days=1))}"
+        )  # fmt: skip
+        names = ("uptime", "observed_seconds", "downtime_seconds")
+        assert [body[name] for name in names] == [day[name] for name in names]
 
 
 @pytest.mark.parametrize(
@@ -165,15 +272,27 @@ async def test_bars_of_days(api, parts, acme, owner):
         ("from=2026-01-02T00:00:00Z&to=2026-01-02T00:00:00Z", "to: must be after from"),
         ("from=2026-01-02T00:00:00%2B02:00&to=2026-01-01T22:00:00Z", "to: must be after from"),
         ("explain=yes", "explain: must be one of true, false"),
+        ("explain=", "explain: must be one of true, false"),
+        ("to=0001-01-05T00:00:00Z", "to: is out of range"),
+        ("from=0001-01-01T00:00:00%2B14:00", "from: is out of range"),
+        ("from=", "from: must be an RFC 3339 timestamp"),
         ("as_of=1", "as_of: cannot be asked for here"),
     ],
 )
 async def test_windows_that_are_none_are_refused(api, web, query, says):
-    status, body, _ = await api.get(f"/services/{web}/uptime?{query}")
-    assert (status, body["error"][: len(says)]) == (400, says)
+    for path in (f"/services/{web}/uptime", "/uptime"):
+        status, body, _ = await api.get(f"{path}?{query}")
+        named = "explain: cannot" if path == "/uptime" and "explain" in query else says
+        assert (status, body["error"][: len(named)]) == (400, named)
 
 
-@pytest.mark.parametrize("days", ["0", "367", "x", "-1"])
+async def test_bars_of_days_have_no_window(api, web):
+    for query in ("from=2026-01-01T00:00:00Z", "to=2026-01-01T00:00:00Z", "explain=true", "as_of=1"):
+        status, body, _ = await api.get(f"/services/{web}/uptime/daily?{query}")
+        assert (status, body) == (400, {"error": f"{query.split('=')[0]}: cannot be asked for here"})
+
+
+@pytest.mark.parametrize("days", ["0", "367", "x", "-1", "", "1.5", "9" * 30])
 async def test_days_that_are_none_are_refused(api, web, days):
     status, body, _ = await api.get(f"/services/{web}/uptime/daily?days={days}")
     assert (status, body["error"].split(":")[0]) == (400, "days")
@@ -189,6 +308,25 @@ async def test_a_leap_day_and_a_change_of_clocks_are_as_long_as_they_are(api, pa
         ("from=2025-10-26T00:00:00%2B02:00&to=2025-10-27T00:00:00%2B01:00", 25),
     ):
         assert (await api.get(f"/services/{service}/uptime?{query}"))[1]["observed_seconds"] == hours * 3600
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "down", "up", "uptime"),
+    [
+        # Berlin's days of 23 and 25 hours, each with one hour of downtime across the change
+        ("2025-03-30T00:00+01:00", "2025-03-31T00:00+02:00", "2025-03-30T01:30+01:00", "2025-03-30T03:30+02:00", 95.65),
+        ("2025-10-26T00:00+02:00", "2025-10-27T00:00+01:00", "2025-10-26T02:30+02:00", "2025-10-26T02:30+01:00", 96.0),
+        # the same two days of February with a day between them, and without
+        ("2024-02-28T00:00+00:00", "2024-03-02T00:00+00:00", "2024-02-29T00:00+00:00", "2024-03-01T00:00+00:00", 66.66),
+        ("2023-02-28T00:00+00:00", "2023-03-02T00:00+00:00", "2023-02-28T12:00+00:00", "2023-03-01T12:00+00:00", 50.0),
+    ],
+)
+async def test_downtime_across_a_change_of_clocks_or_a_leap_day(api, parts, acme, start, end, down, up, uptime):
+    old = await make_service(parts, acme.id, "old", occurred_at=datetime(2022, 1, 1, tzinfo=UTC))
+    hours = [(datetime.fromisoformat(moment) - BEGAN) / timedelta(hours=1) for moment in (down, up)]
+    await outage(parts, acme.id, *hours, [old])
+    query = "&".join(f"{name}={moment[:16]}:00%2B{moment[17:]}" for name, moment in (("from", start), ("to", end)))
+    assert (await api.get(f"/services/{old}/uptime?{query}"))[1]["uptime"] == uptime
 
 
 async def test_uptime_of_what_is_not_there_is_the_same_404(api, other_api, web):

@@ -1,10 +1,10 @@
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsentry.domain.status import LEVELS, Period, reckon, uptime
+from opsentry.domain.status import LEVELS, Period, by_day, reckon, uptime
 
 ZERO = datetime(2026, 1, 1, tzinfo=UTC)
 WINDOW = 300
@@ -78,6 +78,7 @@ def test_uptime_is_what_walking_second_by_second_gives(periods):
 def test_shares_add_up_and_are_what_walking_second_by_second_gives(periods):
     found = reckon(periods, at(0), at(WINDOW))
     assert sum(share.lost for share in found.shares) == found.lost
+    assert found.observed + found.cut == WINDOW * 1_000_000
     assert found.uptime == uptime(periods, at(0), at(WINDOW))
     assert [share.period.start for share in found.shares] == sorted(share.period.start for share in found.shares)
     named = [p._replace(source_id=number) for number, p in enumerate(periods)]
@@ -104,3 +105,70 @@ def test_of_two_that_overlap_the_heavier_counts_and_of_equals_the_first():
         share.period: share.counted // 1_000_000 for share in reckon([again, light, heavy], at(0), at(100)).shares
     }
     assert shares == {light: 20, heavy: 20, again: 40}
+
+
+def test_of_equal_weight_the_more_severe_counts():
+    shares = reckon([period(0, 10), period(0, 10, "critical"), period(0, 10, "degraded")], at(0), at(10)).shares
+    assert [share.counted // 1_000_000 for share in shares] == [0, 10, 0]
+
+
+@pytest.mark.parametrize("window", [(50, 50), (60, 50), (50, 20)])
+def test_a_window_that_ends_before_it_begins_holds_nothing(window):
+    assert reckon([period(0, 100)], *map(at, window)) == (0, 0, 0, ())
+
+
+def test_ten_thousand_at_once_are_no_harder_than_ten_thousand_in_a_row():
+    many = [period(second, 20_000, "partial_outage")._replace(source_id=second) for second in range(10_000)]
+    found = reckon(many, at(0), at(20_000))
+    assert (found.uptime, [share.counted for share in found.shares[:2]]) == (70.0, [20_000 * 1_000_000, 0])
+
+
+HOUR = timedelta(hours=1)
+NOON = datetime(2024, 3, 2, 12, 30, tzinfo=UTC)
+
+
+def test_bars_have_the_leap_day_and_only_it():
+    down = Period(
+        datetime(2024, 2, 29, tzinfo=UTC), datetime(2024, 3, 1, tzinfo=UTC), LEVELS["critical"], excluded=False
+    )
+    bars = by_day([down], datetime(2020, 1, 1, tzinfo=UTC), NOON, 5)
+    assert [(day.isoformat(), found.observed // 3_600_000_000, found.uptime) for day, found in bars] == [
+        ("2024-02-27", 24, 100.0),
+        ("2024-02-28", 24, 100.0),
+        ("2024-02-29", 24, 0.0),
+        ("2024-03-01", 24, 100.0),
+        ("2024-03-02", 12, 100.0),
+    ]
+    days = [day.isoformat() for day, _ in by_day([], NOON, datetime(2023, 3, 1, tzinfo=UTC), 3)]
+    assert days == ["2023-02-27", "2023-02-28", "2023-03-01"]
+
+
+@pytest.mark.parametrize(("month", "day"), [(3, 30), (10, 26)])
+def test_bars_are_of_days_in_utc_in_whatever_zone_now_is(month, day):
+    change = datetime(2025, month, day, 1, tzinfo=UTC)  # of Berlin's clocks
+    now = (change + timedelta(days=2)).astimezone(timezone(2 * HOUR))
+    bars = by_day([], change - timedelta(days=9), now, 4)
+    assert [found.observed // 3_600_000_000 for _, found in bars] == [24, 24, 24, 1]
+    assert bars[1][0] == change.date()
+
+
+@given(
+    st.lists(st.tuples(st.integers(-30, 150), st.integers(0, 90), st.integers(0, 4), st.booleans()), max_size=8),
+    st.integers(-30, 150),
+    st.integers(0, 23),
+)
+def test_bars_are_what_walking_hour_by_hour_gives(drawn, since, hour):
+    begin = datetime(2024, 2, 27, tzinfo=UTC)
+    made = [Period(begin + s * HOUR, begin + (s + n) * HOUR, level, excluded) for s, n, level, excluded in drawn]
+    now = begin + timedelta(days=4, hours=hour)
+    bars = by_day(made, begin + since * HOUR, now, 5)
+    assert [day.day for day, _ in bars] == [27, 28, 29, 1, 2]
+    for day, found in bars:
+        observed = lost = 0
+        for number in range(24):
+            moment = datetime(day.year, day.month, day.day, number, tzinfo=UTC)
+            over = [p for p in made if p.start <= moment < p.end]
+            if begin + since * HOUR <= moment < now and not any(p.excluded for p in over):
+                observed += 1
+                lost += max((TENTHS[p.level] for p in over), default=0)
+        assert (found.observed, found.lost) == (observed * 3_600_000_000, lost * 3_600_000_000)

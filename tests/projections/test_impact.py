@@ -1,3 +1,5 @@
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
 from opsentry.domain.incident import ChangeIncident, OpenIncident, ResolveIncident
@@ -11,6 +13,7 @@ from tests.projections.histories import apply, at, schedule
 
 CRITICAL, DEGRADED = LEVELS["critical"], LEVELS["degraded"]
 LONG = 100_000
+MANY = 1000
 
 
 @pytest.fixture(params=["at once", "one by one"])
@@ -22,7 +25,7 @@ async def periods(request, app_connection, history):
         for events in batches:
             for projection in (Services(), Impact()):
                 await apply(app_connection, projection, events)
-        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG)
+        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG, MANY)
         found = [period for service in impact.touched(row) for period in service.periods]
         for period, end in zip(found, row["ends"] or (), strict=True):
             assert end is not None or period.end == row["now"]
@@ -121,7 +124,7 @@ async def test_only_what_reaches_into_the_window_is_read(app_connection, owner, 
             history.incident(number, ResolveIncident(), when=at(end))
     for projection in (Services(), Impact()):
         await apply(app_connection, projection, history.events)
-    row = await impact.between(app_connection, history.tenant_id, 1, None, None, days)
+    row = await impact.between(app_connection, history.tenant_id, 1, None, None, days, MANY)
     assert row["starts"] == [at(-24 * 200), at(1)]
     assert row["ends"] == [at(24), None]
     assert row["sinces"] == [at(-24 * 400)]
@@ -136,5 +139,29 @@ async def test_a_service_that_is_not_there_has_no_beginning(app_connection, hist
         for made in (history, other_history):
             await apply(app_connection, projection, made.events)
     for service_id in (1, 2, 3):
-        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG)
+        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG, MANY)
         assert impact.touched(row) == []
+
+
+async def test_days_are_24_hours_whatever_the_clocks_of_the_servers_zone_did(app_connection, history):
+    await app_connection.execute("SET TIME ZONE 'Europe/Berlin'")
+    history.service(1, RegisterService(slug="web", name="Web"), when=at(-24 * 400))
+    end = datetime(2025, 4, 10, 10, tzinfo=UTC)  # clocks went forward on March 30
+    start = end - timedelta(days=30)
+    history.incident(1, OpenIncident(title="i", service_ids=(1,)), when=start - timedelta(hours=9))
+    history.incident(1, ResolveIncident(), when=start + timedelta(minutes=30))
+    for projection in (Services(), Impact()):
+        await apply(app_connection, projection, history.events)
+    row = await impact.between(app_connection, history.tenant_id, 1, None, end, 30, MANY)
+    assert row["ends"] == [start + timedelta(minutes=30)]
+
+
+async def test_no_more_is_read_than_asked_for(app_connection, history):
+    history.service(1, RegisterService(slug="web", name="Web"))
+    for number in range(1, 6):
+        history.incident(number, OpenIncident(title="i", service_ids=(1,)), when=at(number))
+    for projection in (Services(), Impact()):
+        await apply(app_connection, projection, history.events)
+    for service_id in (1, None):
+        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG, 3)
+        assert len(row["touched"]) == 3

@@ -112,7 +112,7 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
     due = await plan_of(app_connection, lambda c: maintenance.due(c, 2.0, 200))
     assert_goes_by(due, "maintenance", "maintenance_due", reads=2 * COUNT // 400)
 
-    recent = await plan_of(app_connection, lambda c: impact.between(c, tenant_id, 7, None, None, 36500))
+    recent = await plan_of(app_connection, lambda c: impact.between(c, tenant_id, 7, None, None, 36500, COUNT))
     assert_goes_by(recent, "impact_periods", "impact_periods_of_service", reads=COUNT // 200 + COUNT // 800)
     assert most_rows(recent, "impact_periods") >= COUNT // 200
 

@@ -185,7 +185,7 @@ async def test_a_read_brings_up_a_projection_that_never_ran_for_the_tenant(parts
     (service_id,) = await owner.fetchrow("SELECT service_id FROM services")
     row = await parts.runner.read(acme.id, lambda c: services.one(c, acme.id, service_id))
     assert msgspec.json.decode(row["body"])["current_status"] == "degraded_performance"
-    row = await parts.runner.read(acme.id, lambda c: impact.between(c, acme.id, service_id, None, None, 90))
+    row = await parts.runner.read(acme.id, lambda c: impact.between(c, acme.id, service_id, None, None, 90, 10))
     assert len(impact.touched(row)[0].periods) == 1
 
 
