@@ -62,7 +62,7 @@ def streams(events: int) -> Iterator[tuple[str, Sequence[AnyEvent]]]:
             stream = "maintenance", window
         else:
             stream = "incident", _incident(number)
-        if left < len(stream[1]):
+        if left <= len(stream[1]):
             yield stream[0], stream[1][:left]
             return
         yield stream

@@ -1,10 +1,11 @@
 """An HTTP/1.1 load generator that costs little: keep-alive connections, ready-made requests, one at a time on each.
 
 `python -m bench.load` reads {"url", "method", "path", "headers", "body", "connections", "seconds"} from standard
-input and prints {"rate", "errors", "p50_ms", "p99_ms"}.
+input and prints {"rate", "errors", "p50_ms", "p99_ms"}. With "see" it declares incidents and looks for them.
 """
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -88,6 +89,71 @@ async def generate(order: dict[str, Any]) -> dict[str, float]:
     }
 
 
+class Answers(asyncio.Protocol):
+    """One keep-alive connection, for requests that depend on the answers before them."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+
+    async def ask(self, request: bytes) -> bytes:
+        """Send a request and return its answer, head and body."""
+        self._answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._received = b""
+        self._transport.write(request)
+        return await self._answer
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, end, body = self._received.partition(b"\r\n\r\n")
+        if end and len(body) >= int((head + b"\r").split(b"Content-Length: ")[1].split(b"\r")[0]):
+            self._answer.set_result(self._received)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if not self._answer.done():
+            self._answer.set_exception(ConnectionError("the server has closed the connection"))
+
+
+async def see(order: dict[str, Any]) -> dict[str, float]:
+    """Declare incidents, one after the other on each connection, and look for each until the list shows it."""
+    where = urlsplit(order["url"])
+    headers = f"Host: {where.netloc}\r\nAuthorization: Bearer {order['token']}\r\n"
+    look = f"GET /api/v1/incidents?limit=20 HTTP/1.1\r\n{headers}\r\n".encode()
+    took: list[float] = []
+    end = time.perf_counter() + order["seconds"]
+
+    async def client(number: int) -> None:
+        _, answers = await asyncio.get_running_loop().create_connection(Answers, where.hostname, where.port)
+        for turn in itertools.count():
+            mark = f"seen {number} {turn} {order['seconds']}"
+            body = json.dumps({"title": mark})
+            began = time.perf_counter()
+            if began >= end:
+                return
+            post = f"POST /api/v1/incidents HTTP/1.1\r\n{headers}Content-Type: application/json\r\n"
+            answer = await answers.ask(f"{post}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            if b" 201 " not in answer[:20]:
+                raise RuntimeError(answer.decode())
+            while mark.encode() not in await answers.ask(look):
+                pass
+            took.append(time.perf_counter() - began)
+            # Not as fast as possible: what is measured is how long it takes, not how much fits.
+            await asyncio.sleep(order["pause"])
+
+    await asyncio.gather(*(client(number) for number in range(order["connections"])))
+    took.sort()
+    return {"count": len(took), "p50_ms": 1000 * took[len(took) // 2], "p99_ms": 1000 * took[len(took) * 99 // 100]}
+
+
+def visible(url: str, token: str, connections: int, seconds: float) -> dict[str, float]:
+    """Return how long it takes from sending an incident until a list shows it, measured by a process of its own."""
+    order = {"see": True, "url": url, "token": token, "connections": connections, "seconds": seconds, "pause": 0.01}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load"], input=json.dumps(order), check=True, capture_output=True, text=True
+    )
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
 def load(url: str, method: str, path: str, connections: int, seconds: float, **more: Any) -> dict[str, float]:
     """Generate load from a process of its own; raise where any answer was no success."""
     order = {"url": url, "method": method, "path": path, "connections": connections, "seconds": seconds, **more}
@@ -101,4 +167,5 @@ def load(url: str, method: str, path: str, connections: int, seconds: float, **m
 
 
 if __name__ == "__main__":
-    print(json.dumps(uvloop.run(generate(json.load(sys.stdin)))))
+    wanted = json.load(sys.stdin)
+    print(json.dumps(uvloop.run(see(wanted) if "see" in wanted else generate(wanted))))

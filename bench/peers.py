@@ -31,6 +31,18 @@ def emmett(servers: Servers, waiting: int, seconds: float) -> Rate:
 
 def eventsourcing(servers: Servers, waiting: int, seconds: float) -> Rate:
     """Return saves a second of one new aggregate, or why it cannot be told."""
+    return _in_python(servers, "peer_eventsourcing.py", str(waiting), str(seconds))
+
+
+def projection(servers: Servers, file: Path) -> Rate:
+    """Return events a second that pyeventsourcing projects into one table, or why it cannot be told.
+
+    `file` has the streams, as `peer_projection.py` says.
+    """
+    return _in_python(servers, "peer_projection.py", str(file))
+
+
+def _in_python(servers: Servers, script: str, *arguments: str) -> Rate:
     python = _PYTHON / "bin" / "python"
     try:
         if not python.exists():
@@ -38,8 +50,8 @@ def eventsourcing(servers: Servers, waiting: int, seconds: float) -> Rate:
             install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             _run([*install, "--require-hashes", "-r", "requirements/bench.txt"], ROOT)
         servers.database("eventsourcing", schema=False)
-        script = str(ROOT / "bench" / "peer_eventsourcing.py")
-        return _rate([str(python), script, servers.host, "eventsourcing", str(waiting), str(seconds)], ROOT), ""
+        command = [str(python), str(ROOT / "bench" / script), servers.host, "eventsourcing", *arguments]
+        return _rate(command, ROOT), ""
     except subprocess.CalledProcessError as error:
         return None, f"failed: {error.stderr.strip()[-200:]}"
 

@@ -80,6 +80,18 @@ def process(arguments: Sequence[str], **environment: str) -> Iterator[str]:
         running.wait(10)
 
 
+@contextmanager
+def running(arguments: Sequence[str], **environment: str) -> Iterator[int]:
+    """Run a Python module beside what is measured; yields its process id."""
+    env = {**os.environ, **environment}
+    process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    try:
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
 def opsentry(found: Servers, database: str, *arguments: str) -> Any:
     """Run an `opsentry` command with `--json` and return what it prints."""
     env = environment(found, database)

@@ -11,7 +11,7 @@ MAX_TITLE = 300
 MAX_TEXT = 50_000
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Something that happened to one stream.
 
     `TYPE` names it in the log for ever, `VERSION` is the version of its fields, and `WORDS` names the fields that

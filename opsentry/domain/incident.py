@@ -141,7 +141,7 @@ IncidentEvent: TypeAlias = (
 # ---------------------------------------------------------------------------------------------------- state
 
 
-class Incident(msgspec.Struct, frozen=True, kw_only=True):
+class Incident(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An incident as its events leave it."""
 
     title: str

@@ -17,14 +17,14 @@ _encode = msgspec.json.Encoder(order="sorted").encode
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-class Actor(msgspec.Struct, frozen=True, omit_defaults=True):
+class Actor(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Who did it: `token`, `scheduler`, `import`, `operator` (the command line), with the id of the row if any."""
 
     kind: str
     id: int | None = None
 
 
-class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
+class Meta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What is kept beside an event: ids only, never names or addresses.
 
     `silent` says that nobody is to be notified of it.
@@ -35,7 +35,7 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
     silent: bool = False
 
 
-class RecordedEvent(msgspec.Struct, frozen=True):
+class RecordedEvent(msgspec.Struct, frozen=True, gc=False):
     """An event with its place in the ledger."""
 
     tenant_id: int

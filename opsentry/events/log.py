@@ -326,20 +326,20 @@ def recorded(row: asyncpg.Record) -> RecordedEvent:
     Raises:
         UnknownEvent: This version of Opsentry cannot read it.
     """
+    # By place: an event is read more often than anything else here, and looking up names takes a third of that.
+    tenant_id, seq, kind, stream_id, version, type_, schema, occurred_at, recorded_at, data, meta, words = row
     try:
-        event = decode(row["type"], row["schema_version"], row["data"], row["words"])
-        meta = decode_meta(row["meta"])
+        return RecordedEvent(
+            tenant_id,
+            seq,
+            kind,
+            stream_id,
+            version,
+            decode(type_, schema, data, words),
+            occurred_at,
+            recorded_at,
+            decode_meta(meta),
+        )
     except UnknownEvent as error:
-        error.kind, error.seq = row["stream_kind"], row["seq"]
+        error.kind, error.seq = kind, seq
         raise
-    return RecordedEvent(
-        tenant_id=row["tenant_id"],
-        seq=row["seq"],
-        kind=row["stream_kind"],
-        stream_id=row["stream_id"],
-        version=row["version"],
-        event=event,
-        occurred_at=row["occurred_at"],
-        recorded_at=row["recorded_at"],
-        meta=meta,
-    )

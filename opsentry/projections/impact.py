@@ -103,7 +103,7 @@ _OF_ONE = _periods_query("AND service_id = $6")
 _OF_ALL = _periods_query("")
 
 
-class Source(msgspec.Struct, kw_only=True):
+class Source(msgspec.Struct, kw_only=True, gc=False):
     """What an incident or a window does to services now."""
 
     live: bool

@@ -201,7 +201,7 @@ class IncidentDetail(IncidentView, kw_only=True):
 _decode = msgspec.json.Decoder(IncidentView).decode
 
 
-class Shown(msgspec.Struct):
+class Shown(msgspec.Struct, gc=False):
     """What an incident's events leave of it to be shown; changed in place by `evolve`.
 
     `occurred_at` and `resolved_at` are the world's time, `created_at` and `updated_at` the ledger's.

@@ -121,7 +121,7 @@ _CHANGES = frozenset(
 )
 
 
-class Topic(msgspec.Struct, kw_only=True):
+class Topic(msgspec.Struct, kw_only=True, gc=False):
     """What the outbox has to know of an incident or a window: none of its words."""
 
     visibility: str
@@ -236,25 +236,32 @@ class Derivation:
         self._steps = None
 
     def _intents(self, recorded: RecordedEvent, topic: Topic) -> list[Intent]:
+        seq = recorded.seq
+        told = [
+            (number, wish.channel)
+            for number, (since, until, wish) in self._wishes.items()
+            if since < seq < until and _wants(wish, recorded, topic)
+        ]
+        if not told:
+            return []
         suppressed = (
             recorded.kind == incident.KIND
             and bool(topic.service_ids)
-            and any(services.issuperset(topic.service_ids) for services in self._suppressing(recorded.seq))
+            and any(services.issuperset(topic.service_ids) for services in self._suppressing(seq))
         )
         return [
             Intent(
-                intent_id=intent_id(recorded, subscription_id, wish.channel),
-                seq=recorded.seq,
-                subscription_id=subscription_id,
-                channel=wish.channel,
+                intent_id=intent_id(recorded, number, channel),
+                seq=seq,
+                subscription_id=number,
+                channel=channel,
                 topic=recorded.event.TYPE,
                 stream_kind=recorded.kind,
                 stream_id=recorded.stream_id,
                 suppressed=suppressed,
                 created_at=recorded.recorded_at,
             )
-            for subscription_id, (since, until, wish) in self._wishes.items()
-            if since < recorded.seq < until and _wants(wish, recorded, topic)
+            for number, channel in told
         ]
 
     def _suppressing(self, seq: int) -> Sequence[frozenset[int]]:

@@ -51,7 +51,7 @@ def name_authors(updates: bytes, token_ids: Iterable[int], token_names: Mapping[
     return updates
 
 
-class UpdateView(msgspec.Struct, kw_only=True):
+class UpdateView(msgspec.Struct, kw_only=True, gc=False):
     """A timeline entry as the API answers it. `id` is its position in the tenant's ledger."""
 
     id: int
