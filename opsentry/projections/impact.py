@@ -65,11 +65,19 @@ _CLEAR = "DELETE FROM impact_sources WHERE tenant_id = $1"
 _CLEAR_PERIODS = "DELETE FROM impact_periods WHERE tenant_id = $1"
 
 
+# A period that lasts, or lasted for more than a week, as the indexes tell these few from the rest.
+_LONG = "to_at AT TIME ZONE 'UTC' > from_at AT TIME ZONE 'UTC' + interval '168 hours'"
+
+
 def _periods_query(chosen: str) -> str:
     """Return the query of what touched the `chosen` services between $2 and $3, NULL for $4 days ago and for now.
 
-    An end is NULL where a period still lasts. Each service's periods are found by the index, whatever their number.
+    An end is NULL where a period still lasts. Each service's periods are found by indexes, whatever their number, and
+    however far back: of all but the long ones, those that reach into a window began at most a week before it.
     """
+    touching = """
+        SELECT service_id, from_at, to_at, level, excluded, kind, source_id, from_version FROM impact_periods
+        WHERE tenant_id = $1 AND service_id = c.service_id AND to_at > begin AND from_at < stop"""
     return f"""
         WITH bounds AS MATERIALIZED (
             SELECT coalesce($2, now() - $4 * interval '1 day') AS begin, coalesce($3, now()) AS stop),
@@ -79,8 +87,8 @@ def _periods_query(chosen: str) -> str:
             SELECT p.*, row_number() OVER (
                 ORDER BY p.service_id, p.from_at, p.kind, p.source_id, p.from_version) AS place
             FROM bounds, chosen c CROSS JOIN LATERAL (
-                SELECT service_id, from_at, to_at, level, excluded, kind, source_id, from_version FROM impact_periods
-                WHERE tenant_id = $1 AND service_id = c.service_id AND to_at > begin AND from_at < stop) AS p)
+                {touching} AND from_at > begin - interval '168 hours' AND NOT ({_LONG})
+                UNION ALL {touching} AND {_LONG}) AS p)
         SELECT fresh.*, now() AS now,
             (SELECT array_agg(service_id ORDER BY service_id) FROM chosen) AS service_ids,
             (SELECT array_agg(since ORDER BY service_id) FROM chosen) AS sinces,

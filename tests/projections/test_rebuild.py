@@ -20,7 +20,8 @@ CHANGES = st.sampled_from([*incident.STATUSES, *incident.SEVERITIES])
 # The order in which rows were last written shows nowhere; what they hold does.
 DAMAGE = {
     "services": "UPDATE services SET name = 'wrong'",
-    "incidents": "UPDATE incident_updates SET body = replace(body, 'message 3', 'wrong')",
+    "incidents": "UPDATE incident_updates SET body = replace(body, 'message 3', 'wrong');"
+    " UPDATE incident_counts SET incidents = 7",
     "maintenance": "DELETE FROM maintenance",
     "impact": "UPDATE impact_periods SET from_at = from_at - interval '1 hour'",
     "outbox": "DELETE FROM outbox_state WHERE kind = 'incident'",
