@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench import appends, http, ledger, rebuild, worker
+from bench import appends, http, ledger, rebuild, scale, worker
 from bench.figure import Figure, table
 from bench.servers import Servers, servers
 
@@ -23,6 +23,7 @@ PARTS: dict[str, Callable[[Servers], list[Figure]]] = {
     "http": http.measure,
     "history": _history,
     "ledger": ledger.measure,
+    "scale": scale.measure,
     "rebuild": rebuild.measure,
     "worker": worker.measure,
 }

@@ -1,7 +1,8 @@
 """An HTTP/1.1 load generator that costs little: keep-alive connections, ready-made requests, one at a time on each.
 
 `python -m bench.load` reads {"url", "method", "path", "headers", "body", "connections", "seconds"} from standard
-input and prints {"rate", "errors", "p50_ms", "p99_ms"}. With "see" it declares incidents and looks for them.
+input and prints {"rate", "errors", "p50_ms", "p99_ms"}. Of a list of paths each connection takes one after another.
+With "see" it declares incidents and looks for them.
 """
 
 import asyncio
@@ -10,6 +11,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import cycle
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,10 +21,12 @@ import uvloop
 
 
 class Connection(asyncio.Protocol):
-    """Sends the request again as soon as its answer is complete, until the end."""
+    """Sends the next request as soon as an answer is complete, until the end."""
 
-    def __init__(self, request: bytes, end: float, latencies: list[float], done: "asyncio.Future[int]") -> None:
-        self._request = request
+    def __init__(
+        self, requests: Iterator[bytes], end: float, latencies: list[float], done: "asyncio.Future[int]"
+    ) -> None:
+        self._requests = requests
         self._end = end
         self._latencies = latencies
         self._done = done
@@ -35,7 +41,7 @@ class Connection(asyncio.Protocol):
     def _send(self) -> None:
         self._received, self._needed = b"", 0
         self._sent_at = time.perf_counter()
-        self._transport.write(self._request)
+        self._transport.write(next(self._requests))
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -68,7 +74,8 @@ async def generate(order: dict[str, Any]) -> dict[str, float]:
     if body:
         headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    request = f"{order['method']} {order['path']} HTTP/1.1\r\n{head}\r\n".encode() + body
+    paths = [order["path"]] if isinstance(order["path"], str) else order["path"]
+    requests = [f"{order['method']} {path} HTTP/1.1\r\n{head}\r\n".encode() + body for path in paths]
     loop = asyncio.get_running_loop()
     latencies: list[float] = []
     began = time.perf_counter()
@@ -76,7 +83,8 @@ async def generate(order: dict[str, Any]) -> dict[str, float]:
     waiting = []
     for _ in range(order["connections"]):
         done: asyncio.Future[int] = loop.create_future()
-        await loop.create_connection(lambda d=done: Connection(request, end, latencies, d), where.hostname, where.port)  # type: ignore[misc]
+        connect = partial(Connection, cycle(requests), end, latencies, done)
+        await loop.create_connection(connect, where.hostname, where.port)
         waiting.append(done)
     errors = sum(await asyncio.gather(*waiting))
     took = time.perf_counter() - began
@@ -154,7 +162,9 @@ def visible(url: str, token: str, connections: int, seconds: float) -> dict[str,
     return result
 
 
-def load(url: str, method: str, path: str, connections: int, seconds: float, **more: Any) -> dict[str, float]:
+def load(
+    url: str, method: str, path: str | Sequence[str], connections: int, seconds: float, **more: Any
+) -> dict[str, float]:
     """Generate load from a process of its own; raise where any answer was no success."""
     order = {"url": url, "method": method, "path": path, "connections": connections, "seconds": seconds, **more}
     done = subprocess.run(

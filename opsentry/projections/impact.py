@@ -66,12 +66,20 @@ _CLEAR = "DELETE FROM impact_sources WHERE tenant_id = $1"
 _CLEAR_PERIODS = "DELETE FROM impact_periods WHERE tenant_id = $1"
 
 
+# A period that lasts, or lasted for more than a week, as the indexes tell these few from the rest.
+_LONG = "to_at AT TIME ZONE 'UTC' > from_at AT TIME ZONE 'UTC' + interval '168 hours'"
+
+
 def _periods_query(chosen: str) -> str:
     """Return the query of what touched the `chosen` services between $2 and $3, NULL for $4 days before $3 and for now.
 
-    An end is NULL where a period still lasts. Each service's periods are found by the index, at most $5 of all; days
-    are 24 hours, while those of the server's time zone, '1 day', need not be.
+    An end is NULL where a period still lasts. Each service's periods are found by indexes, at most $5 of all, and
+    however far back: of all but the long ones, those that reach into a window began at most a week before it. Days and
+    weeks are in hours, while those of the server's time zone, '1 day', need not be of 24.
     """
+    touching = """
+        SELECT service_id, from_at, to_at, level, excluded, kind, source_id, from_version FROM impact_periods
+        WHERE tenant_id = $1 AND service_id = c.service_id AND to_at > begin AND from_at < stop"""
     return f"""
         WITH bounds AS MATERIALIZED (
             SELECT coalesce($2, coalesce($3, now()) - $4 * interval '24 hours') AS begin, coalesce($3, now()) AS stop),
@@ -81,8 +89,8 @@ def _periods_query(chosen: str) -> str:
             SELECT p.*, row_number() OVER (
                 ORDER BY p.service_id, p.from_at, p.kind, p.source_id, p.from_version) AS place
             FROM (SELECT any_of.* FROM bounds, chosen c CROSS JOIN LATERAL (
-                SELECT service_id, from_at, to_at, level, excluded, kind, source_id, from_version FROM impact_periods
-                WHERE tenant_id = $1 AND service_id = c.service_id AND to_at > begin AND from_at < stop) AS any_of
+                {touching} AND from_at > begin - interval '168 hours' AND NOT ({_LONG})
+                UNION ALL {touching} AND {_LONG}) AS any_of
                 LIMIT $5) AS p)
         SELECT fresh.*, now() AS now,
             (SELECT array_agg(service_id ORDER BY service_id) FROM chosen) AS service_ids,

@@ -33,17 +33,36 @@ SELECT i.incident_id, i.version, i.body FROM unnest($2::bigint[]) AS wanted (id)
     SELECT incident_id, version, body FROM incidents WHERE tenant_id = $1 AND incident_id = wanted.id LIMIT 1) AS i
 """
 
-# One row for each incident, whatever the number of its events in the batch.
+# One row for each incident, whatever the number of its events in the batch; and the totals, moved by the rows that were
+# in fact written and what those were before, which every part of a statement still sees. The checkpoint's lock keeps
+# others from counting meanwhile. The condition on version holds always, and lets the planner expect a single row: so a
+# connection keeps one plan, by the keys, where it would plan anew for each batch, and scan the totals of all tenants.
 _STORE = """
-INSERT INTO incidents
-    (tenant_id, incident_id, version, status, severity, visibility, service_ids, occurred_at, body)
-SELECT $1, id, version, status, severity, visibility, service_ids::bigint[], occurred_at, body
-FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::timestamptz[], $9::text[])
-    AS row (id, version, status, severity, visibility, service_ids, occurred_at, body)
-ON CONFLICT (tenant_id, incident_id) DO UPDATE SET
-    version = excluded.version, status = excluded.status, severity = excluded.severity,
-    visibility = excluded.visibility, service_ids = excluded.service_ids, body = excluded.body
-WHERE incidents.version < excluded.version
+WITH stored AS (
+    INSERT INTO incidents
+        (tenant_id, incident_id, version, status, severity, visibility, service_ids, occurred_at, body)
+    SELECT $1, id, version, status, severity, visibility, service_ids::bigint[], occurred_at, body
+    FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::timestamptz[], $9::text[])
+        AS row (id, version, status, severity, visibility, service_ids, occurred_at, body)
+    WHERE version BETWEEN 1 AND 2147483647
+    ON CONFLICT (tenant_id, incident_id) DO UPDATE SET
+        version = excluded.version, status = excluded.status, severity = excluded.severity,
+        visibility = excluded.visibility, service_ids = excluded.service_ids, body = excluded.body
+    WHERE incidents.version < excluded.version
+    RETURNING incident_id, status, severity),
+changes AS (
+    SELECT status, severity, sum(change) AS change FROM (
+        SELECT status, severity, 1 AS change FROM stored
+        UNION ALL
+        SELECT i.status, i.severity, -1 FROM stored CROSS JOIN LATERAL (
+            SELECT status, severity FROM incidents
+            WHERE tenant_id = $1 AND incident_id = stored.incident_id LIMIT 1) AS i) AS moves
+    GROUP BY status, severity HAVING sum(change) <> 0)
+MERGE INTO incident_counts c USING changes ON c.tenant_id = $1
+    AND c.status = changes.status AND c.severity = changes.severity
+WHEN MATCHED AND c.incidents + change = 0 THEN DELETE
+WHEN MATCHED THEN UPDATE SET incidents = c.incidents + change
+WHEN NOT MATCHED THEN INSERT VALUES ($1, changes.status, changes.severity, change)
 """
 
 # Timeline entries are written once.
@@ -88,6 +107,7 @@ WHERE s.tenant_id = $1 AND s.incident_id = row.incident_id AND s.version < row.v
 """
 
 _CLEAR = "DELETE FROM incidents WHERE tenant_id = $1"
+_CLEAR_COUNTS = "DELETE FROM incident_counts WHERE tenant_id = $1"
 _CLEAR_UPDATES = "DELETE FROM incident_updates WHERE tenant_id = $1"
 _CLEAR_SNAPSHOTS = "DELETE FROM incident_snapshots WHERE tenant_id = $1"
 
@@ -154,22 +174,35 @@ ORDER BY version
 """
 
 
-def _list_query(filters: Sequence[str]) -> str:
-    """Return the query of a page, newest first, as a JSON array's inside; `filters` are columns compared to $4, $5."""
-    where = "".join(f" AND {column} = ${number}" for number, column in enumerate(filters, 4))
+def _list_query(filters: Sequence[str], also: str = "") -> str:
+    """Return the query of a page, newest first, as a JSON array's inside; `filters` are columns compared to $4, $5.
+
+    The page's ids come first, from an index alone: what an offset skips are its entries, never rows with their bodies.
+    """
+    where = "tenant_id = $1" + "".join(f" AND {column} = ${number}" for number, column in enumerate(filters, 4)) + also
     return f"""
         WITH page AS (
-            SELECT * FROM incidents WHERE tenant_id = $1{where} ORDER BY {_ORDER} LIMIT $2 OFFSET $3)
+            SELECT incident_id AS id FROM incidents WHERE {where} ORDER BY {_ORDER} LIMIT $2 OFFSET $3)
         SELECT fresh.*,
-            (SELECT count(*) FROM incidents WHERE tenant_id = $1{where}) AS total,
-            convert_to((SELECT string_agg({_ANSWER}, ',' ORDER BY {_ORDER}) FROM page i), 'UTF8') AS items
+            (SELECT coalesce(sum(incidents), 0)::bigint FROM incident_counts WHERE {where}) AS total,
+            convert_to((
+                SELECT string_agg({_ANSWER}, ',' ORDER BY {_ORDER}) FROM page CROSS JOIN LATERAL (
+                    SELECT * FROM incidents WHERE tenant_id = $1 AND incident_id = page.id LIMIT 1) AS i),
+                'UTF8') AS items
         FROM {freshness("incidents", "services")}
     """
 
 
 # Written out for each set of filters, so that each has its own plan: `status = $4 OR $4 IS NULL` would share a bad one.
+# Only what says that it wants none of the resolved can go by the index of the others, so these stand apart.
 _LISTS: dict[tuple[str, ...], str] = {
-    filters: _list_query(filters) for filters in ((), ("status",), ("severity",), ("status", "severity"))
+    (): _list_query(()),
+    ("severity",): _list_query(("severity",)),
+    ("status",): _list_query(("status",), " AND status <> 'resolved'"),
+    ("status", "severity"): _list_query(("status", "severity"), " AND status <> 'resolved'"),
+}
+_LISTS_RESOLVED: dict[tuple[str, ...], str] = {
+    filters: _list_query(filters, " AND status = 'resolved'") for filters in ((), ("severity",))
 }
 
 
@@ -315,6 +348,12 @@ INCIDENTS = Table(
     keys=1,
     of_streams=_IDS,
 )
+COUNTS = Table(
+    "incident_counts",
+    ("status", "severity", "incidents"),
+    keys=2,
+    summary="SELECT status, severity, count(*) FROM incidents WHERE tenant_id = $1 GROUP BY status, severity",
+)
 UPDATES = Table(
     "incident_updates", ("incident_id", "version", "actor_kind", "actor_id", "body"), keys=2, of_streams=_IDS
 )
@@ -329,7 +368,7 @@ class Incidents:
     name = "incidents"
     version = 1
     kinds = (incident.KIND,)
-    tables = (INCIDENTS, UPDATES, SNAPSHOTS)
+    tables = (INCIDENTS, COUNTS, UPDATES, SNAPSHOTS)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write one row for each incident touched, and its new timeline entries."""
@@ -362,6 +401,7 @@ class Incidents:
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
         await connection.execute(_CLEAR, tenant_id)
+        await connection.execute(_CLEAR_COUNTS, tenant_id)
         await connection.execute(_CLEAR_UPDATES, tenant_id)
         await connection.execute(_CLEAR_SNAPSHOTS, tenant_id)
 
@@ -417,9 +457,11 @@ async def page(
     connection: Connection, tenant_id: int, *, status: str | None, severity: str | None, limit: int, offset: int
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's incidents, newest first."""
-    filters = {"status": status, "severity": severity}
+    lists, filters = _LISTS, {"status": status, "severity": severity}
+    if status == "resolved":
+        lists, filters = _LISTS_RESOLVED, {"severity": severity}
     chosen = {column: value for column, value in filters.items() if value is not None}
-    return await connection.fetchrow(_LISTS[tuple(chosen)], tenant_id, limit, offset, *chosen.values())
+    return await connection.fetchrow(lists[tuple(chosen)], tenant_id, limit, offset, *chosen.values())
 
 
 async def active(connection: Connection, tenant_id: int) -> asyncpg.Record:

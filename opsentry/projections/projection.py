@@ -17,19 +17,21 @@ Rows: TypeAlias = dict[str, list[tuple[Any, ...]]]
 
 
 class Table(NamedTuple):
-    """A table of a projection's rows, and of nobody else's; each row belongs to one stream.
+    """A table of a projection's rows, and of nobody else's; each row belongs to one stream, or sums up other rows.
 
     Attributes:
         name: The table's.
         columns: All columns but `tenant_id`, the others of the primary key first.
         keys: How many of the columns belong to the primary key.
         of_streams: For each kind of stream, the condition of the rows that streams from $2 to $3 have.
+        summary: A query of the tenant $1 that gives the rows, where they are not of streams.
     """
 
     name: str
     columns: Sequence[str]
     keys: int
-    of_streams: Mapping[str, str]
+    of_streams: Mapping[str, str] = {}
+    summary: str | None = None
 
 
 class Projection(Protocol):

@@ -6,7 +6,7 @@ the old rows until then; a process that is killed leaves nothing behind.
 """
 
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from operator import attrgetter
 from typing import IO, Any, NamedTuple, Self
@@ -199,17 +199,18 @@ class Rebuilder:
             Poison: An event before the checkpoint cannot be applied.
             DatabaseUnavailable: The database was lost.
         """
-        async with self._database.connection(_PATIENCE) as connection:
-            async with connection.transaction(isolation="repeatable_read", readonly=True):
-                row = await connection.fetchrow(_POSITION, tenant_id, projection.name)
-                async for derived in fold(
-                    connection, [projection], tenant_id, 0 if row is None else row["position"], _CHUNK
-                ):
-                    difference = await _compare(connection, projection.tables, tenant_id, derived)
-                    if difference is not None:
-                        return difference
-                    advance(derived.events)
-            return None
+        async with (
+            self._database.connection(_PATIENCE) as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
+            row = await connection.fetchrow(_POSITION, tenant_id, projection.name)
+            shown = 0 if row is None else row["position"]
+            async for derived in fold(connection, [projection], tenant_id, shown, _CHUNK):
+                difference = await _compare(connection, projection.tables, tenant_id, derived)
+                if difference is not None:
+                    return difference
+                advance(derived.events)
+            return await _compare_summaries(connection, projection.tables, tenant_id)
 
 
 # ------------------------------------------------------------------------------------------------ folding
@@ -334,6 +335,13 @@ async def _replace(connection: Connection, tables: Sequence[Table], tenant_id: i
             await connection.copy_records_to_table(
                 table.name, records=[(tenant_id, *row) for row in rows], columns=("tenant_id", *table.columns)
             )
+    for table in tables:
+        if table.summary is not None:
+            columns = ", ".join(("tenant_id", *table.columns))
+            await connection.execute(
+                f"INSERT INTO {table.name} ({columns}) SELECT $1, summary.* FROM ({table.summary}) AS summary",
+                tenant_id,
+            )
 
 
 async def _apply_tail(connection: Connection, group: Sequence[Projection], tenant_id: int, position: int) -> int:
@@ -380,12 +388,33 @@ async def _compare(
             derived.first,
             derived.last,
         )
-        live = dict(map(_keyed(table), rows))
-        folded = dict(map(_keyed(table), derived.rows.get(table.name, ())))
-        if live != folded:
-            key = min(key for key in live.keys() | folded.keys() if live.get(key) != folded.get(key))
-            return Difference(table.name, _named(table, live.get(key)), _named(table, folded.get(key)))
+        if (difference := _first_difference(table, rows, derived.rows.get(table.name, ()))) is not None:
+            return difference
     return None
+
+
+async def _compare_summaries(connection: Connection, tables: Sequence[Table], tenant_id: int) -> Difference | None:
+    """Return the first row of a summary that is not what it should be, going by rows that were compared before."""
+    for table in tables:
+        if table.summary is None:
+            continue
+        live = await connection.fetch(
+            f"SELECT {', '.join(table.columns)} FROM {table.name} WHERE tenant_id = $1", tenant_id
+        )
+        wanted = await connection.fetch(table.summary, tenant_id)
+        if (difference := _first_difference(table, live, wanted)) is not None:
+            return difference
+    return None
+
+
+def _first_difference(
+    table: Table, live_rows: Iterable[Sequence[Any]], folded_rows: Iterable[Sequence[Any]]
+) -> Difference | None:
+    live, folded = dict(map(_keyed(table), live_rows)), dict(map(_keyed(table), folded_rows))
+    if live == folded:
+        return None
+    key = min(key for key in live.keys() | folded.keys() if live.get(key) != folded.get(key))
+    return Difference(table.name, _named(table, live.get(key)), _named(table, folded.get(key)))
 
 
 def _keyed(table: Table) -> Callable[[Sequence[Any]], tuple[tuple[Any, ...], tuple[Any, ...]]]:

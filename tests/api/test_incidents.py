@@ -164,6 +164,27 @@ async def test_the_list_is_filtered(api):
         assert page["total"] == len(titles)
 
 
+async def test_totals_follow_every_change(api):
+    async def total(query=""):
+        return (await api.get(f"/incidents?limit=1{query}"))[1]["total"]
+
+    async def totals():
+        return [await total(f"&{filters}") for filters in ("status=monitoring", "status=resolved", "severity=critical")]
+
+    numbers = [(await api.post("/incidents", {"title": f"I{n}"}))[1]["id"] for n in range(3)]
+    assert (await total(), await totals()) == (3, [0, 0, 0])
+    for number in numbers[:2]:
+        await api.patch(f"/incidents/{number}", {"status": "monitoring", "severity": "critical", "title": "J"})
+    assert (await total(), await totals()) == (3, [2, 0, 2])
+    await api.post(f"/incidents/{numbers[0]}/resolve")
+    assert (await total(), await totals()) == (3, [1, 1, 2])
+    assert await total("&status=resolved&severity=critical") == 1
+    assert await total("&status=monitoring&severity=critical") == 1
+    assert await total("&status=monitoring&severity=degraded") == 0
+    await api.patch(f"/incidents/{numbers[0]}", {"status": "investigating", "severity": "degraded"})
+    assert (await total(), await totals()) == (3, [1, 0, 1])
+
+
 async def test_a_limit_above_the_highest_is_clamped_and_the_answer_says_so(api):
     _, page, _ = await api.get("/incidents?limit=1000")
     assert page == {"incidents": [], "total": 0, "limit": 200, "offset": 0}

@@ -39,6 +39,7 @@ DECIDERS: Mapping[str, Decider[Any, Any, Any]] = {
 TABLES = (
     "services",
     "incidents",
+    "incident_counts",
     "incident_updates",
     "incident_snapshots",
     "maintenance",

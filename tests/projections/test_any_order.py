@@ -84,6 +84,23 @@ async def test_applying_everything_twice_is_harmless(app_connection, data):
 
 @with_a_database
 @given(data=st.data())
+async def test_totals_count_the_rows_at_every_point_of_the_log(app_connection, data):
+    cut = data.draw(batches(data.draw(histories())))
+    projection = next(projection for projection in projections() if projection.name == "incidents")
+    counted = "SELECT tenant_id, status, severity, count(*) FROM incidents GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+
+    async def follow():
+        for events in cut:
+            for _ in range(2):
+                await apply(app_connection, projection, events)
+                kept = await app_connection.fetch("SELECT * FROM incident_counts ORDER BY 1, 2, 3")
+                assert [tuple(row) for row in kept] == [tuple(row) for row in await app_connection.fetch(counted)]
+
+    await undo_after(app_connection, follow)
+
+
+@with_a_database
+@given(data=st.data())
 async def test_applying_any_part_again_changes_no_row_of_a_stream(app_connection, data):
     made = data.draw(histories())
     cut = data.draw(batches(made))

@@ -130,6 +130,22 @@ async def test_only_what_reaches_into_the_window_is_read(app_connection, owner, 
     assert row["sinces"] == [at(-24 * 400)]
 
 
+async def test_a_window_long_past_shows_what_reached_into_it_however_long_that_was(app_connection, history):
+    await app_connection.execute("SET timezone = 'America/New_York'")  # where a week may be an hour longer
+    history.service(1, RegisterService(slug="web", name="Web"), when=at(-24))
+    lengths = (1, 167, 168, 168.001, 169, 5000)
+    for number, hours in enumerate(lengths, 1):
+        history.incident(number, OpenIncident(title="i", service_ids=(1,)), when=at(1750))
+        history.incident(number, ResolveIncident(), when=at(1750 + hours))
+    history.incident(10, OpenIncident(title="i", service_ids=(1,)), when=at(0))
+    for projection in (Services(), Impact()):
+        await apply(app_connection, projection, history.events)
+    for start in (1700, 1749, 1751, 1750 + 166.5, 1750 + 167.5, 1750 + 168.0005, 1750 + 168.5, 1750 + 170, 7000):
+        row = await impact.between(app_connection, history.tenant_id, 1, at(start), at(start + 0.0001), LONG, 100)
+        expected = [n for n, hours in enumerate(lengths, 1) if 1750 <= start < 1750 + hours]
+        assert row["source_ids"] == [10, *expected]
+
+
 async def test_a_service_that_is_not_there_has_no_beginning(app_connection, history, other_history):
     history.service(1, RegisterService(slug="web", name="Web"))
     history.service(1, RetireService())

@@ -6,11 +6,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from opsentry.domain.incident import OpenIncident, ResolveIncident
+from opsentry.domain.incident import SEVERITIES, OpenIncident, ResolveIncident
 from opsentry.domain.maintenance import CompleteMaintenance, StartMaintenance
 from opsentry.domain.service import RegisterService
 from opsentry.events import log
 from opsentry.projections import impact, incidents, maintenance, services
+from opsentry.projections.incidents import Incidents
 from opsentry.wiring import projections
 from tests.projections.histories import History, apply, at, schedule
 from tests.projections.planting import plant
@@ -30,9 +31,23 @@ class Explained:
         self.plans.append(msgspec.json.decode(text)[0]["Plan"])
         return {}
 
+    execute = fetchrow
+
     async def fetch(self, query: str, *values: Any) -> list[Any]:
         await self.fetchrow(query, *values)
         return []
+
+
+class ExplainedOnce(Explained):
+    """The same of the plan that a connection makes once and keeps, for whatever values."""
+
+    async def fetchrow(self, query: str, *values: Any) -> dict[str, Any]:
+        literals = ", ".join("NULL" if value is None else f"'{value}'" for value in values)
+        await self._connection.execute(f"SET plan_cache_mode = force_generic_plan; PREPARE kept AS {query}")
+        text = await self._connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE kept ({literals})")
+        await self._connection.execute("DEALLOCATE kept; RESET plan_cache_mode")
+        self.plans.append(msgspec.json.decode(text)[0]["Plan"])
+        return {}
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -41,22 +56,22 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(inner)
 
 
-async def plan_of(connection: Any, query: Any) -> list[dict[str, Any]]:
-    explained = Explained(connection)
+async def plan_of(connection: Any, query: Any, how: type[Explained] = Explained) -> list[dict[str, Any]]:
+    explained = how(connection)
     await query(explained)
     (plan,) = explained.plans
     return list(nodes(plan))
 
 
-def assert_goes_by(plan: list[dict[str, Any]], table: str, index: str, *, reads: float) -> None:
-    """No row of `table` is met but by `index`, and at most `reads` are."""
+def assert_goes_by(plan: list[dict[str, Any]], table: str, *indexes: str, reads: float) -> None:
+    """No row of `table` is met but by `indexes`, and at most `reads` are."""
     found = [node for node in plan if node.get("Relation Name") == table]
     assert found
     assert "Seq Scan" not in {node["Node Type"] for node in found}
     by_index = {node["Index Name"] for node in found if "Index Name" in node}
     bitmaps = {node["Index Name"] for node in plan if node["Node Type"] == "Bitmap Index Scan"}
-    assert index in by_index | bitmaps
-    assert by_index <= {index}
+    assert set(indexes) <= by_index | bitmaps
+    assert by_index <= set(indexes)
     assert most_rows(plan, table) <= reads
 
 
@@ -78,6 +93,11 @@ async def full(owner, app_connection, history, other_history):
         for name in ("services", "incidents", "maintenance", "impact", "outbox"):
             await owner.execute("INSERT INTO checkpoints VALUES ($1, $2, $3)", each.tenant_id, name, 1)
         await plant(owner, each.tenant_id, 1, 1)
+    await owner.execute(
+        "INSERT INTO incident_counts SELECT tenant_id + other, status, severity, incidents"
+        " FROM incident_counts, generate_series(1000, 2000) AS other WHERE tenant_id = $1",
+        history.tenant_id,
+    )
     await owner.execute("VACUUM ANALYZE")
     return history
 
@@ -86,7 +106,7 @@ def fill(history: History) -> None:
     for number in range(1, 201):
         history.service(number, RegisterService(slug=f"s{number}", name=f"Service {number}"))
     for number in range(1, COUNT + 1):
-        history.incident(number, OpenIncident(title="i", description="d", service_ids=(number % 200 + 1,)))
+        history.incident(number, opened(number), when=at(number))
         if number % 400:
             history.incident(number, ResolveIncident(), when=at(number + 1))
     for number in range(1, COUNT // 4 + 1):
@@ -94,6 +114,11 @@ def fill(history: History) -> None:
         history.window(number, StartMaintenance())
         if number % 100:
             history.window(number, CompleteMaintenance())
+
+
+def opened(number: int) -> OpenIncident:
+    severity = SEVERITIES[number % 7 % len(SEVERITIES)]
+    return OpenIncident(title="i", description="d", severity=severity, service_ids=(number % 200 + 1,))
 
 
 async def test_hot_queries_go_by_their_indexes(app_connection, full):
@@ -112,10 +137,6 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
     due = await plan_of(app_connection, lambda c: maintenance.due(c, 2.0, 200))
     assert_goes_by(due, "maintenance", "maintenance_due", reads=2 * COUNT // 400)
 
-    recent = await plan_of(app_connection, lambda c: impact.between(c, tenant_id, 7, None, None, 36500, COUNT))
-    assert_goes_by(recent, "impact_periods", "impact_periods_of_service", reads=COUNT // 200 + COUNT // 800)
-    assert most_rows(recent, "impact_periods") >= COUNT // 200
-
     service = await plan_of(app_connection, lambda c: services.one(c, tenant_id, 7))
     assert_goes_by(service, "services", "services_pkey", reads=1)
     assert most_rows(service, "impact_periods") <= COUNT // 200 + COUNT // 800
@@ -124,19 +145,63 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
     assert_goes_by(refs, "services", "services_pkey", reads=2)
 
 
-async def test_the_first_page_of_a_list_reads_the_rows_it_shows(app_connection, full):
-    async def incidents_page(connection):
-        return await incidents.page(connection, full.tenant_id, status=None, severity=None, limit=20, offset=0)
+@pytest.mark.parametrize("how", [Explained, ExplainedOnce])
+async def test_uptime_reads_what_reaches_into_its_window_and_of_a_week_before(app_connection, full, how):
+    async def of_all_time(connection):
+        return await impact.between(connection, full.tenant_id, 7, None, None, 36500, COUNT)
 
-    async def windows_page(connection):
-        return await maintenance.page(connection, full.tenant_id, status=None, limit=20, offset=0)
+    async def of_a_day_long_past(connection):
+        return await impact.between(connection, full.tenant_id, 7, at(600), at(624), 30, COUNT)
 
-    for page, index in ((incidents_page, "incidents_newest"), (windows_page, "maintenance_newest")):
-        plan = await plan_of(app_connection, page)
-        # The same index may serve the count, which looks at no row.
-        (scan,) = [n for n in plan if n.get("Index Name") == index and n["Node Type"] == "Index Scan"]
-        assert scan["Actual Rows"] * scan["Actual Loops"] == 20
-        assert not [n for n in plan if n["Node Type"] == "Sort" and n["Actual Rows"] > 20]
+    for query, reads in ((of_all_time, COUNT // 200), (of_a_day_long_past, 2)):
+        plan = await plan_of(app_connection, query, how)
+        assert_goes_by(plan, "impact_periods", "impact_periods_brief", "impact_periods_long", reads=reads)
+        assert most_rows(plan, "impact_periods") > 0
+
+
+async def test_the_first_page_of_windows_reads_the_rows_it_shows(app_connection, full):
+    plan = await plan_of(app_connection, lambda c: maintenance.page(c, full.tenant_id, status=None, limit=20, offset=0))
+    # The same index may serve the count, which looks at no row.
+    (scan,) = [n for n in plan if n.get("Index Name") == "maintenance_newest" and n["Node Type"] == "Index Scan"]
+    assert scan["Actual Rows"] * scan["Actual Loops"] == 20
+    assert not [n for n in plan if n["Node Type"] == "Sort" and n["Actual Rows"] > 20]
+
+
+@pytest.mark.parametrize("how", [Explained, ExplainedOnce])
+@pytest.mark.parametrize(
+    ("status", "severity", "offset", "index"),
+    [
+        (None, None, 0, "incidents_newest"),
+        (None, None, COUNT // 2, "incidents_newest"),
+        ("resolved", None, COUNT // 2, "incidents_newest"),
+        ("investigating", None, 2, "incidents_open"),
+        ("monitoring", None, 0, "incidents_open"),
+        (None, "critical", 100, "incidents_of_severity"),
+        ("resolved", "critical", 100, "incidents_of_severity"),
+        ("investigating", "critical", 0, "incidents_open"),
+    ],
+)
+async def test_a_page_takes_its_ids_from_an_index_alone(app_connection, full, how, status, severity, offset, index):
+    async def page(connection):
+        filters = {"status": status, "severity": severity}
+        return await incidents.page(connection, full.tenant_id, **filters, limit=20, offset=offset)
+
+    plan = await plan_of(app_connection, page, how)
+    ids, bodies = [n for n in plan if n.get("Relation Name") == "incidents"]
+    assert (ids["Node Type"], ids["Index Name"], ids["Heap Fetches"]) == ("Index Only Scan", index, 0)
+    met = ids["Actual Rows"] + ids.get("Rows Removed by Filter", 0)
+    assert met <= (COUNT // 400 if index == "incidents_open" else offset + 20 + COUNT // 400)
+    assert (bodies["Node Type"], bodies["Index Name"]) == ("Index Scan", "incidents_pkey")
+    assert bodies["Actual Rows"] * bodies["Actual Loops"] <= 20
+    assert_goes_by(plan, "incident_counts", "incident_counts_pkey", reads=20)
+
+
+async def test_totals_are_kept_by_their_keys(app_connection, full):
+    explained = Explained(app_connection)
+    await apply(explained, Incidents(), full.incident(COUNT + 1, OpenIncident(title="i", severity="critical")))
+    (plan,) = [list(nodes(plan)) for plan in explained.plans]
+    assert_goes_by(plan, "incidents", "incidents_pkey", reads=1)
+    assert_goes_by(plan, "incident_counts", "incident_counts_pkey", reads=1)
 
 
 async def test_the_log_is_read_by_its_keys(app_connection, owner, full):
