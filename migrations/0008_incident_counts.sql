@@ -7,6 +7,9 @@ CREATE INDEX impact_periods_brief ON impact_periods (tenant_id, service_id, from
     WHERE NOT (to_at AT TIME ZONE 'UTC' > from_at AT TIME ZONE 'UTC' + interval '168 hours');
 CREATE INDEX impact_periods_long ON impact_periods (tenant_id, service_id, to_at)
     WHERE to_at AT TIME ZONE 'UTC' > from_at AT TIME ZONE 'UTC' + interval '168 hours';
+-- A service's status asks only for what lasts.
+DROP INDEX impact_periods_of_service;
+CREATE INDEX impact_periods_lasting ON impact_periods (tenant_id, service_id) WHERE to_at = 'infinity';
 
 -- Indexes that hold what lists filter by: a page takes its ids from one of them alone, and an offset skips no rows.
 DROP INDEX incidents_newest, incidents_open;

@@ -125,9 +125,26 @@ class Source(msgspec.Struct, kw_only=True, gc=False):
         return dict.fromkeys(self.service_ids, (self.level, self.excluded)) if self.live else {}
 
 
+_MOVES = frozenset(
+    {
+        IncidentOpened,
+        IncidentResolved,
+        IncidentReopened,
+        IncidentSeverityChanged,
+        IncidentServicesChanged,
+        IncidentVisibilityChanged,
+        MaintenanceScheduled,
+        MaintenanceStarted,
+        MaintenanceCompleted,
+    }
+)
+
+
 def evolve(source: Source | None, recorded: RecordedEvent) -> Source:
     """Fold one event of an incident or a window; one that changes nothing here gives the same object."""
     event = recorded.event
+    if source is not None and type(event) not in _MOVES:
+        return source
     match event:
         case IncidentOpened():
             return Source(
