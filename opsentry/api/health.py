@@ -124,6 +124,7 @@ class Readiness:
             "oldest_pending_seconds": round(row["pending_seconds"] or 0.0, 3),
             "lag_events": row["unseen"],
             "lag_seconds": round(row["unseen_seconds"] or 0.0, 3),
+            "parked": row["parked"],
         }
         if details["pending"] + details["lag_events"] > MAX_PENDING:
             raise Unhealthy(f"more than {MAX_PENDING} notifications wait", **details)

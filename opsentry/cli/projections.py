@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -47,9 +47,29 @@ def list_projections(*, json_output: bool) -> None:
     async def work(parts: Core, connection: Connection) -> Sequence[Any]:
         return await operations.standing(connection, parts.runner.projections)
 
-    columns = ["projection", "version", "generation", "paused", "tenants", "done", "behind", "parked"]
-    columns += ["lag_events", "lag_seconds", "to_rebuild", "rebuild_failed", "rebuilt_at"]
-    show(run(_connected(work)), columns, json_output=json_output)
+    rows = run(_connected(work))
+    columns = ["version", "generation", "tenants", "done", "behind", "parked"]
+    if json_output:
+        facts = ["paused", "lag_events", "lag_seconds", "to_rebuild", "rebuild_failed", "rebuilt_at"]
+        show(rows, ["projection", *columns, *facts], json_output=True)
+    else:
+        shown = [{**row, "projection": _name(row), "lag": _lag(row), "rebuild": _rebuild(row)} for row in rows]
+        show(shown, ["projection", *columns, "lag", "rebuild"], json_output=False)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['projection']} (paused)" if row["paused"] else str(row["projection"])
+
+
+def _lag(row: Mapping[str, Any]) -> str:
+    return f"{row['lag_events']:,} events, {row['lag_seconds']:.1f} s" if row["lag_events"] else "-"
+
+
+def _rebuild(row: Mapping[str, Any]) -> str:
+    failed = f", {row['rebuild_failed']} failed" if row["rebuild_failed"] else ""
+    if row["to_rebuild"]:
+        return f"{row['to_rebuild']} left{failed}"
+    return "-" if row["rebuilt_at"] is None else f"done {row['rebuilt_at']:%Y-%m-%d %H:%M}"
 
 
 @projections_group.command(name="parked")

@@ -13,7 +13,7 @@ _REGISTER = """
 INSERT INTO projections (name, version) SELECT * FROM unnest($1::text[], $2::int[])
 ON CONFLICT (name) DO UPDATE SET version = excluded.version, generation = projections.generation + 1
 WHERE projections.version < excluded.version
-RETURNING name
+RETURNING name, generation
 """
 
 # One that is new where there are ledgers already has everything to be derived.
@@ -83,16 +83,18 @@ SELECT name FROM resumed
 
 
 async def register(connection: Connection, projections: Sequence[Projection]) -> list[str]:
-    """Make `projections` known as this code has them; return those that are new, or whose version was raised.
+    """Make `projections` known as this code has them; return those whose rows are now to be derived anew.
 
-    Their rows are then derived anew, tenant by tenant, by whoever rebuilds next.
+    That is for the tenants that have a ledger, where one is new or its version was raised; whoever rebuilds next does
+    it.
     """
     names = [projection.name for projection in projections]
-    rows = await connection.fetch(_REGISTER, names, [projection.version for projection in projections])
-    raised = [row["name"] for row in rows]
-    for name in raised:
-        await connection.execute(_ENSURE, name)
-    return raised
+    to_do = []
+    for row in await connection.fetch(_REGISTER, names, [projection.version for projection in projections]):
+        missing = await connection.execute(_ENSURE, row["name"])
+        if row["generation"] > 0 or missing != "INSERT 0 0":
+            to_do.append(row["name"])
+    return to_do
 
 
 async def standing(connection: Connection, projections: Sequence[Projection]) -> list[asyncpg.Record]:

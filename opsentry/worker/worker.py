@@ -124,10 +124,10 @@ class Worker:
         """Derive anew what is to be, because a version was raised or somebody asked; at leisure."""
         if not self._registered:
             async with self._database.connection(PRUNE_SECONDS) as connection:
-                raised = await operations.register(connection, self._runner.projections)
+                to_do = await operations.register(connection, self._runner.projections)
             self._registered = True
-            if raised:
-                _log.info("projections that are new, or whose version was raised", projections=raised)
+            if to_do:
+                _log.info("projections that are new, or of a raised version, are derived anew", projections=to_do)
         rest = _Rest()
         left = list(await self._rebuilder.left(_REBUILD_BATCH))
         random.shuffle(left)
