@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -139,8 +139,13 @@ class Database:
             except asyncio.CancelledError:
                 raise  # the connection is given up: a ROLLBACK would wait for a server that does not answer
             except BaseException:
-                if not connection.is_closed():
-                    await connection.execute("ROLLBACK")
+                try:
+                    async with asyncio.timeout(DATABASE_TIMEOUT):
+                        await connection.execute("ROLLBACK")
+                except (TimeoutError, *_LOST):
+                    # With the connection goes the transaction; what led here is what is worth telling.
+                    with suppress(asyncpg.InterfaceError):
+                        connection.terminate()
                 raise
             await connection.execute("COMMIT")
 

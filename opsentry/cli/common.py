@@ -27,6 +27,7 @@ from opsentry.events.verify import BadExport
 from opsentry.events.writer import TenantBusy
 from opsentry.importing.statuspage import Malformed
 from opsentry.postgres import Connection, Database, DatabaseUnavailable, MigrationRefused, OutcomeUnknown
+from opsentry.projections.jobs import JobFailed
 from opsentry.projections.runner import NotThereYet
 from opsentry.wiring import Core, configure_logging, core
 
@@ -84,6 +85,7 @@ def explained() -> Iterator[None]:
         BadExport,
         ConcurrentChange,
         DomainError,
+        JobFailed,
         Malformed,
         MigrationRefused,
         NameTaken,

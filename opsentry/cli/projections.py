@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -21,7 +22,7 @@ from opsentry.projections import operations
 from opsentry.projections.projection import Projection
 from opsentry.projections.rebuild import Difference, Rebuilder
 from opsentry.projections.runner import Poison
-from opsentry.wiring import Core, core, projections
+from opsentry.wiring import Core, configure_logging, core, projections
 
 T = TypeVar("T")
 
@@ -139,9 +140,8 @@ def _switch(
     json_output: bool,
 ) -> None:
     async def work(parts: Core, connection: Connection) -> list[str]:
-        async with connection.transaction():
-            await operations.register(connection, parts.runner.projections)
-            return await change(connection, [projection.name for projection in wanted])
+        await operations.register(connection, parts.runner.projections)
+        return await change(connection, [projection.name for projection in wanted])
 
     changed = sorted(run(_connected(work)))
     if json_output:
@@ -157,7 +157,7 @@ def _switch(
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes at once.")
 @as_json
 def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, json_output: bool) -> None:
-    """Derive rows anew from the ledger. Readers notice nothing, and commands go on.
+    """Derive rows anew from the ledger. Readers see the old ones until a tenant is done, and commands go on.
 
     One that is interrupted or killed leaves every tenant as it was or done; the same command goes on with those that
     are left. So do workers, at their leisure.
@@ -174,6 +174,13 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
                 standing = await operations.standing(connection, wanted)
             if paused := [row["projection"] for row in standing if row["paused"]]:
                 raise click.ClickException(f"{', '.join(paused)}: paused; `opsentry projections resume` lets it go on")
+            own = {projection.name: projection.version for projection in wanted}
+            other = [row["projection"] for row in standing if row["version"] != own[row["projection"]]]
+            if tenant_id is not None and other:
+                raise click.ClickException(
+                    f"{', '.join(other)}: rows are of another version than this code's; only those of all tenants"
+                    " together can be derived anew with it"
+                )
             with _progress() as progress:
                 task = progress.add_task("folding", total=None)
 
@@ -186,6 +193,7 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
                     wanted,
                     tenant_id=tenant_id,
                     jobs=jobs,
+                    prepare=partial(configure_logging, found.log_level),
                     begin=begin,
                     advance=lambda events: progress.advance(task, events),
                 )

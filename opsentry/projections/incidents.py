@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, cast
 
 import asyncpg
@@ -435,17 +437,18 @@ def _rows(
 def _derive(streams: Streams) -> Rows:
     changed, kept = _rows(streams, {})
     updates = {stream_id: update_rows(stream) for stream_id, stream in streams.items()}
-    erased = {
-        stream_id: max((e.version for e in streams[stream_id] if isinstance(e.event, IncidentRedacted)), default=0)
-        for stream_id, _, _ in kept
-    }
-    snapshots = []
-    for stream_id, version, body in kept:
-        if version > erased[stream_id]:
-            recent = [row for row in updates[stream_id] if version - SNAPSHOT_EVERY < row[1] <= version]
-            entries = ",".join(marked(text, actor_kind, actor_id) for _, _, actor_kind, actor_id, text in recent)
-            tokens = sorted({row[3] for row in recent if row[2] == "token" and row[3] is not None})
-            snapshots.append((stream_id, version, body, entries, tokens))
+    snapshots: list[tuple[Any, ...]] = []
+    for stream_id, states in groupby(kept, key=itemgetter(0)):
+        erased = max((e.version for e in streams[stream_id] if isinstance(e.event, IncidentRedacted)), default=0)
+        hundreds: dict[int, list[tuple[Any, ...]]] = {}
+        for row in updates[stream_id]:
+            hundreds.setdefault((row[1] - 1) // SNAPSHOT_EVERY, []).append(row)
+        for _, version, body in states:
+            if version > erased:
+                recent = hundreds.get((version - 1) // SNAPSHOT_EVERY, [])
+                entries = ",".join(marked(text, actor_kind, actor_id) for _, _, actor_kind, actor_id, text in recent)
+                tokens = sorted({row[3] for row in recent if row[2] == "token" and row[3] is not None})
+                snapshots.append((stream_id, version, body, entries, tokens))
     return {
         INCIDENTS.name: changed,
         UPDATES.name: [row for rows in updates.values() for row in rows],

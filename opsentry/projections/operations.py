@@ -71,14 +71,19 @@ SELECT tenant_id, projection FROM released
 
 _PAUSE = "UPDATE projections SET paused = true WHERE name = ANY($1) AND NOT paused RETURNING name"
 
-# Whatever a paused projection has missed is noted as what has to be projected.
-_RESUME = """
-WITH resumed AS (UPDATE projections SET paused = false WHERE name = ANY($1) AND paused RETURNING name),
-noted AS (
-    INSERT INTO unprojected SELECT DISTINCT h.tenant_id, h.seq FROM resumed r
-    JOIN checkpoints c ON c.projection = r.name JOIN heads h ON h.tenant_id = c.tenant_id AND h.seq > c.position
-    ON CONFLICT DO NOTHING)
-SELECT name FROM resumed
+_RESUME = "UPDATE projections SET paused = false WHERE name = ANY($1) AND paused RETURNING name"
+
+# Notes all tenants of which a projection lags that does not stand still.
+_NOTE = """
+INSERT INTO unprojected SELECT DISTINCT h.tenant_id, h.seq FROM heads h
+JOIN checkpoints c ON c.tenant_id = h.tenant_id AND c.position < h.seq AND c.parked_seq IS NULL
+LEFT JOIN projections p ON p.name = c.projection
+WHERE NOT coalesce(p.paused, false) ON CONFLICT DO NOTHING
+"""
+
+# What a rebuild by older code could not do may well be what the newer one was made for.
+_TRY_AGAIN = """
+UPDATE checkpoints SET rebuild_seq = NULL, rebuild_error = NULL WHERE projection = ANY($1) AND rebuild_error IS NOT NULL
 """
 
 
@@ -90,10 +95,13 @@ async def register(connection: Connection, projections: Sequence[Projection]) ->
     """
     names = [projection.name for projection in projections]
     to_do = []
-    for row in await connection.fetch(_REGISTER, names, [projection.version for projection in projections]):
-        missing = await connection.execute(_ENSURE, row["name"])
-        if row["generation"] > 0 or missing != "INSERT 0 0":
-            to_do.append(row["name"])
+    async with connection.transaction():
+        raised = await connection.fetch(_REGISTER, names, [projection.version for projection in projections])
+        await connection.execute(_TRY_AGAIN, [row["name"] for row in raised])
+        for row in raised:
+            missing = await connection.execute(_ENSURE, row["name"])
+            if row["generation"] > 0 or missing != "INSERT 0 0":
+                to_do.append(row["name"])
     return to_do
 
 
@@ -126,5 +134,16 @@ async def pause(connection: Connection, names: Sequence[str]) -> list[str]:
 
 
 async def resume(connection: Connection, names: Sequence[str]) -> list[str]:
-    """Let these projections go on; return those that stood still."""
-    return [row["name"] for row in await connection.fetch(_RESUME, list(names))]
+    """Let these projections go on; return those that stood still. Not to be called in a transaction.
+
+    Passes that begin from now on see that they go on; what passes did before that, not caring for them, is noted after
+    it, so that none of it is missed.
+    """
+    resumed = [row["name"] for row in await connection.fetch(_RESUME, list(names))]
+    await note_who_lags(connection)
+    return resumed
+
+
+async def note_who_lags(connection: Connection) -> None:
+    """Note all tenants of which a projection lags, as an append does: as much work as there are tenants."""
+    await connection.execute(_NOTE)

@@ -70,8 +70,8 @@ _CLEAR = "DELETE FROM outbox_intents WHERE tenant_id = $1"
 _CLEAR_STATE = "DELETE FROM outbox_state WHERE tenant_id = $1"
 
 # What readiness asks, of all tenants: intents that wait to be sent, and events that the outbox has not seen yet,
-# be it behind or parked. Counting pending ones stops where the answer no longer changes. Only tenants with events that
-# some projection has not seen are looked at, so it costs the same however many there are.
+# be it behind, parked or paused. Counting pending ones stops where the answer no longer changes. Only tenants with
+# events that some projection has not seen are looked at, so it costs the same however many there are.
 _BACKLOG = """
 SELECT
     (SELECT count(*) FROM (SELECT FROM outbox_intents WHERE NOT suppressed LIMIT $1) AS waiting) AS pending,
@@ -85,7 +85,9 @@ FROM (
         count(*) FILTER (WHERE c.parked_seq IS NOT NULL) AS parked
     FROM (
         SELECT tenant_id FROM unprojected
-        UNION SELECT tenant_id FROM checkpoints WHERE projection = 'outbox' AND parked_seq IS NOT NULL) AS t
+        UNION SELECT tenant_id FROM checkpoints WHERE projection = 'outbox' AND parked_seq IS NOT NULL
+        UNION SELECT c.tenant_id FROM projections p JOIN checkpoints c ON c.projection = p.name
+            WHERE p.name = 'outbox' AND p.paused) AS t
     JOIN heads h USING (tenant_id)
     LEFT JOIN checkpoints c ON c.tenant_id = h.tenant_id AND c.projection = 'outbox'
     JOIN events e ON e.tenant_id = h.tenant_id AND e.seq = coalesce(c.position, 0) + 1

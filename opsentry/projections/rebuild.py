@@ -6,12 +6,14 @@ the old rows until then; a process that is killed leaves nothing behind.
 """
 
 import tempfile
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from operator import attrgetter
 from typing import IO, Any, NamedTuple, Self
 
 import msgspec
+import structlog
 
 from opsentry.events import log
 from opsentry.events.codec import UnknownEvent
@@ -19,6 +21,8 @@ from opsentry.postgres import Connection, Database, is_passing
 from opsentry.projections.operations import register
 from opsentry.projections.projection import Projection, Rows, Streams, Table
 from opsentry.projections.runner import Poison
+
+_log = structlog.get_logger()
 
 # So many events are folded at once: enough to make round trips cheap, few enough to stay small.
 _CHUNK = 2_000
@@ -34,11 +38,12 @@ SELECT pg_try_advisory_xact_lock(hashtextextended('rebuild', $1)),
     set_config('idle_in_transaction_session_timeout', '60s', true), set_config('synchronous_commit', 'off', true)
 """
 
-# Which of these projections are still to be rebuilt for the tenant.
+# Which of these projections are still to be rebuilt for the tenant by code of these versions, and to which generation.
 _WANTED = """
-SELECT c.projection FROM checkpoints c JOIN projections p ON p.name = c.projection
-WHERE c.tenant_id = $1 AND c.projection = ANY($2) AND c.generation < p.generation
-    AND c.rebuild_error IS NULL AND NOT p.paused
+SELECT c.projection, p.generation FROM unnest($2::text[], $3::int[]) AS own (name, version)
+JOIN projections p ON p.name = own.name AND p.version = own.version AND NOT p.paused
+JOIN checkpoints c ON c.projection = p.name AND c.tenant_id = $1
+WHERE c.generation < p.generation AND c.rebuild_error IS NULL
 """
 
 # Taken in the same order as a pass does, and with the same impatience.
@@ -47,14 +52,19 @@ SELECT projection, (SELECT set_config('idle_in_transaction_session_timeout', '3s
 FROM checkpoints WHERE tenant_id = $1 AND projection = ANY($2) ORDER BY projection FOR NO KEY UPDATE
 """
 
+# The generation is the one that was asked for when the fold began: whoever asked since is not answered by it.
 _DONE = """
-UPDATE checkpoints c SET position = $3, parked_seq = NULL, error = NULL, rebuild_seq = NULL, rebuild_error = NULL,
-    generation = p.generation, rebuilt_at = clock_timestamp()
-FROM projections p WHERE p.name = c.projection AND c.tenant_id = $1 AND c.projection = ANY($2)
+UPDATE checkpoints c SET position = $4, parked_seq = NULL, error = NULL, rebuild_seq = NULL, rebuild_error = NULL,
+    generation = wanted.generation, rebuilt_at = clock_timestamp()
+FROM unnest($2::text[], $3::int[]) AS wanted (name, generation)
+WHERE c.tenant_id = $1 AND c.projection = wanted.name
 """
 
+# Unless somebody else could do it meanwhile.
 _FAILED = """
-UPDATE checkpoints SET rebuild_seq = $3, rebuild_error = $4 WHERE tenant_id = $1 AND projection = $2
+UPDATE checkpoints c SET rebuild_seq = $4, rebuild_error = $5 FROM unnest($2::text[], $3::int[]) AS own (name, version)
+JOIN projections p ON p.name = own.name AND p.version = own.version
+WHERE c.tenant_id = $1 AND c.projection = p.name AND c.generation < p.generation
 """
 
 # A rebuild of all tenants begins by raising the generation, unless one is under way: then it goes on. What failed in
@@ -75,13 +85,16 @@ WHERE projection = ANY($1) AND rebuild_error IS NOT NULL AND ($2::bigint IS NULL
 _BEGIN_ONE = "UPDATE checkpoints SET generation = -1 WHERE projection = ANY($1) AND tenant_id = $2 AND generation >= 0"
 
 # Tenants that are still to be rebuilt, found by the index: as much work as there are such tenants. Rows of a version
-# that this code does not have are left to code that has it.
+# that this code does not have are left to code that has it, and those to which older code that still runs has added
+# after they were done are not done again before $4 seconds are over.
 _LEFT = """
 SELECT DISTINCT left_over.tenant_id FROM unnest($1::text[], $2::int[]) AS own (name, version)
 JOIN projections p ON p.name = own.name AND p.version = own.version AND NOT p.paused
 CROSS JOIN LATERAL (
     SELECT tenant_id FROM checkpoints c
     WHERE c.projection = p.name AND c.generation < p.generation AND c.rebuild_error IS NULL
+        AND (c.generation >= 0 OR c.rebuilt_at IS NULL
+            OR c.rebuilt_at <= clock_timestamp() - $4 * interval '1 second')
     ORDER BY c.generation LIMIT $3) AS left_over
 """
 
@@ -95,6 +108,14 @@ async def _go_on() -> None:
     return None
 
 
+def _own(projections: Sequence[Projection]) -> tuple[list[str], list[int]]:
+    return [projection.name for projection in projections], [projection.version for projection in projections]
+
+
+class _NoLongerWanted(Exception):
+    """Somebody has changed what is to be rebuilt, while it was."""
+
+
 class Rebuilder:
     """Derives rows anew, tenant by tenant."""
 
@@ -106,7 +127,7 @@ class Rebuilder:
 
     async def begin(self, tenant_id: int | None = None) -> None:
         """Have the rows of all tenants, or of one, derived anew; go on with what is under way already."""
-        async with self._database.transaction(60) as connection:
+        async with self._database.connection(60) as connection, connection.transaction():
             await register(connection, self._projections)
             if tenant_id is None:
                 await connection.execute(_BEGIN, self._names, self._versions)
@@ -114,13 +135,14 @@ class Rebuilder:
                 await connection.execute(_BEGIN_ONE, self._names, tenant_id)
             await connection.execute(_TRY_AGAIN, self._names, tenant_id)
 
-    async def left(self, limit: int) -> dict[int, int]:
+    async def left(self, limit: int, rest: float = 0.0) -> dict[int, int]:
         """Return the tenants that are still to be done, and how many events each has, the longest ledger first.
 
-        At most `limit` of each projection.
+        At most `limit` of each projection. Rows that were done less than `rest` seconds ago are left to rest where
+        older code has added to them since.
         """
         async with self._database.connection(60) as connection:
-            rows = await connection.fetch(_LEFT, self._names, self._versions, limit)
+            rows = await connection.fetch(_LEFT, self._names, self._versions, limit, rest)
             sizes = await connection.fetch(_SIZES, [row["tenant_id"] for row in rows])
             return {row["tenant_id"]: row["seq"] for row in sizes}
 
@@ -135,7 +157,7 @@ class Rebuilder:
         """Derive anew what is to be derived of a tenant; return the names of the projections that were.
 
         Nothing is done where somebody else is at it just now. A projection that meets an event that it cannot apply
-        has its rows left as they were, and says so among what is parked.
+        has its rows left as they were, and says so among what is parked; so does one whose rows cannot be written.
 
         Args:
             tenant_id: The tenant.
@@ -146,18 +168,28 @@ class Rebuilder:
         Raises:
             DatabaseUnavailable: The database was lost; the rows are as they were.
         """
-        done: list[str] = []
-        tried: list[Projection] = self._projections
+        tried = self._projections
         while tried:
             try:
-                done += await self._rebuild(tenant_id, tried, advance, breathe, chunk)
+                return await self._rebuild(tenant_id, tried, advance, breathe, chunk)
+            except _NoLongerWanted:
+                return []
             except Poison as poison:
-                async with self._database.transaction() as connection:
-                    await connection.execute(_FAILED, tenant_id, poison.projection, poison.seq, poison.error)
-                tried = [projection for projection in tried if projection.name != poison.projection]
-                continue
-            break
-        return done
+                failed = [projection for projection in tried if projection.name == poison.projection]
+                await self._fail(tenant_id, failed, poison.seq, poison.error)
+                tried = [projection for projection in tried if projection not in failed]
+            except Exception as error:
+                if is_passing(error):
+                    raise
+                await self._fail(tenant_id, tried, None, f"{type(error).__name__}: {error}")
+                raise
+        return []
+
+    async def _fail(self, tenant_id: int, failed: Sequence[Projection], seq: int | None, error: str) -> None:
+        names = [projection.name for projection in failed]
+        _log.error("rebuild failed", tenant_id=tenant_id, projections=names, seq=seq)
+        async with self._database.transaction(60) as connection:
+            await connection.execute(_FAILED, tenant_id, *_own(failed), seq, error)
 
     async def _rebuild(
         self,
@@ -170,23 +202,25 @@ class Rebuilder:
         async with self._database.transaction(_PATIENCE) as connection:
             if not await connection.fetchval(_ALONE, tenant_id):
                 return []
-            rows = await connection.fetch(_WANTED, tenant_id, [projection.name for projection in projections])
-            wanted = {row["projection"] for row in rows}
+            rows = await connection.fetch(_WANTED, tenant_id, *_own(projections))
+            wanted = {row["projection"]: row["generation"] for row in rows}
             group = [projection for projection in projections if projection.name in wanted]
             if not group:
                 return []
-            names = [projection.name for projection in group]
             end = await log.head(connection, tenant_id)
             with Staged() as staged:
                 async for derived in fold(connection, group, tenant_id, end, chunk):
                     staged.add(derived.rows)
                     advance(derived.events)
                     await breathe()
-                await connection.fetch(_LOCK, tenant_id, names)
+                await connection.fetch(_LOCK, tenant_id, list(wanted))
+                # What was paused or raised since is not for this code to replace; it begins again where it is wanted.
+                if len(await connection.fetch(_WANTED, tenant_id, *_own(group))) < len(group):
+                    raise _NoLongerWanted
                 await _replace(connection, [table for each in group for table in each.tables], tenant_id, staged)
             end = await _apply_tail(connection, group, tenant_id, end)
-            await connection.execute(_DONE, tenant_id, names, end)
-            return names
+            await connection.execute(_DONE, tenant_id, list(wanted), list(wanted.values()), end)
+            return list(wanted)
 
     async def verify(
         self, projection: Projection, tenant_id: int, advance: Callable[[int], None] = lambda _events: None
@@ -269,16 +303,28 @@ def _kinds(projections: Sequence[Projection]) -> list[str]:
 
 def _blame(projection: Projection, kind: str, streams: Streams, error: Exception) -> Poison:
     """Return the poison: the first event without which its stream can be folded up to there."""
+
+    def failure(number: int, length: int) -> Exception | None:
+        try:
+            projection.deriver()(kind, {number: streams[number][:length]})
+        except Exception as blamed:  # noqa: BLE001 - whatever it is that the event is to blame for
+            return blamed
+        return None
+
     for number, stream in streams.items():
-        for length, recorded in enumerate(stream, 1):
-            try:
-                projection.deriver()(kind, {number: stream[:length]})
-            except Exception as blamed:  # noqa: BLE001 - whatever it is that the event is to blame for
-                return Poison(projection.name, recorded.seq, f"{type(blamed).__name__}: {blamed}")
+        if failure(number, len(stream)) is not None:
+            # A stream that cannot be folded up to some event cannot be folded further either.
+            first = bisect_left(range(len(stream)), 1, key=lambda place: int(failure(number, place + 1) is not None))
+            blamed = failure(number, first + 1)
+            return Poison(projection.name, stream[first].seq, f"{type(blamed).__name__}: {blamed}")
     raise error
 
 
 # ------------------------------------------------------------------------------------------------ rows kept aside
+
+
+class NoRoom(Exception):
+    """Rows that wait to be written found no room in a file."""
 
 
 class Staged:
@@ -306,13 +352,20 @@ class Staged:
             self._spill()
 
     def _spill(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            # In words of its own, as it would pass for a lost database.
+            raise NoRoom(f"rows cannot be kept aside in {tempfile.gettempdir()}: {error}") from error
+        self._rows, self._count = {}, 0
+
+    def _write(self) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="opsentry-rebuild-")  # noqa: SIM115 - closed by __exit__
         for table, rows in self._rows.items():
             block = msgspec.msgpack.encode(rows)
             self._blocks.setdefault(table, []).append((self._file.tell(), len(block)))
             self._file.write(block)
-        self._rows, self._count = {}, 0
 
     def of(self, table: str) -> Iterator[Sequence[Sequence[Any]]]:
         """Yield all rows of a table, some at a time."""
@@ -359,7 +412,9 @@ async def _apply_tail(connection: Connection, group: Sequence[Projection], tenan
             except Exception as error:
                 if is_passing(error):
                     raise
-                raise Poison(projection.name, until, f"{type(error).__name__}: {error}") from error
+                # Whoever catches up comes to the same event and names it.
+                blamed = f"in events {position + 1} to {until}: {type(error).__name__}: {error}"
+                raise Poison(projection.name, until, blamed) from error
         position = until
     return end
 

@@ -35,22 +35,32 @@ FROM checkpoints c LEFT JOIN projections p ON p.name = c.projection
 WHERE c.tenant_id = $1 AND c.projection = ANY($2) ORDER BY c.projection FOR NO KEY UPDATE OF c
 """
 
-# Moves the checkpoints that are furthest behind on to $3: nothing before that is left to be projected.
-_ADVANCE = """
-WITH projected AS (DELETE FROM unprojected WHERE tenant_id = $1 AND seq <= $3)
-UPDATE checkpoints SET position = $3 WHERE tenant_id = $1 AND projection = ANY($2)
+# What need not be projected any more: up to $2, as far as all others than $3 are there too that do not stand still.
+# Those are looked at anew by each statement: one that was resumed since, or that only newer code knows, must not lose
+# its note.
+_PROJECTED = """
+DELETE FROM unprojected WHERE tenant_id = $1 AND seq <= $2 AND NOT EXISTS (
+    SELECT FROM checkpoints c LEFT JOIN projections p ON p.name = c.projection
+    WHERE c.tenant_id = $1 AND c.projection <> ALL($3) AND c.position < seq
+        AND c.parked_seq IS NULL AND NOT coalesce(p.paused, false))
+"""
+
+# Moves the checkpoints that are furthest behind on.
+_ADVANCE = f"""
+WITH projected AS ({_PROJECTED})
+UPDATE checkpoints SET position = $2 WHERE tenant_id = $1 AND projection = ANY($3)
 """
 
 # Rows to which an older version of the code has added are to be derived anew by the newer one.
 _OUTDATE = "UPDATE checkpoints SET generation = -1 WHERE tenant_id = $1 AND projection = ANY($2) AND generation >= 0"
 
-_PROJECTED = "DELETE FROM unprojected WHERE tenant_id = $1 AND seq <= $2"
-
-# Unless another process, which may know the event, has gone past it since.
-_PARK = (
-    "UPDATE checkpoints SET parked_seq = $3, error = $4"
-    " WHERE tenant_id = $1 AND projection = $2 AND position = $3 - 1 AND parked_seq IS NULL"
-)
+# Unless another process, which may know the event, has gone past it since. Where the rows are of newer code than this,
+# they may be what it does not understand: that code is to derive them anew, and goes on.
+_PARK = """
+UPDATE checkpoints c SET parked_seq = $3, error = $4, generation = CASE WHEN EXISTS (
+    SELECT FROM projections p WHERE p.name = c.projection AND p.version > $5) THEN -1 ELSE generation END
+WHERE tenant_id = $1 AND projection = $2 AND position = $3 - 1 AND parked_seq IS NULL
+"""
 
 # Tenants after $1 whose ledger has gone further than one of their projections, each found by the index: as much work
 # as there are tenants that lag.
@@ -219,7 +229,7 @@ class Runner:
         if not positions:
             # Whoever lets them go on notes the tenant again.
             head = await log.head(connection, tenant_id)
-            await connection.execute(_PROJECTED, tenant_id, head)
+            await connection.execute(_PROJECTED, tenant_id, head, [])
             return head, False
         lowest = min(positions.values())
         # Projections that stand at the same position advance together; those that are behind catch up first.
@@ -236,17 +246,17 @@ class Runner:
             if error.kind in group[0].kinds:
                 raise Poison(group[0].name, lowest + 1, str(error)) from error
             # It lies in a stream of a kind that this projection does not read, so it need not be understood here.
-            await connection.execute(_ADVANCE, tenant_id, [group[0].name], lowest + 1)
+            await connection.execute(_ADVANCE, tenant_id, lowest + 1, [group[0].name])
             return lowest + 1, True
         if events:
             await self._apply(connection, tenant_id, group, events)
             lowest = events[-1].seq
             names = [projection.name for projection in group]
-            await connection.execute(_ADVANCE, tenant_id, names, lowest)
+            await connection.execute(_ADVANCE, tenant_id, lowest, names)
             if outdated := [name for name in names if name in newer]:
                 await connection.execute(_OUTDATE, tenant_id, outdated)
         else:
-            await connection.execute(_PROJECTED, tenant_id, lowest)
+            await connection.execute(_PROJECTED, tenant_id, lowest, [])
         more = len(events) == limit or next_position is not None or len(group) < len(positions)
         return lowest, more and bool(events)
 
@@ -269,7 +279,8 @@ class Runner:
     async def _park(self, tenant_id: int, poison: Poison) -> None:
         _log.error("projection parked", tenant_id=tenant_id, projection=poison.projection, seq=poison.seq)
         async with self._database.transaction() as connection:
-            await connection.execute(_PARK, tenant_id, poison.projection, poison.seq, poison.error)
+            version = self._versions[poison.projection]
+            await connection.execute(_PARK, tenant_id, poison.projection, poison.seq, poison.error, version)
 
 
 class _BatchFailed(Exception):

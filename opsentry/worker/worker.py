@@ -41,6 +41,9 @@ _BEHIND = 1_000
 # A rebuild nobody waits for folds so many events at once, and then rests three times as long as that took.
 _CHUNK = 200
 _REST = 3.0
+_LONGEST_REST = 2.0
+# So long rows rest that older code, still running, has added to after they were derived anew.
+_SETTLE_SECONDS = 300.0
 _REBUILD_BATCH = 20
 # After a pass has been held up for so long it is looked at who holds it.
 _PATIENCE = 5.0
@@ -70,7 +73,7 @@ class Worker:
         self._commands = commands
         self._runner = runner
         self._rebuilder = Rebuilder(database, runner.projections)
-        self._registered = False
+        self._begun = False
         # A wake-up that comes late is as good as one on time: it looks at what is due now.
         self._scheduler = AsyncIOScheduler(
             executors={"default": AsyncIOExecutor()},
@@ -122,17 +125,23 @@ class Worker:
 
     async def rebuild(self) -> None:
         """Derive anew what is to be, because a version was raised or somebody asked; at leisure."""
-        if not self._registered:
-            async with self._database.connection(PRUNE_SECONDS) as connection:
-                to_do = await operations.register(connection, self._runner.projections)
-            self._registered = True
-            if to_do:
-                _log.info("projections that are new, or of a raised version, are derived anew", projections=to_do)
+        if not self._begun:
+            await self._begin()
+            self._begun = True
         rest = _Rest()
-        left = list(await self._rebuilder.left(_REBUILD_BATCH))
+        left = list(await self._rebuilder.left(_REBUILD_BATCH, _SETTLE_SECONDS))
         random.shuffle(left)
         for tenant_id in left:
             await _surviving(self._rebuild_one, tenant_id, rest)
+
+    async def _begin(self) -> None:
+        """Make known what this code derives, and let what stands still try again: what is new here may help it."""
+        async with self._database.connection(PRUNE_SECONDS) as connection:
+            to_do = await operations.register(connection, self._runner.projections)
+            await operations.release(connection, [projection.name for projection in self._runner.projections])
+            await operations.note_who_lags(connection)
+        if to_do:
+            _log.info("projections that are new, or of a raised version, are derived anew", projections=to_do)
 
     async def _rebuild_one(self, tenant_id: int, rest: "_Rest") -> None:
         done = await self._rebuilder.rebuild(tenant_id, breathe=rest, chunk=_CHUNK)
@@ -197,7 +206,7 @@ class _Rest:
         self._woke = time.monotonic()
 
     async def __call__(self) -> None:
-        await asyncio.sleep(_REST * (time.monotonic() - self._woke))
+        await asyncio.sleep(min(_LONGEST_REST, _REST * (time.monotonic() - self._woke)))
         self._woke = time.monotonic()
 
 
