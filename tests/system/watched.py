@@ -211,7 +211,7 @@ class Watch:
             nonlocal own
             turn = next(turns)
             if turn % 16 == 0:
-                own = await self._open(client, one, one.silenced if turn % 160 else one.loud)
+                own = await self._open(client, one, one.silenced if turn % 800 else one.loud)
             elif turn % 16 == 15:
                 title = one.incidents[own]
                 one.resolving.add(title)
