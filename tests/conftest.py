@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -70,9 +71,9 @@ def valkey(servers_folder: Path) -> Iterator[EmbeddedValkey]:
     server.stop()
 
 
-@pytest.fixture
-async def database_name(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
-    """A migrated database of its own."""
+@asynccontextmanager
+async def new_database(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+    """Make a migrated database and lend its name."""
     name = f"test_{os.getpid()}_{next(_numbers)}"
     connection = await asyncpg.connect(postgres.url("postgres"))
     await connection.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE} STRATEGY file_copy")
@@ -82,8 +83,14 @@ async def database_name(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-def settings(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_name: str) -> Settings:
-    """Settings of the application's own role, with limits that no test meets by accident."""
+async def database_name(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+    """A migrated database of its own."""
+    async with new_database(postgres) as name:
+        yield name
+
+
+def settings_for(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_name: str) -> Settings:
+    """Return settings of the application's own role, with limits that no test meets by accident."""
     return Settings(
         database_url=postgres.url(database_name, APP_USER),
         migrate_database_url=postgres.url(database_name),
@@ -93,6 +100,12 @@ def settings(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_name: 
         auth_failure_limit="1000000/minute",
         log_level="error",
     )
+
+
+@pytest.fixture
+def settings(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_name: str) -> Settings:
+    """Settings for a database of the test's own."""
+    return settings_for(postgres, valkey, database_name)
 
 
 @pytest.fixture

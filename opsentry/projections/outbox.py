@@ -71,7 +71,8 @@ _CLEAR_STATE = "DELETE FROM outbox_state WHERE tenant_id = $1"
 
 # What readiness asks, of all tenants: intents that wait to be sent, and events that the outbox has not seen yet,
 # be it behind, parked or paused. Counting pending ones stops where the answer no longer changes. Only tenants with
-# events that some projection has not seen are looked at, so it costs the same however many there are.
+# events that some projection has not seen are looked at, so it costs the same however many there are. LIMIT keeps them
+# from being joined by scans of whole tables, the ledger's own among them, where statistics are of another time.
 _BACKLOG = """
 SELECT
     (SELECT count(*) FROM (SELECT FROM outbox_intents WHERE NOT suppressed LIMIT $1) AS waiting) AS pending,
@@ -86,11 +87,16 @@ FROM (
     FROM (
         SELECT tenant_id FROM unprojected
         UNION SELECT tenant_id FROM checkpoints WHERE projection = 'outbox' AND parked_seq IS NOT NULL
-        UNION SELECT c.tenant_id FROM projections p JOIN checkpoints c ON c.projection = p.name
+        UNION SELECT c.tenant_id FROM projections p CROSS JOIN LATERAL (
+            SELECT tenant_id FROM checkpoints WHERE projection = p.name OFFSET 0) AS c
             WHERE p.name = 'outbox' AND p.paused) AS t
-    JOIN heads h USING (tenant_id)
-    LEFT JOIN checkpoints c ON c.tenant_id = h.tenant_id AND c.projection = 'outbox'
-    JOIN events e ON e.tenant_id = h.tenant_id AND e.seq = coalesce(c.position, 0) + 1
+    CROSS JOIN LATERAL (SELECT seq FROM heads WHERE tenant_id = t.tenant_id LIMIT 1) AS h
+    LEFT JOIN LATERAL (
+        SELECT position, parked_seq FROM checkpoints
+        WHERE tenant_id = t.tenant_id AND projection = 'outbox' LIMIT 1) AS c ON true
+    CROSS JOIN LATERAL (
+        SELECT recorded_at FROM events WHERE tenant_id = t.tenant_id AND seq > coalesce(c.position, 0)
+        ORDER BY seq LIMIT 1) AS e
     WHERE h.seq > coalesce(c.position, 0)
 ) AS lag
 """

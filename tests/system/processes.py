@@ -70,7 +70,7 @@ class Running:
     async def ended(self, seconds: float = START_TIMEOUT) -> int:
         """Return the exit code."""
         async with asyncio.timeout(seconds):
-            await self._reader
+            await asyncio.shield(self._reader)  # whoever loses patience does not end it for the others
             return await self.process.wait()
 
 

@@ -1,0 +1,322 @@
+"""A rebuild that is killed in its midst, again and again, while others write and read: nobody ever notices."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import asyncpg
+import psutil
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from opsentry.config import Settings
+from opsentry.projections.rebuild import Rebuilder
+from opsentry.wiring import core, projections
+from tests.conftest import make_tenant, new_database, settings_for
+from tests.system.intents import check_intents
+from tests.system.processes import Running, environment, opsentry, running, server, until
+from tests.system.watched import Watch, watched
+
+TENANTS = 6
+INCIDENTS = 30
+# There is no sender yet, and readiness counts what waits for one: before that is too much, or too old, all begins anew.
+ROUNDS_OF_ONE_DATABASE = 20
+# Most of a round is waiting for processes to start.
+DATABASES = 2
+
+# When it is killed, and who does what is left: the same command, the worker, or both after the worker was killed too.
+MOMENTS = ("starting", "folding", "waiting", "swapping", "between tenants", "any")
+ENDINGS = ("again", "worker", "new worker")
+
+GENERATION = "SELECT coalesce(min(generation), 0) FROM projections"
+DONE = "SELECT count(*) FROM (SELECT FROM checkpoints GROUP BY tenant_id HAVING min(rebuilt_at) > $1) AS done"
+OUTBOX = "SELECT tenant_id, position FROM checkpoints WHERE projection = 'outbox'"
+# All intents for events up to a position of each tenant.
+INTENTS = """
+SELECT tenant_id, count(*), md5(string_agg(i::text, ',' ORDER BY intent_id)) FROM outbox_intents i
+JOIN unnest($1::bigint[], $2::bigint[]) AS was (tenant_id, position) USING (tenant_id)
+WHERE seq <= position GROUP BY tenant_id ORDER BY tenant_id
+"""
+# What those are at who rebuild a tenant just now.
+AT_WORK = """
+SELECT a.application_name, a.query, coalesce(a.state = 'active' AND a.wait_event_type = 'Lock', false) AS waits
+FROM pg_stat_activity a JOIN pg_locks l ON l.pid = a.pid AND l.locktype = 'advisory' AND l.granted
+WHERE a.datname = current_database()
+"""
+SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'rebuild'"
+# What keeps rebuilds from their locks, and from deleting the last of the rows.
+HOLD = {
+    "waiting": "SELECT FROM checkpoints WHERE 0 < ALL($1::bigint[]) ORDER BY tenant_id, projection FOR NO KEY UPDATE",
+    "swapping": "SELECT FROM impact_periods WHERE source_id = ANY($1) FOR UPDATE",
+}
+STAGES = {
+    "FROM events": "fold",
+    "FOR NO KEY UPDATE": "lock",
+    "DELETE FROM": "swap",
+    "COPY": "swap",
+    "rebuilt_at": "end",
+    "COMMIT": "end",
+}
+
+
+class Round(NamedTuple):
+    """How one kill went: `at` is what the processes were doing, `done` how many tenants they had finished."""
+
+    moment: str
+    at: str
+    done: int
+    ending: str
+    written: int
+    read: int
+    lagging: int
+    probed: int
+    intents: int
+
+
+class Killing:
+    """Rebuilds of one database that are killed."""
+
+    def __init__(self, settings: Settings, chance: random.Random) -> None:
+        self.settings = settings
+        self.chance = chance
+        self.stack = AsyncExitStack()
+
+    async def begin(self) -> None:
+        """Fill the database, and start all who work on it."""
+        self.parts = await self.stack.enter_async_context(core(self.settings))
+        self.tenants = [
+            await watched(self.parts, await make_tenant(self.parts, f"tenant-{number}"), INCIDENTS)
+            for number in range(TENANTS)
+        ]
+        self.owner, self.holder, self.keeper = [await self.connect() for _ in range(3)]
+        _, url = await self.stack.enter_async_context(server(self.settings))
+        await self.start_worker()
+        self.watch = await self.stack.enter_async_context(Watch(url, self.tenants))
+
+    async def connect(self) -> Any:
+        connection = await asyncpg.connect(self.settings.migrate_database_url)
+        self.stack.push_async_callback(connection.close)
+        return connection
+
+    async def start_worker(self) -> None:
+        self.worker = await self.stack.enter_async_context(running(environment(self.settings), "worker"))
+        await self.worker.line("working")
+
+    async def round(self, moment: str, ending: str) -> Round:
+        """Make all rows old ones, begin to derive them anew, kill that, have it ended, and look at what is there."""
+        before = self.counted()
+        for one in self.tenants:
+            await one.mark(self.owner)
+        await self.watch.shown(old=True)
+        rows = await self.owner.fetch(OUTBOX)
+        positions = [row["tenant_id"] for row in rows], [row["position"] for row in rows]
+        async with self.kept(positions):
+            began = await self.owner.fetchval("SELECT clock_timestamp()")
+            done, at = await self.kill(moment, began)
+            if ending == "new worker":
+                self.worker.kill()
+                await self.worker.ended()
+                await self.start_worker()
+            if ending != "worker":
+                ran = await opsentry(*self.command())
+                assert ran.code == 0, ran
+            await until(lambda: self.all_done(began))
+            await self.watch.shown(old=False)
+        assert self.watch.wrong == []
+        intents = await self.check()
+        written, read, lagging, probed = (now - then for now, then in zip(self.counted(), before, strict=True))
+        return Round(moment, at, done, ending, written, read, lagging, probed, intents)
+
+    def counted(self) -> Sequence[int]:
+        return self.watch.written, self.watch.read, self.watch.lagging, self.watch.probed
+
+    def command(self) -> tuple[dict[str, str], str, str, str, str, str]:
+        """The rebuild; its sessions can be told from all others."""
+        url = f"{self.settings.database_url}&application_name=rebuild"
+        env = environment(self.settings, OPSENTRY_DATABASE_URL=url)
+        return env, "projections", "rebuild", "--all", "--jobs", "2"
+
+    async def all_done(self, began: Any) -> bool:
+        return bool(await self.owner.fetchval(DONE, began) == TENANTS)
+
+    @asynccontextmanager
+    async def kept(self, positions: tuple[list[int], list[int]]) -> AsyncIterator[None]:
+        """Look all the time whether the intents of old events are the same, and no others."""
+        before = await self.keeper.fetch(INTENTS, *positions)
+        over = asyncio.Event()
+
+        async def look() -> None:
+            while not over.is_set():
+                assert await self.keeper.fetch(INTENTS, *positions) == before
+                await asyncio.sleep(0.3)
+
+        looking = asyncio.create_task(look())
+        try:
+            yield
+        finally:
+            over.set()
+            await looking
+        assert await self.keeper.fetch(INTENTS, *positions) == before
+
+    # -------------------------------------------------------------------------------------------- killing
+
+    async def kill(self, moment: str, began: Any) -> tuple[int, str]:
+        """Kill a rebuild at `moment`; return how many tenants were done, and what its processes were at."""
+        while True:
+            generation = await self.owner.fetchval(GENERATION)
+            async with running(*self.command()) as process, self.held(moment) as release:
+                await self.until(process, partial(self.raised, generation))
+                await self.reach(process, moment, began)
+                started = psutil.Process(process.pid).children(recursive=True) if self.runs(process) else []
+                at = await self.stages()
+                process.kill()
+                done = await self.owner.fetchval(DONE, began)
+                code = await process.ended()
+                _, alive = await asyncio.to_thread(psutil.wait_procs, started, 10)
+                assert alive == []
+                await release()
+                await until(self.nobody_rebuilds)
+                # The worker may have been faster: then there was nothing left to be killed.
+                if code == -9:
+                    return done, at
+
+    @asynccontextmanager
+    async def held(self, moment: str) -> AsyncIterator[Any]:
+        """Hold what the moment needs to be held, until it is released."""
+        transaction = self.holder.transaction()
+        await transaction.start()
+        released = False
+
+        async def release() -> None:
+            nonlocal released
+            if not released:
+                released = True
+                await transaction.rollback()
+
+        if moment in HOLD:
+            await self.holder.execute(HOLD[moment], [one.quiet for one in self.tenants])
+        try:
+            yield release
+        finally:
+            await release()
+
+    async def reach(self, process: Running, moment: str, began: Any) -> None:
+        """Return at the moment, or when the process has ended before it."""
+        match moment:
+            case "starting":
+                await asyncio.sleep(self.chance.uniform(0, 0.8))
+            case "folding" | "any":
+                await self.until(process, self.works)
+                await asyncio.sleep(self.chance.uniform(0, 0.02 if moment == "folding" else 0.4))
+            case "waiting" | "swapping":
+                await self.until(process, self.waits)
+            case "between tenants":
+                wanted = self.chance.randrange(1, TENANTS)
+
+                async def some_are_done() -> bool:
+                    return bool(await self.owner.fetchval(DONE, began) >= wanted)
+
+                await self.until(process, some_are_done)
+
+    async def until(self, process: Running, question: Any) -> None:
+        async def answer() -> bool:
+            return await question() or not self.runs(process)
+
+        await until(answer)
+
+    def runs(self, process: Running) -> bool:
+        return process.process.returncode is None
+
+    async def raised(self, generation: int) -> bool:
+        return bool(await self.owner.fetchval(GENERATION) > generation)
+
+    async def works(self) -> bool:
+        return any(row["application_name"] == "rebuild" for row in await self.owner.fetch(AT_WORK))
+
+    async def waits(self) -> bool:
+        rows = await self.owner.fetch(AT_WORK)
+        return any(row["waits"] and row["application_name"] == "rebuild" for row in rows)
+
+    async def stages(self) -> str:
+        queries = [row["query"] for row in await self.owner.fetch(AT_WORK) if row["application_name"] == "rebuild"]
+        found = {next((name for text, name in STAGES.items() if text in query), "begin") for query in queries}
+        return ", ".join(sorted(found)) or "-"
+
+    async def nobody_rebuilds(self) -> bool:
+        return bool(await self.owner.fetchval(SESSIONS) == 0)
+
+    # -------------------------------------------------------------------------------------------- checking
+
+    async def check(self) -> int:
+        """Compare all rows with what the ledger gives; return how many intents there are."""
+        rebuilder = Rebuilder(self.parts.database, projections())
+        intents = 0
+        for one in self.tenants:
+            for projection in projections():
+                assert await rebuilder.verify(projection, one.tenant.id) is None
+            intents += await check_intents(self.owner, one.tenant.id)
+        return intents
+
+    async def end(self) -> None:
+        """Let all end, and have everything compared by the command that operators have."""
+        ran = await opsentry(environment(self.settings), "projections", "verify", "--all")
+        assert ran.code == 0, ran
+        assert self.watch.wrong == []
+
+
+async def kill_rebuilds(postgres: Any, valkey: Any, rounds: int) -> list[Round]:
+    """Kill so many rebuilds."""
+    chance = random.Random(rounds)
+    # Every moment meets every ending.
+    left = [(MOMENTS[n % len(MOMENTS)], ENDINGS[(n + n // len(MOMENTS)) % len(ENDINGS)]) for n in range(rounds)]
+    size = min(ROUNDS_OF_ONE_DATABASE, rounds // DATABASES)
+    found: list[Round] = []
+
+    async def kill() -> None:
+        while batch := [left.pop(0) for _ in left[:size]]:
+            async with new_database(postgres) as name:
+                killing = Killing(settings_for(postgres, valkey, name), chance)
+                async with killing.stack:
+                    await killing.begin()
+                    for moment, ending in batch:
+                        found.append(await killing.round(moment, ending))
+                    await killing.end()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(DATABASES):
+            group.create_task(kill())
+    return found
+
+
+async def test_a_rebuild_that_is_killed_is_never_noticed_and_goes_on(postgres, valkey):
+    found = await kill_rebuilds(postgres, valkey, len(MOMENTS))
+    assert {one.moment for one in found} == set(MOMENTS)
+    assert all(one.written and one.read and one.probed for one in found)
+
+
+@pytest.mark.faults
+async def test_a_rebuild_that_is_killed_two_hundred_times_is_never_noticed_and_goes_on(postgres, valkey):
+    found = await kill_rebuilds(postgres, valkey, 200)
+    columns = (
+        "killed when",
+        "it was at",
+        "tenants done",
+        "ended by",
+        "writes",
+        "reads",
+        "lagging",
+        "probes",
+        "intents",
+    )
+    table = Table("round", *columns, title="kill -9 of a rebuild")
+    for number, one in enumerate(found, 1):
+        table.add_row(str(number), *map(str, one))
+    sums = [sum(column) for column in list(zip(*found, strict=True))[4:8]]
+    table.add_row("all", "", "", str(sum(one.done for one in found)), "", *map(str, sums), "")
+    Console(width=120).print(table)
+    assert {"fold", "lock", "swap"} <= {stage for one in found for stage in one.at.split(", ")}
+    assert {one.done for one in found} >= {0, 1, TENANTS - 1}

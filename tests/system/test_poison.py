@@ -1,0 +1,125 @@
+import asyncio
+import json
+
+from opsentry.access import operators
+from opsentry.wiring import core
+from tests.conftest import Client
+from tests.projections.planting import plant
+from tests.system.load import prepare
+from tests.system.processes import environment, opsentry, running, server, until
+
+NAMES = {"services", "incidents", "maintenance", "impact", "outbox"}
+OF_INCIDENTS = {"incidents", "impact", "outbox"}
+WINDOW = {"title": "Move", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
+
+
+async def age(owner, tenant_id, seq):
+    """Make an event an hour older, which none has applied that reads it."""
+    await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
+    await owner.execute(
+        "UPDATE events SET recorded_at = recorded_at - interval '1 hour' WHERE tenant_id = $1 AND seq = $2",
+        tenant_id,
+        seq,
+    )
+    await owner.execute("ALTER TABLE events ENABLE ALWAYS TRIGGER events_append_only")
+
+
+class Operator:
+    """Whoever runs Opsentry, with a command line and a token for `/ops/…`."""
+
+    def __init__(self, settings, client):
+        self.settings = settings
+        self.client = client
+
+    async def runs(self, *arguments):
+        """The exit code of `opsentry projections …`, and what it says in JSON."""
+        ran = await opsentry(environment(self.settings), "projections", *arguments, "--json")
+        return ran.code, json.loads(ran.out)
+
+    async def sees_parked(self, expected):
+        """Check that everything which tells of parked projections tells of these, and where they stopped."""
+
+        async def told():
+            _, body, _ = await self.client.send("GET", "/ops/projections/parked")
+            return {(row["slug"], row["projection"], row["seq"]) for row in body["parked"]} == expected
+
+        await until(told)
+        (_, rows), (_, standing) = await asyncio.gather(self.runs("parked"), self.runs("list"))
+        assert {(row["slug"], row["projection"], row["seq"]) for row in rows} == expected
+        assert all("exploded" in row["error"] for row in rows)
+        _, body, _ = await self.client.send("GET", "/ops/projections")
+        for table in (standing, body["projections"]):
+            assert {row["projection"] for row in table} == NAMES
+            assert {row["projection"] for row in table if row["parked"] == 1} == {name for _, name, _ in expected}
+
+    async def ready(self):
+        return await self.client.send("GET", "/health/ready")
+
+
+async def test_poison_is_seen_everywhere_stops_nothing_else_and_nothing_is_skipped_after_it(settings, owner, http):
+    acme, globex = await prepare(settings, 2)
+    async with core(settings) as parts, parts.database.connection() as connection:
+        token = await operators.create(connection, name="on call")
+    async with server(settings) as (_, url), running(environment(settings), "worker") as worker:
+        api, other = (Client(http, url, tenant.token) for tenant in (acme, globex))
+        operator = Operator(settings, Client(http, url, token))
+
+        # Only the registry of services stops: nobody's notifications do.
+        service = await owner.fetchval("SELECT service_id FROM services WHERE tenant_id = $1", acme.id)
+        in_services = await plant(owner, acme.id, service, 2, kind="service", type="service.exploded", data="{}")
+        await worker.mentions('"projection": "services"')
+        await operator.sees_parked({(acme.slug, "services", in_services)})
+        _, number, _ = await api.post("/incidents", {"title": "Down"})
+        incident = f"/incidents/{number['id']}"
+        await age(owner, acme.id, in_services)
+        assert (await api.get(incident))[1]["title"] == "Down"
+        assert (await operator.ready())[0] == 200
+
+        # The outbox stops as well, and readiness tells once somebody waits for too long.
+        in_incidents = await plant(owner, acme.id, number["id"], 2, type="incident.exploded")
+        for name in OF_INCIDENTS:
+            await worker.mentions(f'"projection": "{name}"')
+        assert worker.said.count("projection parked") == 1 + len(OF_INCIDENTS)
+        parked = {(acme.slug, name, in_incidents) for name in OF_INCIDENTS} | {(acme.slug, "services", in_services)}
+        await operator.sees_parked(parked)
+        status, body, _ = await operator.ready()
+        assert (status, body["checks"]["outbox"]["status"]) == (200, "ok")
+        await age(owner, acme.id, in_incidents)
+
+        async def not_ready():
+            status, body, _ = await operator.ready()
+            checks = {name: check["status"] for name, check in body["checks"].items()}
+            return status == 503 and checks == {"postgres": "ok", "redis": "ok", "outbox": "fail"}
+
+        await until(not_ready)
+
+        # Its other projections go on, and so do other tenants; no read waits.
+        for client in (api, other):
+            _, window, _ = await client.post("/maintenance", WINDOW)
+            status, body, headers = await client.get(f"/maintenance/{window['id']}")
+            assert (status, body["title"], "Opsentry-Lag" in headers) == (200, "Move", False)
+        status, body, _ = await other.post("/incidents", {"title": "Up and down"})
+        assert [item["title"] for item in (await other.get("/incidents/active"))[1]["incidents"]] == ["Up and down"]
+        assert (await api.get(incident))[1]["updates"] == []
+
+        # What cannot be applied yet stops again; what can goes on where it stopped.
+        assert await operator.runs("retry", "--all") == (1, {"retried": 4, "parked": 4})
+        await operator.sees_parked(parked)
+        await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
+        await owner.execute("UPDATE events SET type = 'service.retired' WHERE type = 'service.exploded'")
+        await owner.execute("UPDATE events SET type = 'incident.updated' WHERE type = 'incident.exploded'")
+        await owner.execute("ALTER TABLE events ENABLE ALWAYS TRIGGER events_append_only")
+        assert await operator.runs("retry", "--all") == (0, {"retried": 4, "parked": 0})
+        await operator.sees_parked(set())
+        code, compared = await operator.runs("verify", "--all")
+        assert (code, len(compared)) == (0, 2 * len(NAMES))
+        assert {row["done"] for row in (await operator.runs("list"))[1]} == {2}
+        await api.post(f"{incident}/updates", {"message": "after it"})
+        status, body, headers = await api.get(incident)
+        assert [entry["message"] for entry in body["updates"]] == ["planted", "after it"]
+        assert "Opsentry-Lag" not in headers
+
+        async def ready():
+            return (await operator.ready())[0] == 200
+
+        await until(ready)

@@ -1,0 +1,257 @@
+"""Worker processes beside each other: none leads, and none that stands still holds up the others or writes too late."""
+
+import asyncio
+import os
+import signal
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+
+import aiohttp
+import asyncpg
+import pytest
+
+from opsentry.demo.embedded import EmbeddedValkey
+from opsentry.domain import incident
+from opsentry.domain.events import AnyEvent
+from opsentry.domain.incident import IncidentOpened, IncidentUpdated, OpenIncident, PostUpdate
+from opsentry.events import log
+from opsentry.events.log import Append, Appended, NewEvent
+from opsentry.projections.rebuild import Rebuilder
+from opsentry.wiring import projections
+from tests.conftest import META, Client, make_tenant
+from tests.projections.histories import TABLES, dump
+from tests.system.processes import environment, running, until
+from tests.worker.test_catching_up import PROJECTIONS, UP_TO_DATE, leave_behind
+
+# Who moved which checkpoint, from where to where, and when by the database's clock.
+TRAIL = """
+CREATE TABLE trail (
+    number bigint GENERATED ALWAYS AS IDENTITY, tenant_id bigint, projection text, was bigint, position bigint,
+    who text, at timestamptz);
+CREATE FUNCTION note_trail() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    INSERT INTO trail (tenant_id, projection, was, position, who, at) VALUES (
+        NEW.tenant_id, NEW.projection, OLD.position, NEW.position, current_setting('application_name'),
+        clock_timestamp());
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER checkpoints_trail AFTER UPDATE ON checkpoints
+    FOR EACH ROW WHEN (NEW.position <> OLD.position) EXECUTE FUNCTION note_trail();
+"""
+STEPS = "SELECT tenant_id, projection, was, position, who FROM trail ORDER BY tenant_id, projection, number"
+# Sessions of a process, and what they are at.
+SESSIONS = """
+SELECT state, wait_event_type, wait_event, query FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = $1
+"""
+ASKED_SINCE = """
+SELECT count(*) > 0 FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = $1 AND query_start > $2
+"""
+
+
+@pytest.fixture
+async def holder(settings):
+    """One more connection of the owner, whose locks no worker takes away."""
+    connection = await asyncpg.connect(settings.migrate_database_url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def trail(owner):
+    """The steps of each tenant's projections, as (who, position): each begins where the one before it has ended."""
+    await owner.execute(TRAIL)
+
+    async def steps():
+        found: dict[tuple[int, str], list[tuple[str, int]]] = {}
+        for key, rows in groupby(await owner.fetch(STEPS), key=itemgetter("tenant_id", "projection")):
+            reached = None
+            for row in rows:
+                assert reached in {None, row["was"]}
+                reached = row["position"]
+                found.setdefault(key, []).append((row["who"], reached))
+        return found
+
+    return steps
+
+
+@asynccontextmanager
+async def process(settings, name, *arguments):
+    """Run `opsentry` so that its sessions, and their steps, carry its name."""
+    url = f"{settings.database_url}&application_name={name}"
+    async with running(environment(settings, OPSENTRY_DATABASE_URL=url), *arguments) as one:
+        yield one
+
+
+@asynccontextmanager
+async def worker(settings, name):
+    async with process(settings, name, "worker") as one:
+        await one.line("working")
+        yield one
+
+
+async def is_at(owner, name, **wanted):
+    """Tell whether a session of the process is just so; `query` is how its statement begins."""
+    begins = wanted.pop("query", "")
+    return any(
+        row["query"].lstrip().startswith(begins) and all(row[column] == value for column, value in wanted.items())
+        for row in await owner.fetch(SESSIONS, name)
+    )
+
+
+async def all_is_right(parts):
+    """Compare all rows of all tenants with what the ledger gives."""
+    rebuilder = Rebuilder(parts.database, projections())
+    for row in await parts.database.fetch("SELECT tenant_id FROM tenants"):
+        for projection in projections():
+            assert await rebuilder.verify(projection, row["tenant_id"]) is None
+
+
+async def append_to(parts, tenant, stream_id):
+    """Add a message and project nothing; return its position."""
+    return (await parts.commands.execute(incident.DECIDER, tenant.id, stream_id, PostUpdate(message="m"), META)).seq
+
+
+async def thaws(parts, owner, tenant, stream_id, trail, frozen):
+    """Let the frozen process, now the only one, go on: what it was at is lost, and what is new it does as ever."""
+    before = await dump(owner, ("checkpoints", "trail", *TABLES))
+    now = await owner.fetchval("SELECT clock_timestamp()")
+    frozen.process.send_signal(signal.SIGCONT)
+    await until(lambda: owner.fetchval(ASKED_SINCE, "frozen", now))
+    assert await dump(owner, ("checkpoints", "trail", *TABLES)) == before
+    seq = await append_to(parts, tenant, stream_id)
+    await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
+    assert {steps[-1] for steps in (await trail()).values()} == {("frozen", seq)}
+    await all_is_right(parts)
+
+
+async def test_workers_share_what_there_is_to_do_and_apply_each_event_once(settings, parts, owner, holder, trail):
+    tenants = [await make_tenant(parts, f"tenant-{number}") for number in range(40)]
+    for tenant in tenants[::2]:
+        await parts.runner.catch_up(tenant.id, 0)
+    names = ["one", "two", "three"]
+    async with AsyncExitStack() as stack:
+        for name in names:
+            await stack.enter_async_context(worker(settings, name))
+        # They are let loose at the same moment.
+        async with holder.transaction():
+            await holder.execute("LOCK TABLE checkpoints IN EXCLUSIVE MODE")
+            await asyncio.gather(*(leave_behind(parts, [tenant], 20) for tenant in tenants))
+            for name in names:
+                await until(partial(is_at, owner, name, wait_event_type="Lock"))
+        await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
+    steps = await trail()
+    assert len(steps) == len(tenants) * PROJECTIONS
+    assert {who for one in steps.values() for who, _ in one} >= set(names)
+    heads = {row["tenant_id"]: row["seq"] for row in await owner.fetch("SELECT tenant_id, seq FROM heads")}
+    assert {key: one[-1][1] for key, one in steps.items()} == {key: heads[key[0]] for key in steps}
+    assert await owner.fetchval("SELECT count(*) FROM incidents") == 20 * len(tenants)
+    await all_is_right(parts)
+
+
+async def test_a_worker_that_is_frozen_in_a_pass_loses_its_locks_and_writes_nothing_later(
+    settings, parts, acme, owner, holder, trail
+):
+    made = await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
+    await parts.runner.catch_up(acme.id, 0)
+    async with worker(settings, "frozen") as frozen:
+        # It has locked the checkpoints and cannot write the row.
+        async with holder.transaction():
+            await holder.execute("SELECT FROM incidents WHERE tenant_id = $1 FOR UPDATE", acme.id)
+            seq = await append_to(parts, acme, made.stream_id)
+            await until(lambda: is_at(owner, "frozen", wait_event_type="Lock", query="WITH stored AS"))
+            frozen.process.send_signal(signal.SIGSTOP)
+        async with worker(settings, "other"):
+            await until(lambda: is_at(owner, "other", wait_event_type="Lock"))
+            await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS), seconds=10)
+            assert {steps[-1] for steps in (await trail()).values()} == {("other", seq)}
+            assert {steps[-1] for steps in (await trail()).values()} == {("other", seq)}
+        await thaws(parts, owner, acme, made.stream_id, trail, frozen)
+
+
+async def test_a_worker_that_is_frozen_in_the_middle_of_a_copy_is_thrown_out(
+    settings, parts, acme, owner, holder, trail
+):
+    # More than lies between a client and a server: what is frozen has not sent all of it.
+    events: list[AnyEvent] = [IncidentOpened(title="Down", severity="degraded", visibility="public")]
+    events += [IncidentUpdated(message="m" * 2000, status="investigating")] * 2000
+    append = Append(
+        tenant_id=acme.id,
+        kind=incident.KIND,
+        stream_id=0,
+        expected_version=0,
+        events=[NewEvent(event, META) for event in events],
+    )
+    async with parts.database.connection(30) as connection:
+        (made,) = await log.append(connection, [append], wait=True)
+    assert isinstance(made, Appended)
+    await parts.runner.catch_up(acme.id, 0)
+    row = await owner.fetchrow("DELETE FROM incident_updates WHERE version = 2 RETURNING *")
+    async with worker(settings, "frozen") as frozen:
+        # Where it comes to this row, it waits: somebody else may have written it.
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.copy_records_to_table("incident_updates", records=[tuple(row)])
+        await owner.execute("UPDATE checkpoints SET generation = -1")
+        await until(lambda: is_at(owner, "frozen", wait_event_type="Lock", query="COPY"))
+        frozen.process.send_signal(signal.SIGSTOP)
+        await transaction.rollback()
+        await until(lambda: is_at(owner, "frozen", state="active", wait_event="ClientRead", query="COPY"))
+        seq = await append_to(parts, acme, made.stream_id)
+        async with worker(replace(settings, log_level="warning"), "other") as other:
+            await other.mentions("threw out a session that stood still")
+            await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS), seconds=10)
+            assert {steps[-1] for steps in (await trail()).values()} == {("other", seq)}
+            await until(lambda: owner.fetchval("SELECT min(generation) = 0 FROM checkpoints"))
+            other.process.terminate()
+            assert await other.ended() == 0
+        assert not await is_at(owner, "frozen", query="COPY")
+        await thaws(parts, owner, acme, made.stream_id, trail, frozen)
+
+
+LATE = """
+SELECT max(extract(epoch FROM at - recorded_at))::float8 AS seconds, array_agg(DISTINCT who) AS who
+FROM events e JOIN trail t ON t.tenant_id = e.tenant_id AND was < seq AND position >= seq WHERE type = 'incident.opened'
+"""
+
+
+async def test_what_a_killed_server_left_behind_is_projected_within_a_second_with_no_hint(
+    settings, parts, acme, globex, owner, holder, http, trail, tmp_path
+):
+    valkey = EmbeddedValkey(tmp_path / "valkey")
+    valkey.start()
+    settings = replace(settings, redis_url=valkey.url)
+    for tenant in (acme, globex):
+        await parts.runner.catch_up(tenant.id, 0)
+    written = "SELECT count(*) FROM events WHERE type = 'incident.opened'"
+    async with worker(settings, "worker"):
+        os.kill(valkey.pid, signal.SIGKILL)
+        for turn in range(1, 6):
+            async with process(settings, "server", "serve") as server:
+                url = await server.line("serving ")
+                # Its commands are durable, and it dies before it has projected them.
+                async with holder.transaction():
+                    await holder.execute("SELECT FROM checkpoints ORDER BY tenant_id, projection FOR NO KEY UPDATE")
+                    clients = [Client(http, url, tenant.token) for tenant in (acme, globex)]
+                    asked = [asyncio.create_task(client.post("/incidents", {"title": "Down"})) for client in clients]
+
+                    async def recorded(turn=turn):
+                        return await owner.fetchval(written) == 2 * turn
+
+                    await until(recorded)
+                    server.kill()
+                    await server.ended()
+            assert all(
+                isinstance(one, aiohttp.ClientError) for one in await asyncio.gather(*asked, return_exceptions=True)
+            )
+            await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
+    late = await owner.fetchrow(LATE)
+    assert late["who"] == ["worker"]
+    assert late["seconds"] < 1
+    await trail()
+    await all_is_right(parts)
