@@ -30,14 +30,190 @@ CREATE TABLE unprojected (
 );
 INSERT INTO unprojected SELECT tenant_id, seq FROM heads WHERE seq > 0;
 
-CREATE FUNCTION note_unprojected() RETURNS trigger LANGUAGE plpgsql AS $$
+-- The same function as before, which now also notes whose ledgers have grown.
+
+-- Appends a batch of commands, each with its own outcome, in one round trip and one commit.
+--
+-- Command i is (tenants[i], kinds[i], streams[i], expected[i], sizes[i], claimed[i]); its events are the next
+-- sizes[i] entries of the event arrays. streams[i] = 0 asks for a new stream id. Commands come sorted by tenant.
+-- occurred is in microseconds since 1970 UTC; NULL means the moment of recording.
+-- keys[i], where not NULL, makes the command safe to send again; fingerprints[i] tells what was asked for under it.
+-- wait = false never waits for a head that another writer holds: its commands are answered 'busy'.
+--
+-- outcomes: appended | repeated (stream_ids, versions, seqs: of the first time) | key_reused | conflict (versions: the
+-- actual one) | claimed (stream_ids: the holder) | busy | no_tenant.
+-- versions, seqs: of the command's last event, or what they were already where it has none.
+-- recorded: of its first event; each further one is 1 microsecond later.
+CREATE OR REPLACE FUNCTION append_events(
+    tenants bigint[], kinds text[], streams bigint[], expected integer[], sizes integer[], claimed text[],
+    types text[], schemas smallint[], occurred bigint[], datas text[], metas text[], wordss text[], salts bytea[],
+    wait boolean, keys bytea[] DEFAULT NULL, fingerprints bytea[] DEFAULT NULL,
+    OUT outcomes text[], OUT stream_ids bigint[], OUT versions integer[], OUT seqs bigint[], OUT recorded timestamptz[]
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '1s' AS $$
+DECLARE
+    head heads;
+    head_is text;             -- 'open' | 'busy' | 'no_tenant': how taking the current tenant's head went
+    current_tenant bigint;
+    first integer;            -- index of the command's first event
+    e integer := 0;           -- index of the last event looked at
+    stream bigint;
+    actual integer;
+    holder bigint;
+    moment timestamptz;       -- recorded_at of the current event, and the same in microseconds since 1970
+    moment_us bigint;
+    happened timestamptz;
+    happened_us bigint;
+    digest bytea;
+    name_of_claim text;
+    earlier idempotency_keys;
+    began bigint;             -- the seq at which the current tenant's head was taken
+    grown bigint[] := '{}';   -- tenants whose ledgers have grown, and to where
+    grown_to bigint[] := '{}';
 BEGIN
-    INSERT INTO unprojected VALUES (NEW.tenant_id, NEW.seq) ON CONFLICT DO NOTHING;
-    RETURN NULL;
+    FOR c IN 1 .. cardinality(tenants) LOOP
+        first := e + 1;
+        e := e + sizes[c];
+        stream := streams[c];
+
+        IF current_tenant IS DISTINCT FROM tenants[c] THEN
+            IF head_is = 'open' AND head.seq > began THEN
+                UPDATE heads SET seq = head.seq, hash = head.hash, recorded_at = head.recorded_at
+                WHERE heads.tenant_id = current_tenant;
+                grown := grown || current_tenant;
+                grown_to := grown_to || head.seq;
+            END IF;
+            current_tenant := tenants[c];
+            IF wait THEN
+                SELECT * INTO head FROM heads WHERE heads.tenant_id = current_tenant FOR NO KEY UPDATE;
+            ELSE
+                SELECT * INTO head FROM heads WHERE heads.tenant_id = current_tenant FOR NO KEY UPDATE SKIP LOCKED;
+            END IF;
+            IF FOUND THEN
+                head_is := 'open';
+                began := head.seq;
+            ELSIF EXISTS (SELECT FROM heads WHERE heads.tenant_id = current_tenant) THEN
+                head_is := 'busy';
+            ELSE
+                head_is := 'no_tenant';
+            END IF;
+        END IF;
+
+        IF head_is <> 'open' THEN
+            outcomes[c] := head_is;
+            stream_ids[c] := stream;
+            versions[c] := NULL; seqs[c] := NULL; recorded[c] := NULL;
+            CONTINUE;
+        END IF;
+
+        -- Before anything can conflict: the conflict would be with the command's own first time.
+        IF keys[c] IS NOT NULL THEN
+            SELECT * INTO earlier FROM idempotency_keys k WHERE k.tenant_id = current_tenant AND k.key = keys[c];
+            IF FOUND THEN
+                outcomes[c] := CASE WHEN earlier.fingerprint = fingerprints[c] THEN 'repeated' ELSE 'key_reused' END;
+                stream_ids[c] := earlier.stream_id;
+                versions[c] := earlier.version; seqs[c] := earlier.seq; recorded[c] := NULL;
+                CONTINUE;
+            END IF;
+        END IF;
+
+        actual := 0;
+        IF stream <> 0 THEN
+            SELECT version INTO actual FROM events
+            WHERE events.tenant_id = current_tenant AND stream_kind = kinds[c] AND events.stream_id = stream
+            ORDER BY version DESC LIMIT 1;
+            actual := coalesce(actual, 0);
+        END IF;
+        IF actual <> expected[c] THEN
+            outcomes[c] := 'conflict';
+            stream_ids[c] := stream;
+            versions[c] := actual; seqs[c] := NULL; recorded[c] := NULL;
+            CONTINUE;
+        END IF;
+
+        IF stream = 0 THEN
+            stream := nextval((kinds[c] || '_ids')::regclass);
+        END IF;
+
+        name_of_claim := claimed[c];
+        IF name_of_claim IS NOT NULL THEN
+            INSERT INTO claims VALUES (current_tenant, name_of_claim, kinds[c], stream)
+            ON CONFLICT (tenant_id, name) DO NOTHING;
+            IF NOT FOUND THEN
+                SELECT claims.stream_id INTO holder FROM claims
+                WHERE claims.tenant_id = current_tenant AND claims.name = name_of_claim;
+                outcomes[c] := 'claimed';
+                stream_ids[c] := holder;
+                versions[c] := NULL; seqs[c] := NULL; recorded[c] := NULL;
+                CONTINUE;
+            END IF;
+        END IF;
+
+        moment := greatest(date_trunc('microseconds', clock_timestamp()), head.recorded_at + interval '1 microsecond');
+        moment_us := extract(epoch FROM moment) * 1000000;
+        recorded[c] := moment;
+        FOR i IN first .. e LOOP
+            actual := actual + 1;
+            head.seq := head.seq + 1;
+            head.recorded_at := moment;
+            IF occurred[i] IS NULL THEN
+                happened := moment;
+                happened_us := moment_us;
+            ELSE
+                happened_us := occurred[i];
+                -- In two parts, as an interval is multiplied in floating point: each is exact, the whole is not.
+                happened := timestamptz 'epoch' + (happened_us / 1000000) * interval '1 second'
+                    + (happened_us % 1000000) * interval '1 microsecond';
+            END IF;
+            digest := sha256(salts[i] || convert_to(wordss[i], 'UTF8'));
+            -- One concat() of netstrings: a chain of || copies the growing text at every step, and the hash of an
+            -- event then costs more than its insert.
+            head.hash := sha256(head.hash || convert_to(concat(
+                octet_length(current_tenant::text), ':', current_tenant, ',',
+                octet_length(head.seq::text), ':', head.seq, ',',
+                octet_length(kinds[c]), ':', kinds[c], ',',
+                octet_length(stream::text), ':', stream, ',',
+                octet_length(actual::text), ':', actual, ',',
+                octet_length(types[i]), ':', types[i], ',',
+                octet_length(schemas[i]::text), ':', schemas[i], ',',
+                octet_length(happened_us::text), ':', happened_us, ',',
+                octet_length(moment_us::text), ':', moment_us, ',',
+                octet_length(datas[i]), ':', datas[i], ',',
+                octet_length(metas[i]), ':', metas[i], ',',
+                coalesce(2 * octet_length(digest), 0), ':', encode(digest, 'hex'), ','), 'UTF8'));
+            INSERT INTO events VALUES (
+                current_tenant, head.seq, kinds[c], stream, actual, types[i], schemas[i], happened, moment,
+                datas[i], metas[i], wordss[i], salts[i], digest, head.hash);
+            -- The one way to erase words: by the event that names them. There is no erasure without its record.
+            IF types[i] LIKE '%.redacted' THEN
+                UPDATE events SET words = NULL, salt = NULL
+                WHERE events.tenant_id = current_tenant AND stream_kind = kinds[c] AND events.stream_id = stream
+                    AND version < actual AND words_digest IS NOT NULL AND version IN (
+                        SELECT named::integer FROM json_array_elements_text(datas[i]::json -> 'versions') AS named);
+            END IF;
+            moment := moment + interval '1 microsecond';
+            moment_us := moment_us + 1;
+        END LOOP;
+
+        IF keys[c] IS NOT NULL THEN
+            INSERT INTO idempotency_keys VALUES (
+                current_tenant, keys[c], fingerprints[c], kinds[c], stream, actual, head.seq, clock_timestamp());
+        END IF;
+
+        outcomes[c] := 'appended';
+        stream_ids[c] := stream;
+        versions[c] := actual;
+        seqs[c] := head.seq;
+    END LOOP;
+
+    IF head_is = 'open' AND head.seq > began THEN
+        UPDATE heads SET seq = head.seq, hash = head.hash, recorded_at = head.recorded_at
+        WHERE heads.tenant_id = current_tenant;
+        grown := grown || current_tenant;
+        grown_to := grown_to || head.seq;
+    END IF;
+    INSERT INTO unprojected SELECT * FROM unnest(grown, grown_to);
 END
 $$;
-CREATE TRIGGER heads_note_unprojected AFTER UPDATE ON heads
-    FOR EACH ROW WHEN (NEW.seq > OLD.seq) EXECUTE FUNCTION note_unprojected();
 
 GRANT SELECT, INSERT, UPDATE ON projections TO opsentry_app;
 GRANT SELECT, INSERT, DELETE ON unprojected TO opsentry_app;

@@ -35,6 +35,7 @@ async def plant(
             values["meta"],
             values["words"],
         )
+        await owner.execute("INSERT INTO unprojected VALUES ($1, $2)", tenant_id, seq)
     return int(seq)
 
 

@@ -303,7 +303,6 @@ async def test_idle_polls_cost_the_same_however_many_tenants_there_are(owner, ap
 
     for table in (*GROWING, "unprojected"):
         await owner.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
-    await owner.execute("ALTER TABLE heads DISABLE TRIGGER heads_note_unprojected")
     await owner.execute(
         "INSERT INTO projections (name, version) SELECT unnest($1::text[]), 1", [each.name for each in projections()]
     )
