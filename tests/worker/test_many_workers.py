@@ -6,7 +6,7 @@ import signal
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 
 import aiohttp
@@ -19,6 +19,7 @@ from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import IncidentOpened, IncidentUpdated, OpenIncident, PostUpdate
 from opsentry.events import log
 from opsentry.events.log import Append, Appended, NewEvent
+from opsentry.projections import operations
 from opsentry.projections.rebuild import Rebuilder
 from opsentry.wiring import projections
 from tests.conftest import META, Client, make_tenant
@@ -39,8 +40,7 @@ BEGIN
     RETURN NULL;
 END
 $$;
-CREATE TRIGGER checkpoints_trail AFTER UPDATE ON checkpoints
-    FOR EACH ROW WHEN (NEW.position <> OLD.position) EXECUTE FUNCTION note_trail();
+CREATE TRIGGER checkpoints_trail AFTER UPDATE OF position ON checkpoints FOR EACH ROW EXECUTE FUNCTION note_trail();
 """
 STEPS = "SELECT tenant_id, projection, was, position, who FROM trail ORDER BY tenant_id, projection, number"
 # Sessions of a process, and what they are at.
@@ -131,6 +131,8 @@ async def thaws(parts, owner, tenant, stream_id, trail, frozen):
 
 
 async def test_workers_share_what_there_is_to_do_and_apply_each_event_once(settings, parts, owner, holder, trail):
+    # Known from the start: what is new is derived anew for all.
+    await operations.register(owner, projections())
     tenants = [await make_tenant(parts, f"tenant-{number}") for number in range(40)]
     for tenant in tenants[::2]:
         await parts.runner.catch_up(tenant.id, 0)
@@ -150,6 +152,8 @@ async def test_workers_share_what_there_is_to_do_and_apply_each_event_once(setti
     assert {who for one in steps.values() for who, _ in one} >= set(names)
     heads = {row["tenant_id"]: row["seq"] for row in await owner.fetch("SELECT tenant_id, seq FROM heads")}
     assert {key: one[-1][1] for key, one in steps.items()} == {key: heads[key[0]] for key in steps}
+    for one in steps.values():
+        assert all(before < after for (_, before), (_, after) in pairwise(one))
     assert await owner.fetchval("SELECT count(*) FROM incidents") == 20 * len(tenants)
     await all_is_right(parts)
 
@@ -159,7 +163,7 @@ async def test_a_worker_that_is_frozen_in_a_pass_loses_its_locks_and_writes_noth
 ):
     made = await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
     await parts.runner.catch_up(acme.id, 0)
-    async with worker(settings, "frozen") as frozen:
+    async with worker(replace(settings, log_level="warning"), "frozen") as frozen:
         # It has locked the checkpoints and cannot write the row.
         async with holder.transaction():
             await holder.execute("SELECT FROM incidents WHERE tenant_id = $1 FOR UPDATE", acme.id)
@@ -172,6 +176,10 @@ async def test_a_worker_that_is_frozen_in_a_pass_loses_its_locks_and_writes_noth
             assert {steps[-1] for steps in (await trail()).values()} == {("other", seq)}
             assert {steps[-1] for steps in (await trail()).values()} == {("other", seq)}
         await thaws(parts, owner, acme, made.stream_id, trail, frozen)
+        await frozen.mentions("pass failed")
+        frozen.process.terminate()
+        assert await frozen.ended() == 0
+        assert "Traceback" not in frozen.said
 
 
 async def test_a_worker_that_is_frozen_in_the_middle_of_a_copy_is_thrown_out(
@@ -231,7 +239,7 @@ async def test_what_a_killed_server_left_behind_is_projected_within_a_second_wit
     written = "SELECT count(*) FROM events WHERE type = 'incident.opened'"
     async with worker(settings, "worker"):
         os.kill(valkey.pid, signal.SIGKILL)
-        for turn in range(1, 6):
+        for turn in range(1, 4):
             async with process(settings, "server", "serve") as server:
                 url = await server.line("serving ")
                 # Its commands are durable, and it dies before it has projected them.
@@ -250,6 +258,11 @@ async def test_what_a_killed_server_left_behind_is_projected_within_a_second_wit
                 isinstance(one, aiohttp.ClientError) for one in await asyncio.gather(*asked, return_exceptions=True)
             )
             await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
+        # And what is recorded at any other moment between one look of the worker's and the next.
+        for number in range(25):
+            await leave_behind(parts, [(acme, globex)[number % 2]], 1)
+            await asyncio.sleep(0.09)
+        await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
     late = await owner.fetchrow(LATE)
     assert late["who"] == ["worker"]
     assert late["seconds"] < 1
