@@ -157,7 +157,7 @@ class Runner:
             del self._passes[tenant_id], self._began[tenant_id]
         # All who waited for it may have given up meanwhile: then nobody else tells.
         if not ended.cancelled() and (error := ended.exception()) is not None:
-            _log.warning("pass failed", tenant_id=tenant_id, error=f"{type(error).__name__}: {error}")
+            _log.warning("pass failed", tenant_id=tenant_id, error=type(error).__name__)
 
     async def behind(self, limit: int = 1000, after: int = 0) -> list[int]:
         """Return the tenants with projections that lag, at most `limit`, whose ids are above `after`; in order."""
