@@ -117,7 +117,8 @@ def freshness(*projections: str) -> str:
     `head` is where the tenant's ledger ends, `position` how far the rows can be trusted: to the head if all that is
     missing is younger than any answered command. One that is parked or paused counts as up to date: waiting would not
     help.
-    `shown` is the last event that the rows show in fact, `tag` a text that is another one whenever the rows are.
+    `shown` is the last event that the rows show in fact, `tag` a text that is another one whenever the rows are: after
+    an event, and after a rebuild.
     All but `head` are NULL where one of the projections has never run for the tenant.
 
     The first missing event is asked for in the order of seq, so that only the index on seq will do: planned while the
@@ -131,7 +132,9 @@ def freshness(*projections: str) -> str:
                     SELECT e.recorded_at FROM events e WHERE e.tenant_id = c.tenant_id AND e.seq > c.position
                     ORDER BY e.seq LIMIT 1) < clock_timestamp() - {UNANSWERED_SECONDS} * interval '1 second'
                     THEN c.position ELSE h.seq END) AS position,
-                min(c.position) AS shown, string_agg(c.position::text, '-' ORDER BY c.projection) AS tag
+                min(c.position) AS shown, string_agg(
+                    concat_ws('.', c.position, floor(extract(epoch FROM c.rebuilt_at) * 1000)), '-'
+                    ORDER BY c.projection) AS tag
             FROM checkpoints c WHERE c.tenant_id = h.tenant_id AND c.projection IN ({names})
             HAVING count(*) = {len(projections)}
         ) AS how ON true WHERE h.tenant_id = $1) AS fresh"""

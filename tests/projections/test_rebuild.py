@@ -348,3 +348,15 @@ async def test_whole_streams_give_the_rows_that_lived_through_every_event(app_co
                     assert dict(map(_keyed(table), derived.get(table.name, ()))) == dict(map(_keyed(table), live))
     finally:
         await transaction.rollback()
+
+
+async def test_lists_have_another_tag_after_a_rebuild(rebuilder, busy, app_connection):
+    acme, _, _ = busy
+
+    async def tag():
+        return (await incidents_module.active(app_connection, acme))["tag"]
+
+    before = await tag()
+    assert await tag() == before
+    await rebuilder.rebuild(acme, ONE["incidents"])
+    assert await tag() != before

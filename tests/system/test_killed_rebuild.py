@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -25,6 +26,8 @@ TENANTS = 6
 INCIDENTS = 30
 # There is no sender yet, and readiness counts what waits for one: before that is too much, or too old, all begins anew.
 ROUNDS_OF_ONE_DATABASE = 20
+# Nobody sends what the outbox holds: after five minutes readiness would say so.
+SECONDS_OF_ONE_DATABASE = 200
 # Most of a round is waiting for processes to start.
 DATABASES = 2
 
@@ -277,13 +280,15 @@ async def kill_rebuilds(postgres: Any, valkey: Any, rounds: int) -> list[Round]:
     found: list[Round] = []
 
     async def kill() -> None:
-        while batch := [left.pop(0) for _ in left[:size]]:
+        while left:
             async with new_database(postgres) as name:
                 killing = Killing(settings_for(postgres, valkey, name), chance)
                 async with killing.stack:
                     await killing.begin()
-                    for moment, ending in batch:
-                        found.append(await killing.round(moment, ending))
+                    began, killed = time.monotonic(), 0
+                    while left and killed < size and time.monotonic() - began < SECONDS_OF_ONE_DATABASE:
+                        found.append(await killing.round(*left.pop(0)))
+                        killed += 1
                     await killing.end()
 
     async with asyncio.TaskGroup() as group:
