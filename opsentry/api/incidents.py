@@ -24,7 +24,7 @@ from opsentry.domain.incident import (
 )
 from opsentry.events.codec import RecordedEvent
 from opsentry.projections import incidents
-from opsentry.projections.incidents import IncidentView
+from opsentry.projections.incident_view import IncidentView, render
 
 name_choices({"severity": SEVERITIES, "visibility": VISIBILITIES, "status": STATUSES})
 
@@ -125,7 +125,7 @@ async def create(call: Call) -> web.Response:
         incident.decide(None, command)  # what is wrong with the words is said before services are looked up
         refs = await call.refs(command.service_ids)
         executed = await commands.create(call, incident.DECIDER, command, occurred_at)
-    return await commands.answer(call, executed, incidents.render, status=201, location="incidents", refs=refs)
+    return await commands.answer(call, executed, render, status=201, location="incidents", refs=refs)
 
 
 async def change(call: Call) -> web.Response:
@@ -149,7 +149,7 @@ async def change(call: Call) -> web.Response:
             postmortem=body.postmortem,
         )
         executed = await commands.execute(call, incident.DECIDER, command)
-    return await commands.answer(call, executed, incidents.render)
+    return await commands.answer(call, executed, render)
 
 
 async def post_update(call: Call) -> web.Response:
@@ -159,7 +159,7 @@ async def post_update(call: Call) -> web.Response:
     status = None if body.status is UNSET else body.status
     command = PostUpdate(message=body.message, status=status, is_public=body.is_public)
     executed = await commands.execute(call, incident.DECIDER, command, commands.happened(body.occurred_at))
-    return await commands.answer(call, executed, incidents.render, status=201, location="incidents")
+    return await commands.answer(call, executed, render, status=201, location="incidents")
 
 
 async def resolve(call: Call) -> web.Response:
@@ -168,7 +168,7 @@ async def resolve(call: Call) -> web.Response:
     body = await call.body(ResolveBody, optional=True)
     command = ResolveIncident(root_cause=body.root_cause, postmortem=body.postmortem)
     executed = await commands.execute(call, incident.DECIDER, command, commands.happened(body.occurred_at))
-    return await commands.answer(call, executed, incidents.render)
+    return await commands.answer(call, executed, render)
 
 
 async def redact(call: Call) -> web.Response:
@@ -180,7 +180,7 @@ async def redact(call: Call) -> web.Response:
         return RedactIncident(erasure=erasure(history, incident.WORDS, body), reason=body.reason)
 
     executed = await commands.execute(call, incident.DECIDER, command)
-    return await commands.answer(call, executed, incidents.render, status=201, location="incidents")
+    return await commands.answer(call, executed, render, status=201, location="incidents")
 
 
 async def history(call: Call) -> web.Response:

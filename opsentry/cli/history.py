@@ -21,11 +21,11 @@ from opsentry.events import ledger, log
 from opsentry.events.codec import RecordedEvent
 from opsentry.events.ledger import Entry
 from opsentry.postgres import Connection
-from opsentry.projections import incidents, services
+from opsentry.projections import incident_view, services
 from opsentry.projections import maintenance as windows
 
 _EVOLVE: Mapping[str, Callable[[Any, RecordedEvent], msgspec.Struct]] = {
-    incident.KIND: incidents.evolve_view,
+    incident.KIND: incident_view.evolve_view,
     maintenance.KIND: windows.evolve_view,
     service.KIND: services.evolve_view,
 }

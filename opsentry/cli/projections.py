@@ -19,8 +19,9 @@ from opsentry.events import ledger
 from opsentry.postgres import Connection
 from opsentry.projections import jobs as rebuild_jobs
 from opsentry.projections import operations
+from opsentry.projections.comparing import Difference
 from opsentry.projections.projection import Projection
-from opsentry.projections.rebuild import Difference, Rebuilder
+from opsentry.projections.rebuild import Rebuilder
 from opsentry.projections.runner import Poison
 from opsentry.wiring import Core, configure_logging, core, projections
 

@@ -19,10 +19,10 @@ from opsentry.domain.status import service_status
 from opsentry.events import log
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection, Database
-from opsentry.projections import impact, incidents, services
+from opsentry.projections import impact, incident_view, incidents, services
 from opsentry.projections import maintenance as windows
 from opsentry.projections.impact import Source
-from opsentry.projections.incidents import IncidentView, Shown
+from opsentry.projections.incident_view import IncidentView, Shown
 from opsentry.projections.maintenance import MaintenanceView
 from opsentry.projections.runner import Runner
 from opsentry.projections.services import Links, ServiceView
@@ -74,12 +74,12 @@ class Moments:
             tail = await log.read_stream(
                 connection, tenant_id, incident.KIND, incident_id, after=kept, until=row["version"]
             )
-            view = incidents.state_as_of(row, incident_id, tail)
+            view = incident_view.state_as_of(row, incident_id, tail)
             updates, token_ids = await incidents.timeline(connection, tenant_id, incident_id, row["version"])
             names = await tokens.names(connection, tenant_id, token_ids) if token_ids else {}
             refs, versions = await _links(connection, tenant_id, view.service_ids, seq)
         view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
-        body = incidents.render_as_of(view, name_authors(updates, token_ids, names))
+        body = incident_view.render_as_of(view, name_authors(updates, token_ids, names))
         return One(body, etag(row["version"], versions))
 
     async def maintenance(self, tenant_id: int, maintenance_id: int, seq: int) -> One | None:
@@ -117,7 +117,7 @@ class Moments:
             if event.kind == service.KIND:
                 links[event.stream_id] = services.evolve_view(links.get(event.stream_id), event)
             else:
-                shown[event.stream_id] = incidents.evolve(shown.get(event.stream_id), event)
+                shown[event.stream_id] = incident_view.evolve(shown.get(event.stream_id), event)
         found = [view for view in (each.view() for each in shown.values()) if wanted(view)]
         found.sort(key=lambda view: (view.occurred_at, view.id), reverse=True)
         return _page(seq, found, limit, offset, links)

@@ -5,21 +5,18 @@ aside; then it locks the checkpoints, replaces the tenant's rows, applies what c
 the old rows until then; a process that is killed leaves nothing behind.
 """
 
-import tempfile
-from bisect import bisect_left
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
-from typing import IO, Any, NamedTuple, Self
 
-import msgspec
 import structlog
 
 from opsentry.events import log
 from opsentry.events.codec import UnknownEvent
 from opsentry.postgres import Connection, Database, is_passing
+from opsentry.projections.comparing import Difference, compare, compare_summaries
+from opsentry.projections.folding import Staged, fold
 from opsentry.projections.operations import register
-from opsentry.projections.projection import Projection, Rows, Streams, Table
+from opsentry.projections.projection import Projection, Table
 from opsentry.projections.runner import Poison
 
 _log = structlog.get_logger()
@@ -27,8 +24,6 @@ _log = structlog.get_logger()
 # So many events are folded at once: enough to make round trips cheap, few enough to stay small.
 _CHUNK = 2_000
 _TAIL = 500
-# Rows beyond so many wait in a file.
-_IN_MEMORY = 30_000
 _PATIENCE = 24 * 3600.0
 
 # Only one rebuild of a tenant at a time; whoever comes second leaves it to the first. Whoever stands still in the
@@ -224,7 +219,7 @@ class Rebuilder:
 
     async def verify(
         self, projection: Projection, tenant_id: int, advance: Callable[[int], None] = lambda _events: None
-    ) -> "Difference | None":
+    ) -> Difference | None:
         """Return the first row that differs from what the ledger gives up to the checkpoint, `None` if none does.
 
         Nothing is locked: the ledger and the rows are read as they were at one moment.
@@ -240,143 +235,11 @@ class Rebuilder:
             row = await connection.fetchrow(_POSITION, tenant_id, projection.name)
             shown = 0 if row is None else row["position"]
             async for derived in fold(connection, [projection], tenant_id, shown, _CHUNK):
-                difference = await _compare(connection, projection.tables, tenant_id, derived)
+                difference = await compare(connection, projection.tables, tenant_id, derived)
                 if difference is not None:
                     return difference
                 advance(derived.events)
-            return await _compare_summaries(connection, projection.tables, tenant_id)
-
-
-# ------------------------------------------------------------------------------------------------ folding
-
-
-class Chunk(NamedTuple):
-    """Rows of whole streams of a kind: all those with ids from `first` to `last`."""
-
-    kind: str
-    first: int
-    last: int
-    events: int
-    rows: Rows
-
-
-async def fold(
-    connection: Connection, projections: Sequence[Projection], tenant_id: int, until: int, size: int
-) -> AsyncIterator[Chunk]:
-    """Yield what `projections` make of a tenant's ledger up to position `until`, without writing anything.
-
-    Raises:
-        Poison: A projection cannot apply an event.
-    """
-    derivers = [(projection, projection.deriver()) for projection in projections]
-    for kind in _kinds(projections):
-        readers = [(projection, derive) for projection, derive in derivers if kind in projection.kinds]
-        first = 0
-        pages = log.read_by_stream(connection, tenant_id, kind, until, size)
-        while True:
-            try:
-                streams = await anext(pages, None)
-            except UnknownEvent as error:
-                raise Poison(readers[0][0].name, error.seq or 0, str(error)) from error
-            rows: Rows = {}
-            for projection, derive in readers:
-                try:
-                    rows |= derive(kind, streams or {})
-                except Exception as error:
-                    raise _blame(projection, kind, streams or {}, error) from error
-            if streams is None:
-                # Ids behind the last stream's belong to this chunk, which has no streams: nothing may be there.
-                yield Chunk(kind, first, 2**63 - 1, 0, rows)
-                break
-            last = max(streams)
-            yield Chunk(kind, first, last, sum(map(len, streams.values())), rows)
-            first = last + 1
-
-
-def _kinds(projections: Sequence[Projection]) -> list[str]:
-    """Return the kinds of streams that `projections` read, in an order that suits all of them."""
-    kinds: list[str] = []
-    for projection in sorted(projections, key=lambda projection: -len(projection.kinds)):
-        kinds += [kind for kind in projection.kinds if kind not in kinds]
-    return kinds
-
-
-def _blame(projection: Projection, kind: str, streams: Streams, error: Exception) -> Poison:
-    """Return the poison: the first event without which its stream can be folded up to there."""
-
-    def failure(number: int, length: int) -> Exception | None:
-        try:
-            projection.deriver()(kind, {number: streams[number][:length]})
-        except Exception as blamed:  # noqa: BLE001 - whatever it is that the event is to blame for
-            return blamed
-        return None
-
-    for number, stream in streams.items():
-        if failure(number, len(stream)) is not None:
-            # A stream that cannot be folded up to some event cannot be folded further either.
-            first = bisect_left(range(len(stream)), 1, key=lambda place: int(failure(number, place + 1) is not None))
-            blamed = failure(number, first + 1)
-            return Poison(projection.name, stream[first].seq, f"{type(blamed).__name__}: {blamed}")
-    raise error
-
-
-# ------------------------------------------------------------------------------------------------ rows kept aside
-
-
-class NoRoom(Exception):
-    """Rows that wait to be written found no room in a file."""
-
-
-class Staged:
-    """Rows that were derived and are not written yet: in memory while they are few, then in a file."""
-
-    def __init__(self) -> None:
-        self._rows: Rows = {}
-        self._count = 0
-        self._file: IO[bytes] | None = None
-        self._blocks: dict[str, list[tuple[int, int]]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
-        """Keep `rows` aside."""
-        for table, new in rows.items():
-            self._rows.setdefault(table, []).extend(new)
-            self._count += len(new)
-        if self._count > _IN_MEMORY:
-            self._spill()
-
-    def _spill(self) -> None:
-        try:
-            self._write()
-        except OSError as error:
-            # In words of its own, as it would pass for a lost database.
-            raise NoRoom(f"rows cannot be kept aside in {tempfile.gettempdir()}: {error}") from error
-        self._rows, self._count = {}, 0
-
-    def _write(self) -> None:
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="opsentry-rebuild-")  # noqa: SIM115 - closed by __exit__
-        for table, rows in self._rows.items():
-            block = msgspec.msgpack.encode(rows)
-            self._blocks.setdefault(table, []).append((self._file.tell(), len(block)))
-            self._file.write(block)
-
-    def of(self, table: str) -> Iterator[Sequence[Sequence[Any]]]:
-        """Yield all rows of a table, some at a time."""
-        for place, length in self._blocks.get(table, ()):
-            assert self._file is not None  # noqa: S101 - there are blocks
-            self._file.seek(place)
-            yield msgspec.msgpack.decode(self._file.read(length))
-        if self._file is not None:
-            self._file.seek(0, 2)
-        if rows := self._rows.get(table):
-            yield rows
+            return await compare_summaries(connection, projection.tables, tenant_id)
 
 
 async def _replace(connection: Connection, tables: Sequence[Table], tenant_id: int, staged: Staged) -> None:
@@ -417,75 +280,3 @@ async def _apply_tail(connection: Connection, group: Sequence[Projection], tenan
                 raise Poison(projection.name, until, blamed) from error
         position = until
     return end
-
-
-# ------------------------------------------------------------------------------------------------ comparing
-
-
-class Difference(NamedTuple):
-    """A row that is not what the ledger gives: `live` or `folded` is `None` where that side has none."""
-
-    table: str
-    live: dict[str, Any] | None
-    folded: dict[str, Any] | None
-
-
-async def _compare(
-    connection: Connection, tables: Sequence[Table], tenant_id: int, derived: Chunk
-) -> Difference | None:
-    for table in tables:
-        if derived.kind not in table.of_streams:
-            continue
-        rows = await connection.fetch(
-            f"SELECT {', '.join(table.columns)} FROM {table.name}"
-            f" WHERE tenant_id = $1 AND {table.of_streams[derived.kind]}",
-            tenant_id,
-            derived.first,
-            derived.last,
-        )
-        if (difference := _first_difference(table, rows, derived.rows.get(table.name, ()))) is not None:
-            return difference
-    return None
-
-
-async def _compare_summaries(connection: Connection, tables: Sequence[Table], tenant_id: int) -> Difference | None:
-    """Return the first row of a summary that is not what it should be, going by rows that were compared before."""
-    for table in tables:
-        if table.summary is None:
-            continue
-        live = await connection.fetch(
-            f"SELECT {', '.join(table.columns)} FROM {table.name} WHERE tenant_id = $1", tenant_id
-        )
-        wanted = await connection.fetch(table.summary, tenant_id)
-        if (difference := _first_difference(table, live, wanted)) is not None:
-            return difference
-    return None
-
-
-def _first_difference(
-    table: Table, live_rows: Iterable[Sequence[Any]], folded_rows: Iterable[Sequence[Any]]
-) -> Difference | None:
-    live, folded = dict(map(_keyed(table), live_rows)), dict(map(_keyed(table), folded_rows))
-    if live == folded:
-        return None
-    key = min(key for key in live.keys() | folded.keys() if live.get(key) != folded.get(key))
-    return Difference(table.name, _named(table, live.get(key)), _named(table, folded.get(key)))
-
-
-def _keyed(table: Table) -> Callable[[Sequence[Any]], tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    def keyed(row: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        values = tuple(map(_comparable, row))
-        return values[: table.keys], values
-
-    return keyed
-
-
-def _comparable(value: Any) -> Any:
-    """Return a value as it is derived; the driver reads arrays as lists, and `infinity` as a time of no zone."""
-    if isinstance(value, list):
-        return tuple(value)
-    return value.replace(tzinfo=UTC) if isinstance(value, datetime) and value.tzinfo is None else value
-
-
-def _named(table: Table, values: tuple[Any, ...] | None) -> dict[str, Any] | None:
-    return None if values is None else dict(zip(table.columns, values, strict=True))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from opsentry.domain import incident, maintenance, service
 from opsentry.domain.status import LEVELS
+from opsentry.projections import incident_view
 from opsentry.projections import incidents as incidents_module
 from opsentry.projections import maintenance as maintenance_module
 from opsentry.wiring import projections
@@ -219,11 +220,14 @@ async def test_an_answer_to_a_command_is_what_a_read_of_the_row_gives(app_connec
             row["service_id"]: msgspec.Raw(row["ref"].encode())
             for row in await app_connection.fetch("SELECT service_id, ref FROM services")
         }
-        for kind, module in (("incident", incidents_module), ("maintenance", maintenance_module)):
+        for kind, module, render in (
+            ("incident", incidents_module, incident_view.render),
+            ("maintenance", maintenance_module, maintenance_module.render),
+        ):
             for stream_id in {e.stream_id for e in history.events if e.kind == kind}:
                 stream = [e for e in history.erased() if (e.kind, e.stream_id) == (kind, stream_id)]
                 row = await module.one(app_connection, history.tenant_id, stream_id)
-                assert row["body"] == module.render(stream, refs, {1: TOKEN_NAME})
+                assert row["body"] == render(stream, refs, {1: TOKEN_NAME})
 
     await owner.execute(
         "INSERT INTO tenants (tenant_id, slug, name) OVERRIDING SYSTEM VALUE VALUES (1, 'one', 'One')"

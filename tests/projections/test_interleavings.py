@@ -7,9 +7,10 @@ from opsentry.domain.incident import OpenIncident, PostUpdate, RedactIncident
 from opsentry.domain.redaction import Written, plan
 from opsentry.postgres import DatabaseUnavailable
 from opsentry.projections import operations, outbox
+from opsentry.projections.folding import NoRoom
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
-from opsentry.projections.rebuild import NoRoom, Rebuilder
+from opsentry.projections.rebuild import Rebuilder
 from opsentry.projections.runner import Runner
 from opsentry.wiring import projections, working
 from tests.conftest import META
@@ -207,7 +208,7 @@ async def test_rows_that_cannot_be_written_are_on_record_as_a_failed_rebuild(par
 
 async def test_no_room_for_rows_that_wait_is_no_lost_database(parts, acme, app_connection, monkeypatch, tmp_path):
     await shown(parts, acme)
-    monkeypatch.setattr("opsentry.projections.rebuild._IN_MEMORY", 0)
+    monkeypatch.setattr("opsentry.projections.folding._IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     found = Rebuilder(parts.database, projections())
     await found.begin()
@@ -220,7 +221,7 @@ async def test_no_room_for_rows_that_wait_is_no_lost_database(parts, acme, app_c
 async def test_words_that_are_erased_while_a_rebuild_folds_are_in_none_of_its_rows(
     parts, acme, app_connection, monkeypatch, in_memory
 ):
-    monkeypatch.setattr("opsentry.projections.rebuild._IN_MEMORY", in_memory)
+    monkeypatch.setattr("opsentry.projections.folding._IN_MEMORY", in_memory)
     opening = OpenIncident(title="SECRET title", description="SECRET description")
     made = await parts.commands.create(incident.DECIDER, acme.id, opening, META)
     for number in range(120):

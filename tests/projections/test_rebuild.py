@@ -11,8 +11,9 @@ from opsentry.domain.subscription import CreateSubscription
 from opsentry.projections import impact as impact_module
 from opsentry.projections import incidents as incidents_module
 from opsentry.projections import operations
+from opsentry.projections.comparing import keyed
 from opsentry.projections.projection import by_stream
-from opsentry.projections.rebuild import Rebuilder, _keyed
+from opsentry.projections.rebuild import Rebuilder
 from opsentry.wiring import projections
 from tests.conftest import META, make_service
 from tests.projections.histories import apply, dump, histories, schedule
@@ -116,7 +117,7 @@ async def test_totals_that_are_wrong_are_found_and_counted_anew(rebuilder, busy,
 
 @pytest.mark.parametrize("in_memory", [0, 10, 10**6])
 async def test_all_projections_are_derived_from_one_reading(rebuilder, busy, app_connection, monkeypatch, in_memory):
-    monkeypatch.setattr("opsentry.projections.rebuild._IN_MEMORY", in_memory)
+    monkeypatch.setattr("opsentry.projections.folding._IN_MEMORY", in_memory)
     acme, globex, _ = busy
     right = await dump(app_connection)
     await app_connection.execute("UPDATE checkpoints SET position = 0")
@@ -345,7 +346,7 @@ async def test_whole_streams_give_the_rows_that_lived_through_every_event(app_co
                     live = await app_connection.fetch(
                         f"SELECT {', '.join(table.columns)} FROM {table.name} WHERE tenant_id = $1", history.tenant_id
                     )
-                    assert dict(map(_keyed(table), derived.get(table.name, ()))) == dict(map(_keyed(table), live))
+                    assert dict(map(keyed(table), derived.get(table.name, ()))) == dict(map(keyed(table), live))
     finally:
         await transaction.rollback()
 

@@ -10,7 +10,7 @@ from opsentry.domain.subscription import DECIDER as SUBSCRIPTIONS
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.events import log
 from opsentry.postgres import Database, DatabaseUnavailable
-from opsentry.projections import impact, incidents, services
+from opsentry.projections import impact, incident_view, incidents, services
 from opsentry.projections import runner as runner_module
 from opsentry.projections.runner import Runner
 from opsentry.wiring import projections
@@ -275,4 +275,4 @@ async def test_an_update_of_a_projected_incident_goes_on_from_its_row(parts, acm
     row = await incidents.one(app_connection, acme.id, made.stream_id)
     body = msgspec.json.decode(row["body"])
     assert (row["etag"], body["status"], len(body["updates"])) == (str(posted.version), "monitoring", 1)
-    assert row["body"] == incidents.render(posted.history, {}, {})
+    assert row["body"] == incident_view.render(posted.history, {}, {})
