@@ -234,3 +234,16 @@ def histories(draw: st.DrawFn, tenants: int = 2) -> list[History]:
         with suppress(DomainError):  # what is refused here would never have come into a ledger
             history.do(kind, stream_id, command, when=when, meta=draw(_METAS))
     return made
+
+
+@st.composite
+def batches(draw: st.DrawFn, made: Sequence[History]) -> list[list[RecordedEvent]]:
+    """All events in batches of one tenant each, in an order that keeps each tenant's events in theirs."""
+    waiting = {history.tenant_id: list(history.events) for history in made}
+    cut = []
+    while left := [tenant_id for tenant_id in waiting if waiting[tenant_id]]:
+        tenant_id = draw(st.sampled_from(left))
+        size = draw(st.sampled_from([1, 1, 2, 3, 9]))
+        cut.append(waiting[tenant_id][:size])
+        del waiting[tenant_id][:size]
+    return cut

@@ -11,7 +11,7 @@ from opsentry.projections import incident_view
 from opsentry.projections import incidents as incidents_module
 from opsentry.projections import maintenance as maintenance_module
 from opsentry.wiring import projections
-from tests.projections.histories import DECIDERS, apply, dump, histories
+from tests.projections.histories import DECIDERS, apply, batches, dump, histories
 
 with_a_database = hypothesis_settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -25,19 +25,6 @@ async def undo_after(connection, work):
         return await work()
     finally:
         await transaction.rollback()
-
-
-@st.composite
-def batches(draw, made):
-    """Yield (tenant, events) in an order that keeps each tenant's events in theirs."""
-    waiting = {history.tenant_id: list(history.events) for history in made}
-    cut = []
-    while left := [tenant_id for tenant_id in waiting if waiting[tenant_id]]:
-        tenant_id = draw(st.sampled_from(left))
-        size = draw(st.sampled_from([1, 1, 2, 3, 9]))
-        cut.append(waiting[tenant_id][:size])
-        del waiting[tenant_id][:size]
-    return cut
 
 
 async def from_scratch(connection, made):

@@ -16,7 +16,7 @@ from opsentry.projections.projection import by_stream
 from opsentry.projections.rebuild import Rebuilder
 from opsentry.wiring import projections
 from tests.conftest import META, make_service
-from tests.projections.histories import apply, dump, histories, schedule
+from tests.projections.histories import apply, batches, dump, histories, schedule
 from tests.projections.planting import plant
 
 # The order in which rows were last written shows nowhere; what they hold does.
@@ -325,30 +325,36 @@ async def test_a_paused_projection_stands_still_and_misses_nothing(rebuilder, bu
 
 
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(made=histories(), size=st.integers(1, 9))
-async def test_whole_streams_give_the_rows_that_lived_through_every_event(app_connection, made, size):
-    """The law that a rebuild rests on, for any history and any order of streams."""
+@given(data=st.data())
+async def test_whole_streams_give_the_rows_that_lived_through_every_event(app_connection, data):
+    """The law that a rebuild rests on: for any history, batches of any size, tenants in any order, all of it twice."""
+    made = data.draw(histories())
+    lived, again = data.draw(batches(made)), data.draw(batches(made))
     transaction = app_connection.transaction()
     await transaction.start()
     try:
-        for history in made:
-            for projection in projections():
-                for begin in range(0, len(history.events), size):
-                    await apply(app_connection, projection, history.events[begin : begin + size])
-                derive = projection.deriver()
-                derived: dict[str, list[tuple[object, ...]]] = {}
-                for kind in projection.kinds:
-                    streams = by_stream(e for e in history.erased() if e.kind == kind)
-                    for number, stream in sorted(streams.items(), reverse=True):
-                        for name, rows in derive(kind, {number: stream}).items():
-                            derived.setdefault(name, []).extend(rows)
-                for table in (t for t in projection.tables if t.of_streams):
-                    live = await app_connection.fetch(
-                        f"SELECT {', '.join(table.columns)} FROM {table.name} WHERE tenant_id = $1", history.tenant_id
-                    )
-                    assert dict(map(keyed(table), derived.get(table.name, ()))) == dict(map(keyed(table), live))
+        for projection in projections():
+            for events in (*lived, *again):
+                await apply(app_connection, projection, events)
+            for history in made:
+                await derived_is_live(app_connection, projection, history)
     finally:
         await transaction.rollback()
+
+
+async def derived_is_live(connection, projection, history):
+    derive = projection.deriver()
+    derived: dict[str, list[tuple[object, ...]]] = {}
+    for kind in projection.kinds:
+        streams = by_stream(e for e in history.erased() if e.kind == kind)
+        for number, stream in sorted(streams.items(), reverse=True):
+            for name, rows in derive(kind, {number: stream}).items():
+                derived.setdefault(name, []).extend(rows)
+    for table in (t for t in projection.tables if t.of_streams):
+        live = await connection.fetch(
+            f"SELECT {', '.join(table.columns)} FROM {table.name} WHERE tenant_id = $1", history.tenant_id
+        )
+        assert dict(map(keyed(table), derived.get(table.name, ()))) == dict(map(keyed(table), live))
 
 
 async def test_lists_have_another_tag_after_a_rebuild(rebuilder, busy, app_connection):
