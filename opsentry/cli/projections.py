@@ -198,6 +198,8 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
                     begin=begin,
                     advance=lambda events: progress.advance(task, events),
                 )
+                # Of a ledger's events, those that no projection reads were not folded.
+                progress.update(task, completed=told["events"])
             async with parts.database.connection(PATIENCE) as connection:
                 parked = await operations.parked(connection)
         return [
