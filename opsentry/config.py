@@ -60,6 +60,13 @@ def _networks(value: str) -> tuple[Network, ...]:
         raise ValueError("must be addresses or networks separated by commas, such as 10.0.0.0/8") from None
 
 
+def _secret_keys(value: str) -> tuple[str, ...]:
+    keys = tuple(part.strip() for part in value.split(",") if part.strip())
+    if any(not re.fullmatch(r"[A-Za-z0-9_-]{43}=", key) for key in keys):  # not repeated: they are secrets
+        raise ValueError("must be one or more keys as `opsentry secret-key` prints them, separated by commas")
+    return keys
+
+
 def _log_level(value: str) -> str:
     if value not in {"debug", "info", "warning", "error"}:
         raise ValueError("must be one of debug, info, warning, error")
@@ -95,6 +102,32 @@ class Settings:
     )
     idempotency_hours: int = _setting(48, _number(24, 8760), "hours that an Idempotency-Key is remembered, at least")
     body_timeout: int = _setting(10, _number(1, 3600), "seconds that a request may take to arrive whole")
+    secret_keys: tuple[str, ...] = field(
+        default=(),
+        repr=False,
+        metadata={
+            "parse": _secret_keys,
+            "says": "keys that seal secrets of subscriptions, from `opsentry secret-key`; the first seals, all open",
+        },
+    )
+    public_url: str = _setting(
+        "http://localhost:8080", _url("http", "https"), "where people and mail programs reach `opsentry serve`"
+    )
+    smtp_url: str = _setting(
+        "",
+        lambda value: value and _url("smtp", "smtps")(value),
+        "mail relay, such as smtp://user:password@mail.example.com:587; empty: no e-mail is sent",
+    )
+    mail_from: str = _setting("Opsentry <opsentry@localhost>", _text, "sender of e-mails")
+    open_networks: tuple[Network, ...] = _setting(
+        (), _networks, "private networks that webhooks may be sent to, separated by commas; all public ones are open"
+    )
+    burst_seconds: int = _setting(2, _number(0, 3600), "changes of one incident within so long become one message")
+    reminder_minutes: int = _setting(
+        60, _number(0, 10080), "how long before its start people are reminded of a window; 0: never"
+    )
+    sender_sockets: int = _setting(256, _number(4, 10_000), "messages that one worker sends at once, at most")
+    deliveries_days: int = _setting(90, _number(1, 3650), "days that what came of a message is kept")
     log_level: str = _setting("info", _log_level, "debug, info, warning or error")
 
     @classmethod

@@ -1,26 +1,44 @@
-"""Subscriptions: who wants to be told of what, over which channel."""
+"""Subscriptions: who wants to be told of what, over which channel. `pending → active ⇄ disabled`, each `→ removed`.
+
+What a target must look like its channel says; here it is what people wrote, and `sealed` is what must not lie
+anywhere in clear, encrypted: a signing secret, or a target that is a secret itself.
+"""
 
 from collections.abc import Sequence
-from typing import ClassVar, TypeAlias, assert_never
+from datetime import datetime
+from typing import Any, ClassVar, TypeAlias, assert_never
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from opsentry.domain.decider import Decider, Event, InvalidField, TransitionRefused, check_choice, normal_ids
+from opsentry.domain.decider import (
+    Decider,
+    Event,
+    InvalidField,
+    TransitionRefused,
+    check_choice,
+    check_text,
+    normal_ids,
+)
 from opsentry.domain.incident import SEVERITIES
 
 KIND = "subscription"
-CHANNELS = ("webhook", "email", "slack")
 AUDIENCES = ("public", "internal")
+STATUSES = ("pending", "active", "disabled", "removed")
+# Why one is disabled: its owner asked for it, its endpoint answered 410, its endpoint failed for days.
+REASONS = ("asked", "gone", "failing")
+MAX_TARGET = 2_000
 
 
 # ---------------------------------------------------------------------------------------------------- events
 
 
 class SubscriptionCreated(Event, frozen=True, kw_only=True):
-    """Someone wants to be told. No `service_ids` means all services."""
+    """Someone wants to be told. No `service_ids` means all services; `pending` waits for whoever owns the target."""
 
     TYPE: ClassVar[str] = "subscription.created"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"target"})
+    VERSION: ClassVar[int] = 2
+    WORDS: ClassVar[frozenset[str]] = frozenset({"target", "sealed"})
     channel: str
     target: str
     audience: str
@@ -28,50 +46,146 @@ class SubscriptionCreated(Event, frozen=True, kw_only=True):
     maintenance: bool = True
     service_ids: tuple[int, ...] = ()
     lowest_severity: str = "informational"
+    sealed: str | None = None
+    pending: bool = False
+
+
+class SubscriptionConfirmed(Event, frozen=True, kw_only=True):
+    """Whoever owns the target has agreed."""
+
+    TYPE: ClassVar[str] = "subscription.confirmed"
+
+
+class SubscriptionChanged(Event, frozen=True, kw_only=True):
+    """They want to be told of something else, or elsewhere. What is `UNSET` stays as it was."""
+
+    TYPE: ClassVar[str] = "subscription.changed"
+    WORDS: ClassVar[frozenset[str]] = frozenset({"target", "sealed"})
+    target: str | UnsetType = UNSET
+    sealed: str | UnsetType = UNSET
+    audience: str | UnsetType = UNSET
+    incidents: bool | UnsetType = UNSET
+    maintenance: bool | UnsetType = UNSET
+    service_ids: tuple[int, ...] | UnsetType = UNSET
+    lowest_severity: str | UnsetType = UNSET
+
+
+class SubscriptionSecretRotated(Event, frozen=True, kw_only=True):
+    """Messages are signed with a new secret, and with the one before until `previous_until`."""
+
+    TYPE: ClassVar[str] = "subscription.secret_rotated"
+    WORDS: ClassVar[frozenset[str]] = frozenset({"sealed"})
+    sealed: str
+    previous_until: datetime
+
+
+class SubscriptionTestRequested(Event, frozen=True, kw_only=True):
+    """Someone wants to see a message arrive."""
+
+    TYPE: ClassVar[str] = "subscription.test_requested"
+
+
+class SubscriptionDisabled(Event, frozen=True, kw_only=True):
+    """Nothing is sent any more: `asked`, `gone` (the endpoint answered 410) or `failing` (for days)."""
+
+    TYPE: ClassVar[str] = "subscription.disabled"
+    reason: str
+
+
+class SubscriptionEnabled(Event, frozen=True, kw_only=True):
+    """What happens from here on is sent again."""
+
+    TYPE: ClassVar[str] = "subscription.enabled"
 
 
 class SubscriptionRemoved(Event, frozen=True, kw_only=True):
-    """They want it no longer."""
+    """They want it no longer. `unsubscribed`: said the one who was told, not the tenant."""
 
     TYPE: ClassVar[str] = "subscription.removed"
+    VERSION: ClassVar[int] = 2
+    unsubscribed: bool = False
 
 
-SubscriptionEvent: TypeAlias = SubscriptionCreated | SubscriptionRemoved
+class SubscriptionRedacted(Event, frozen=True, kw_only=True):
+    """The words of the events with these versions were erased: who no longer wants to be told is forgotten."""
+
+    TYPE: ClassVar[str] = "subscription.redacted"
+    versions: tuple[int, ...]
+
+
+SubscriptionEvent: TypeAlias = (
+    SubscriptionCreated
+    | SubscriptionConfirmed
+    | SubscriptionChanged
+    | SubscriptionSecretRotated
+    | SubscriptionTestRequested
+    | SubscriptionDisabled
+    | SubscriptionEnabled
+    | SubscriptionRemoved
+    | SubscriptionRedacted
+)
 
 
 # ---------------------------------------------------------------------------------------------------- state
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
-    """A subscription as its events leave it."""
+    """A subscription as its events leave it. Of a removed one neither target nor secrets are left."""
 
     channel: str
+    target: str
     audience: str
     incidents: bool
     maintenance: bool
     service_ids: tuple[int, ...]
     lowest_severity: str
-    removed: bool = False
+    status: str = "active"
+    disabled_reason: str | None = None
+    sealed: str | None = None
+    previous_sealed: str | None = None
+    previous_until: datetime | None = None
+
+
+_CHANGEABLE = tuple(SubscriptionChanged.__struct_fields__)
 
 
 def evolve(state: Subscription | None, event: SubscriptionEvent) -> Subscription:
     """Fold one event into the state."""
+    if isinstance(event, SubscriptionCreated):
+        return Subscription(
+            channel=event.channel,
+            target=event.target,
+            audience=event.audience,
+            incidents=event.incidents,
+            maintenance=event.maintenance,
+            service_ids=event.service_ids,
+            lowest_severity=event.lowest_severity,
+            status="pending" if event.pending else "active",
+            sealed=event.sealed,
+        )
+    if state is None:
+        raise ValueError(f"{event.TYPE} before {SubscriptionCreated.TYPE}")
+    change = msgspec.structs.replace
     match event:
-        case SubscriptionCreated():
-            return Subscription(
-                channel=event.channel,
-                audience=event.audience,
-                incidents=event.incidents,
-                maintenance=event.maintenance,
-                service_ids=event.service_ids,
-                lowest_severity=event.lowest_severity,
-            )
+        case SubscriptionConfirmed() | SubscriptionEnabled():
+            return change(state, status="active", disabled_reason=None)
+        case SubscriptionChanged():
+            return change(state, **_set(event))
+        case SubscriptionSecretRotated():
+            return change(state, sealed=event.sealed, previous_sealed=state.sealed, previous_until=event.previous_until)
+        case SubscriptionTestRequested() | SubscriptionRedacted():
+            return state
+        case SubscriptionDisabled():
+            return change(state, status="disabled", disabled_reason=event.reason)
         case SubscriptionRemoved():
-            if state is None:
-                raise ValueError(f"{event.TYPE} before {SubscriptionCreated.TYPE}")
-            return msgspec.structs.replace(state, removed=True)
+            return change(state, status="removed", target="", sealed=None, previous_sealed=None, previous_until=None)
         case _:
             assert_never(event)
+
+
+def _set(change: "SubscriptionChanged | ChangeSubscription") -> dict[str, Any]:
+    values = {name: getattr(change, name) for name in _CHANGEABLE}
+    return {name: value for name, value in values.items() if value is not UNSET}
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -87,40 +201,133 @@ class CreateSubscription(msgspec.Struct, frozen=True, kw_only=True):
     maintenance: bool = True
     service_ids: tuple[int, ...] = ()
     lowest_severity: str = "informational"
+    sealed: str | None = None
+    pending: bool = False
 
 
-class RemoveSubscription(msgspec.Struct, frozen=True):
-    """Ask to be told no longer."""
+class ConfirmSubscription(msgspec.Struct, frozen=True):
+    """Agree to be told. Saying so again changes nothing."""
 
 
-SubscriptionCommand: TypeAlias = CreateSubscription | RemoveSubscription
+class ChangeSubscription(msgspec.Struct, frozen=True, kw_only=True):
+    """Change what is set, leave what is `UNSET`. `enabled` turns sending off and on."""
+
+    target: str | UnsetType = UNSET
+    sealed: str | UnsetType = UNSET
+    audience: str | UnsetType = UNSET
+    incidents: bool | UnsetType = UNSET
+    maintenance: bool | UnsetType = UNSET
+    service_ids: tuple[int, ...] | UnsetType = UNSET
+    lowest_severity: str | UnsetType = UNSET
+    enabled: bool | UnsetType = UNSET
+
+
+class RotateSecret(msgspec.Struct, frozen=True, kw_only=True):
+    """Sign with a new secret; the one before is good until `previous_until`."""
+
+    sealed: str
+    previous_until: datetime
+
+
+class RequestTest(msgspec.Struct, frozen=True):
+    """Ask for a message to see whether it arrives."""
+
+
+class DisableSubscription(msgspec.Struct, frozen=True, kw_only=True):
+    """Send nothing any more, for one of `REASONS`. What is not active stays as it is."""
+
+    reason: str
+
+
+class RemoveSubscription(msgspec.Struct, frozen=True, kw_only=True):
+    """Ask to be told no longer. `versions` are those of the stream's events that have words, to be erased."""
+
+    unsubscribed: bool = False
+    versions: tuple[int, ...] = ()
+
+
+SubscriptionCommand: TypeAlias = (
+    CreateSubscription
+    | ConfirmSubscription
+    | ChangeSubscription
+    | RotateSecret
+    | RequestTest
+    | DisableSubscription
+    | RemoveSubscription
+)
 
 
 def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence[SubscriptionEvent]:
     """Answer `command` with events, or raise `InvalidField` or `TransitionRefused`."""
+    if isinstance(command, CreateSubscription):
+        if state is not None:
+            raise TransitionRefused("the subscription exists already")
+        return [_create(command)]
+    if state is None or state.status == "removed":
+        raise TransitionRefused("the subscription does not exist")
     match command:
-        case CreateSubscription():
-            if state is not None:
-                raise TransitionRefused("the subscription exists already")
-            if not command.target.strip():
-                raise InvalidField("target", "must not be blank")
-            return [
-                SubscriptionCreated(
-                    channel=check_choice("channel", command.channel, CHANNELS),
-                    target=command.target,
-                    audience=check_choice("audience", command.audience, AUDIENCES),
-                    incidents=command.incidents,
-                    maintenance=command.maintenance,
-                    service_ids=normal_ids(command.service_ids),
-                    lowest_severity=check_choice("lowest_severity", command.lowest_severity, SEVERITIES),
-                )
-            ]
+        case ConfirmSubscription():
+            return [SubscriptionConfirmed()] if state.status == "pending" else []
+        case ChangeSubscription():
+            return _change(state, command)
+        case RotateSecret():
+            if state.sealed is None:
+                raise TransitionRefused(f"messages to {state.channel} are not signed")
+            return [SubscriptionSecretRotated(sealed=command.sealed, previous_until=command.previous_until)]
+        case RequestTest():
+            if state.status != "active":
+                raise TransitionRefused(f"only to an active subscription is anything sent; this one is {state.status}")
+            return [SubscriptionTestRequested()]
+        case DisableSubscription():
+            check_choice("reason", command.reason, REASONS)
+            return [SubscriptionDisabled(reason=command.reason)] if state.status == "active" else []
         case RemoveSubscription():
-            if state is None or state.removed:
-                raise TransitionRefused("the subscription does not exist")
-            return [SubscriptionRemoved()]
+            removed = SubscriptionRemoved(unsubscribed=command.unsubscribed)
+            return [removed, *([SubscriptionRedacted(versions=command.versions)] if command.versions else [])]
         case _:
             assert_never(command)
+
+
+def _create(command: CreateSubscription) -> SubscriptionCreated:
+    return SubscriptionCreated(
+        channel=command.channel,
+        target=_check_target(command.target),
+        audience=check_choice("audience", command.audience, AUDIENCES),
+        incidents=command.incidents,
+        maintenance=command.maintenance,
+        service_ids=normal_ids(command.service_ids),
+        lowest_severity=check_choice("lowest_severity", command.lowest_severity, SEVERITIES),
+        sealed=command.sealed,
+        pending=command.pending,
+    )
+
+
+def _change(state: Subscription, command: ChangeSubscription) -> list[SubscriptionEvent]:
+    wanted = _set(command)
+    if "target" in wanted:
+        _check_target(wanted["target"])
+    if "audience" in wanted:
+        check_choice("audience", wanted["audience"], AUDIENCES)
+    if "lowest_severity" in wanted:
+        check_choice("lowest_severity", wanted["lowest_severity"], SEVERITIES)
+    if "service_ids" in wanted:
+        wanted["service_ids"] = normal_ids(wanted["service_ids"])
+    changes = {name: value for name, value in wanted.items() if value != getattr(state, name)}
+    events: list[SubscriptionEvent] = [SubscriptionChanged(**changes)] if changes else []
+    if command.enabled is not UNSET and command.enabled != (state.status == "active"):
+        if state.status == "pending":
+            raise TransitionRefused("a pending subscription is enabled by whoever owns its target")
+        events.append(SubscriptionEnabled() if command.enabled else SubscriptionDisabled(reason="asked"))
+    return events
+
+
+def _check_target(target: str) -> str:
+    check_text("target", target)
+    if not target.strip():
+        raise InvalidField("target", "must not be blank")
+    if len(target) > MAX_TARGET:
+        raise InvalidField("target", f"must have at most {MAX_TARGET} characters")
+    return target
 
 
 DECIDER: Decider[Subscription, SubscriptionCommand, SubscriptionEvent] = Decider(

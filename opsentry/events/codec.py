@@ -71,7 +71,11 @@ class UnknownEvent(Exception):
 
 
 # (type, schema version) -> a function from that version's fields to the next one's. Old events are read for ever.
-UPCASTERS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {}
+UPCASTERS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {
+    # Nothing was sealed then, nobody had to agree first, and only tenants removed.
+    ("subscription.created", 1): lambda fields: fields,
+    ("subscription.removed", 1): lambda fields: fields,
+}
 
 _meta_decoder = msgspec.json.Decoder(Meta)
 _meta_encoder = msgspec.json.Encoder()

@@ -73,7 +73,17 @@ class Wish(msgspec.Struct, frozen=True):
     """A subscription and the position since which it holds: it is not told of what came before."""
 
     since: int
-    subscription: Subscription
+    channel: str
+    audience: str
+    incidents: bool
+    maintenance: bool
+    service_ids: tuple[int, ...]
+    lowest_severity: str
+
+    @classmethod
+    def of(cls, since: int, state: Subscription) -> "Wish":
+        """Return what a subscription wants, without its words."""
+        return cls(since, *(getattr(state, name) for name in cls.__struct_fields__[1:]))
 
 
 class Intent(NamedTuple):
@@ -125,7 +135,7 @@ class Derivation:
     """
 
     def __init__(self, wishes: Mapping[int, Wish], active: Mapping[int, Topic]) -> None:
-        self._wishes = {number: _Span(wish.since, _FOR_EVER, wish.subscription) for number, wish in wishes.items()}
+        self._wishes = {number: _Span(wish.since, _FOR_EVER, wish) for number, wish in wishes.items()}
         self._windows = {number: _Span(0, _FOR_EVER, frozenset(topic.service_ids)) for number, topic in active.items()}
         self._steps: tuple[list[int], list[tuple[frozenset[int], ...]]] | None = None
 
@@ -152,8 +162,8 @@ class Derivation:
         for recorded in stream:
             match recorded.event:
                 case SubscriptionCreated() as created:
-                    wish = Wish(recorded.seq, subscription.evolve(None, created))
-                    self._wishes[number] = _Span(recorded.seq, _FOR_EVER, wish.subscription)
+                    wish = Wish.of(recorded.seq, subscription.evolve(None, created))
+                    self._wishes[number] = _Span(recorded.seq, _FOR_EVER, wish)
                     derived.known[key] = wish
                 case SubscriptionRemoved():
                     _end(self._wishes, number, recorded.seq)
@@ -259,7 +269,7 @@ def _evolve(topic: Topic | None, recorded: RecordedEvent) -> Topic:
     return topic
 
 
-def _wants(wish: Subscription, recorded: RecordedEvent, topic: Topic) -> bool:
+def _wants(wish: Wish, recorded: RecordedEvent, topic: Topic) -> bool:
     if not (wish.incidents if recorded.kind == incident.KIND else wish.maintenance):
         return False
     event = recorded.event

@@ -102,7 +102,7 @@ class Outbox:
     """The projection `outbox`."""
 
     name = "outbox"
-    version = 1
+    version = 2
     kinds = _KINDS
     tables = (INTENTS, STATE)
 

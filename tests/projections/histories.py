@@ -173,7 +173,7 @@ _SCHEDULE = st.builds(
 _REGISTER = st.builds(RegisterService, slug=st.sampled_from("abc"), name=_TITLES, visibility=_VISIBILITY)
 _SUBSCRIBE = st.builds(
     CreateSubscription,
-    channel=st.sampled_from(subscription.CHANNELS),
+    channel=st.sampled_from(["webhook", "email", "slack"]),
     target=st.just("x"),
     audience=st.sampled_from(subscription.AUDIENCES),
     service_ids=st.just(()) | _SERVICES,

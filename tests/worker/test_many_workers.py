@@ -5,7 +5,6 @@ import os
 import signal
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
 
