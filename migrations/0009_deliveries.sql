@@ -111,6 +111,7 @@ CREATE TABLE endpoints (
     lease           uuid,
     failures        integer NOT NULL DEFAULT 0, -- in a row
     failing_since   timestamptz,
+    width           smallint NOT NULL DEFAULT 1, -- so many messages at once it is trusted to take: 1 until it has shown
     PRIMARY KEY (tenant_id, subscription_id)
 ) WITH (fillfactor = 50);
 CREATE INDEX endpoints_due ON endpoints (due_at) WHERE due_at IS NOT NULL;
@@ -126,6 +127,7 @@ ALTER TABLE maintenance ADD COLUMN remind boolean NOT NULL DEFAULT false;
 CREATE INDEX maintenance_to_remind ON maintenance (scheduled_start) WHERE remind;
 
 DROP INDEX outbox_intents_pending;
+CREATE INDEX outbox_intents_by_seq ON outbox_intents (tenant_id, seq);
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON
     subscriptions, outbox_settled, outbox_fresh, deliveries, delivery_attempts, endpoints, outbox_paused
