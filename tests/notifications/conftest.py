@@ -1,0 +1,90 @@
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
+from ipaddress import ip_network
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+
+
+class Names(AbstractResolver):
+    """A resolver that answers what a test says; each look-up takes the next of a name's answers, the last for ever."""
+
+    def __init__(self, answers: Mapping[str, Sequence[Sequence[str]]]) -> None:
+        self.left = {name: list(said) for name, said in answers.items()}
+
+    async def resolve(self, host, port=0, family=socket.AF_INET):  # noqa: ARG002
+        if host not in self.left:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        said = self.left[host]
+        addresses = said.pop(0) if len(said) > 1 else said[0]
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=0,
+            )
+            for address in addresses
+        ]
+
+    async def close(self):
+        pass
+
+
+class Listener:
+    """Listens on 127.0.0.1 and [::1], on the same port, answers 200 to everything, and counts who connects."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.port = 0
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator["Listener"]:
+        async def answer(reader, writer):
+            self.connections += 1
+            with closing(writer):
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                await writer.drain()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as first:
+            self.port = first.sockets[0].getsockname()[1]
+            async with await asyncio.start_server(answer, "::1", self.port):
+                yield self
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[Listener]:
+    async with Listener().listening() as listening:
+        yield listening
+
+
+@asynccontextmanager
+async def answering(handler: Callable[[web.Request], Awaitable[web.Response]], ssl=None) -> AsyncIterator[str]:
+    """Serve `handler` at every path on 127.0.0.1; yields the base URL."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ssl).start()
+        yield f"{'http' if ssl is None else 'https'}://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def tried(session: aiohttp.ClientSession, url: str) -> BaseException | int:
+    """Post to `url`; return the status, or what went wrong."""
+    try:
+        async with session.post(url, data=b"{}", allow_redirects=False, timeout=aiohttp.ClientTimeout(total=5)) as got:
+            return got.status
+    except (aiohttp.ClientError, OSError) as error:
+        return error
