@@ -31,6 +31,7 @@ from opsentry.projections.outbox import Outbox
 from opsentry.projections.projection import Projection
 from opsentry.projections.runner import Runner
 from opsentry.projections.services import RefsReader, Services
+from opsentry.projections.subscriptions import Subscriptions
 from opsentry.redis import connect
 from opsentry.worker.worker import Worker
 
@@ -41,7 +42,7 @@ LINGER_SECONDS = 2
 
 def projections() -> list[Projection]:
     """Return all projections there are."""
-    return [Services(), Incidents(), MaintenanceWindows(), Impact(), Outbox()]
+    return [Services(), Incidents(), MaintenanceWindows(), Subscriptions(), Impact(), Outbox()]
 
 
 @dataclass(frozen=True, slots=True)
