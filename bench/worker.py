@@ -61,7 +61,7 @@ def _seconds(worker: int, owner: str) -> float:
 
 
 async def _make_idle(owner: str, tenants: int) -> None:
-    names = ["services", "incidents", "maintenance", "impact", "outbox"]
+    names = ["services", "incidents", "maintenance", "subscriptions", "impact", "outbox"]
     connection = await asyncpg.connect(owner)
     await connection.execute(_IDLE, tenants, names)
     await connection.execute("UPDATE heads SET seq = 1")

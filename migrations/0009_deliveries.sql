@@ -9,6 +9,7 @@ CREATE TABLE subscriptions (
     status          text NOT NULL,
     channel         text NOT NULL,
     target          text NOT NULL, -- as answers show it
+    created_at      timestamptz NOT NULL,
     state           text NOT NULL, -- the aggregate's state as JSON, sealed secrets among it
     body            text NOT NULL, -- the answer
     PRIMARY KEY (tenant_id, subscription_id)

@@ -23,7 +23,7 @@ from opsentry.events.codec import Meta
 from opsentry.events.log import Append, NewEvent
 from opsentry.postgres import Connection, Database
 
-SCOPES = ("read:status", "write:incidents", "write:maintenance", "read:audit")
+SCOPES = ("read:status", "write:incidents", "write:maintenance", "read:audit", "write:subscriptions")
 
 # A token that was looked up is believed for this long, so a revoked one stops working within it everywhere.
 CACHE_SECONDS = 3.0

@@ -1,6 +1,6 @@
 """Erasing what people wrote: which words have to go, so that a text is nowhere in a stream any more."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -75,6 +75,11 @@ def _words(event: Event) -> dict[str, str]:
     """Return the words that an event still holds, by field."""
     words = {name: getattr(event, name) for name in event.WORDS}
     return {name: value for name, value in words.items() if isinstance(value, str) and value != REDACTED}
+
+
+def worded(history: Iterable[Written]) -> tuple[int, ...]:
+    """Return the versions of those of a stream's events that hold words, erased ones among them."""
+    return tuple(version for version, _, event in history if _has_words(event))
 
 
 def _has_words(event: Event) -> bool:

@@ -22,7 +22,7 @@ from opsentry.notifications.channel import BadTarget
 MAX_URL = 2_000
 _MAX_HOST = 253
 
-_SOCKETS_PER_HOST = 8
+_SOCKETS_PER_HOST = 64
 _NAMES_CACHED_SECONDS = 10
 # A name whose servers never answer keeps a thread for some 20 s; others go on being looked up meanwhile.
 _LOOKUPS_AT_ONCE = 64
@@ -164,7 +164,7 @@ def http_session(
 
     Args:
         open_networks: Private networks that are open too.
-        sockets: Connections in all, at most. To one host, there are at most eight.
+        sockets: Connections in all, at most. To one host, at most a part of them.
         resolver: What names are resolved with, instead of the system.
     """
 

@@ -1,5 +1,7 @@
 """Secrets of subscriptions, sealed: what lies in the ledger and in the database cannot be read without a key."""
 
+import base64
+import os
 from collections.abc import Sequence
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -53,3 +55,8 @@ class Sealing:
 def new_key() -> str:
     """Return a new random key: 32 bytes in URL-safe base64."""
     return Fernet.generate_key().decode()
+
+
+def new_signing_secret() -> str:
+    """Return a new secret to sign messages with: `whsec_` and 32 random bytes in base64 (Standard Webhooks)."""
+    return f"whsec_{base64.b64encode(os.urandom(32)).decode()}"

@@ -16,7 +16,7 @@ from tests.conftest import Client
 from tests.projections.planting import plant
 
 PATHS = ("/ops/projections", "/ops/projections/parked")
-NAMES = ["impact", "incidents", "maintenance", "outbox", "services"]
+NAMES = ["impact", "incidents", "maintenance", "outbox", "services", "subscriptions"]
 MESSAGE = "missing, unknown, expired or revoked API token"
 
 

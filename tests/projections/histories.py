@@ -26,9 +26,18 @@ from opsentry.domain.maintenance import (
     ScheduleMaintenance,
     StartMaintenance,
 )
-from opsentry.domain.redaction import Written, plan
+from opsentry.domain.redaction import Written, plan, worded
 from opsentry.domain.service import ChangeService, RegisterService, RetireService
-from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
+from opsentry.domain.subscription import (
+    ChangeSubscription,
+    ConfirmSubscription,
+    CreateSubscription,
+    DisableSubscription,
+    RemoveSubscription,
+    RequestTest,
+    RotateSecret,
+    SubscriptionRedacted,
+)
 from opsentry.events.codec import Actor, Meta, RecordedEvent, decode, encode
 from opsentry.postgres import Connection
 from opsentry.projections.projection import Projection
@@ -44,6 +53,7 @@ TABLES = (
     "incident_snapshots",
     "maintenance",
     "maintenance_updates",
+    "subscriptions",
     "impact_sources",
     "impact_periods",
     "outbox_intents",
@@ -97,7 +107,7 @@ class History:
         gone = {
             (e.kind, e.stream_id, version)
             for e in self.events
-            if isinstance(e.event, IncidentRedacted | MaintenanceRedacted)
+            if isinstance(e.event, IncidentRedacted | MaintenanceRedacted | SubscriptionRedacted)
             for version in e.event.versions
         }
         return [_without_words(e) if (e.kind, e.stream_id, e.version) in gone else e for e in self.events]
@@ -138,11 +148,14 @@ async def dump(connection: Connection, tables: Iterable[str] = TABLES) -> dict[s
     }
 
 
+def written(history: History, kind: str, stream_id: int) -> list[Written]:
+    return [Written(e.version, e.seq, e.event) for e in history.events if (e.kind, e.stream_id) == (kind, stream_id)]
+
+
 def redaction(history: History, kind: str, stream_id: int, **asked: Any) -> RedactIncident | RedactMaintenance:
     """The command that erases what is asked for, by default all words that the stream itself has had."""
     own, command = (incident.WORDS, RedactIncident) if kind == incident.KIND else (maintenance.WORDS, RedactMaintenance)
-    written = [Written(e.version, e.seq, e.event) for e in history.events if (e.kind, e.stream_id) == (kind, stream_id)]
-    erasure = plan(written, own, asked.get("fields", own), asked.get("seqs", ()))
+    erasure = plan(written(history, kind, stream_id), own, asked.get("fields", own), asked.get("seqs", ()))
     return command(erasure=erasure, reason="asked to")
 
 
@@ -178,7 +191,10 @@ _SUBSCRIBE = st.builds(
     audience=st.sampled_from(subscription.AUDIENCES),
     service_ids=st.just(()) | _SERVICES,
     lowest_severity=_SEVERITY,
+    sealed=st.none() | st.just("sealed"),
+    pending=_FLAG,
 )
+_REMOVE = "remove"
 _BEGINNINGS: Mapping[str, st.SearchStrategy[Any]] = {
     incident.KIND: _OPEN,
     maintenance.KIND: _SCHEDULE,
@@ -210,7 +226,15 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
     ),
     subscription.KIND: st.one_of(
         _SUBSCRIBE,
+        st.just(ConfirmSubscription()),
+        st.builds(ChangeSubscription, target=st.sampled_from("xy"), sealed=st.just("resealed")),
+        st.builds(ChangeSubscription, audience=st.sampled_from(subscription.AUDIENCES), service_ids=_SERVICES),
+        st.builds(ChangeSubscription, incidents=_FLAG, lowest_severity=_SEVERITY, enabled=_FLAG),
+        st.builds(DisableSubscription, reason=st.sampled_from(subscription.REASONS)),
+        st.just(RotateSecret(sealed="rotated", previous_until=at(24))),
+        st.just(RequestTest()),
         st.just(RemoveSubscription()),
+        st.just(_REMOVE),
     ),
 }
 # Incidents have the longest lives, so they get most of the commands.
@@ -229,7 +253,9 @@ def histories(draw: st.DrawFn, tenants: int = 2) -> list[History]:
         begun = (kind, stream_id) in history.states
         command = draw((_COMMANDS if begun else _BEGINNINGS)[kind])
         when = draw(st.none() | st.integers(0, 500).map(lambda hours: at(hours / 7)))
-        if isinstance(command, str):
+        if command == _REMOVE:
+            command = RemoveSubscription(versions=worded(written(history, kind, stream_id)), unsubscribed=draw(_FLAG))
+        elif isinstance(command, str):
             command = redaction(history, kind, stream_id, fields=[command])
         with suppress(DomainError):  # what is refused here would never have come into a ledger
             history.do(kind, stream_id, command, when=when, meta=draw(_METAS))

@@ -10,8 +10,9 @@ import pytest
 from opsentry.domain.incident import SEVERITIES, OpenIncident, ResolveIncident
 from opsentry.domain.maintenance import CompleteMaintenance, StartMaintenance
 from opsentry.domain.service import RegisterService
+from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
 from opsentry.events import log
-from opsentry.projections import impact, incidents, maintenance, outbox, services
+from opsentry.projections import impact, incidents, maintenance, outbox, services, subscriptions
 from opsentry.projections.incidents import Incidents
 from opsentry.projections.rebuild import Rebuilder
 from opsentry.projections.runner import Runner
@@ -93,7 +94,7 @@ async def full(owner, app_connection, history, other_history):
         fill(each)
         for projection in projections():
             await apply(owner, projection, each.events)
-        for name in ("services", "incidents", "maintenance", "impact", "outbox"):
+        for name in ("services", "incidents", "maintenance", "subscriptions", "impact", "outbox"):
             await owner.execute("INSERT INTO checkpoints VALUES ($1, $2, $3)", each.tenant_id, name, 1)
         await plant(owner, each.tenant_id, 1, 1)
     await owner.execute(
@@ -122,6 +123,30 @@ def fill(history: History) -> None:
 def opened(number: int) -> OpenIncident:
     severity = SEVERITIES[number % 7 % len(SEVERITIES)]
     return OpenIncident(title="i", description="d", severity=severity, service_ids=(number % 200 + 1,))
+
+
+async def test_subscriptions_are_found_by_id_and_by_target(app_connection, owner, history):
+    for number in range(1, COUNT + 1):
+        history.subscription(number, CreateSubscription(channel="email", target=f"{number}@example.org"))
+        if number % 2:
+            history.subscription(number, RemoveSubscription())
+    tenant_id = history.tenant_id
+    await apply(owner, subscriptions.Subscriptions(), history.events)
+    await owner.execute("INSERT INTO checkpoints VALUES ($1, 'subscriptions', $2)", tenant_id, len(history.events))
+    await owner.execute("VACUUM ANALYZE subscriptions")
+
+    one = await plan_of(app_connection, lambda c: subscriptions.one(c, tenant_id, 8))
+    assert_goes_by(one, "subscriptions", "subscriptions_pkey", reads=1)
+
+    sent = await plan_of(app_connection, lambda c: subscriptions.for_sending(c, tenant_id, [7, 8]))
+    assert_goes_by(sent, "subscriptions", "subscriptions_pkey", reads=2)
+
+    async def of_target(connection):
+        return await subscriptions.find_target(connection, tenant_id, "email", "8@example.org")
+
+    for how in (Explained, ExplainedOnce):
+        plan = await plan_of(app_connection, of_target, how)
+        assert_goes_by(plan, "subscriptions", "subscriptions_by_target", reads=1)
 
 
 async def test_hot_queries_go_by_their_indexes(app_connection, full):

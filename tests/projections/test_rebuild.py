@@ -25,6 +25,7 @@ DAMAGE = {
     "incidents": "UPDATE incident_updates SET body = replace(body, 'message 3', 'wrong');"
     " UPDATE incident_counts SET incidents = 7",
     "maintenance": "DELETE FROM maintenance",
+    "subscriptions": "UPDATE subscriptions SET target = 'wrong'",
     "impact": "UPDATE impact_periods SET from_at = from_at - interval '1 hour'",
     "outbox": "DELETE FROM outbox_state WHERE kind = 'incident'",
 }
@@ -209,7 +210,7 @@ async def test_poison_leaves_the_rows_of_those_it_stops_as_they_were(rebuilder, 
         number,
     )
     seq = await plant(owner, acme, number, version + 1, type="incident.exploded")
-    assert sorted(await rebuilder.rebuild(acme)) == ["maintenance", "services"]
+    assert sorted(await rebuilder.rebuild(acme)) == ["maintenance", "services", "subscriptions"]
     parked = await operations.parked(app_connection)
     assert {(row["projection"], row["at"], row["seq"]) for row in parked} == {
         (name, "rebuilding", seq) for name in ("impact", "incidents", "outbox")

@@ -8,7 +8,7 @@ from tests.projections.planting import plant
 from tests.system.load import prepare
 from tests.system.processes import environment, opsentry, running, server, until
 
-NAMES = {"services", "incidents", "maintenance", "impact", "outbox"}
+NAMES = {"services", "incidents", "maintenance", "subscriptions", "impact", "outbox"}
 OF_INCIDENTS = {"incidents", "impact", "outbox"}
 WINDOW = {"title": "Move", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
 

@@ -1,0 +1,171 @@
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from opsentry.domain import subscription
+from opsentry.domain.decider import TransitionRefused
+from opsentry.domain.redaction import worded
+from opsentry.domain.subscription import (
+    ChangeSubscription,
+    ConfirmSubscription,
+    CreateSubscription,
+    DisableSubscription,
+    RemoveSubscription,
+    RequestTest,
+    RotateSecret,
+    Subscription,
+)
+from opsentry.projections import subscriptions
+from opsentry.projections.projection import by_stream
+from opsentry.projections.subscriptions import Subscriptions
+from tests.projections.histories import History, apply, at, written
+
+PROJECTION = Subscriptions()
+
+
+def wish(**fields: Any) -> CreateSubscription:
+    return CreateSubscription(**{"channel": "webhook", "target": "https://example.com/hook", **fields})
+
+
+def remove(history: History, number: int, **fields: Any) -> None:
+    versions = worded(written(history, subscription.KIND, number))
+    history.subscription(number, RemoveSubscription(versions=versions, **fields))
+
+
+async def row_of(connection: Any, history: History, number: int) -> Any:
+    return await connection.fetchrow(
+        "SELECT * FROM subscriptions WHERE tenant_id = $1 AND subscription_id = $2", history.tenant_id, number
+    )
+
+
+async def test_a_row_has_the_answer_and_the_state(app_connection, history):
+    history.subscription(1, wish(service_ids=(2, 1), sealed="ciphertext"))
+    history.subscription(1, ChangeSubscription(audience="internal"))
+    await apply(app_connection, PROJECTION, history.events)
+    row = await row_of(app_connection, history, 1)
+    assert msgspec.json.decode(row["body"]) == {
+        "id": 1,
+        "channel": "webhook",
+        "target": "https://example.com/hook",
+        "audience": "internal",
+        "incidents": True,
+        "maintenance": True,
+        "service_ids": [1, 2],
+        "lowest_severity": "informational",
+        "status": "active",
+        "disabled_reason": None,
+        "created_at": "2026-01-01T00:01:00Z",
+        "updated_at": "2026-01-01T00:02:00Z",
+    }
+    assert msgspec.json.decode(row["state"], type=Subscription) == history.states[subscription.KIND, 1]
+    assert (row["version"], row["status"], row["channel"]) == (2, "active", "webhook")
+    assert row["body"].encode() == subscriptions.render(history.events)
+
+
+async def test_of_a_removed_one_nothing_is_left_that_was_written(app_connection, history):
+    history.subscription(1, wish(sealed="ciphertext"))
+    history.subscription(1, RotateSecret(sealed="ciphertext", previous_until=at(5)))
+    remove(history, 1)
+    await apply(app_connection, PROJECTION, history.events)
+    row = await row_of(app_connection, history, 1)
+    assert (row["status"], row["target"]) == ("removed", "")
+    assert "example.com" not in str(row)
+    assert "ciphertext" not in str(row)
+
+
+_STEPS = st.sampled_from(
+    [
+        ConfirmSubscription(),
+        ChangeSubscription(target="https://example.org/other"),
+        ChangeSubscription(target="https://example.org/third", sealed="resealed", enabled=False),
+        RotateSecret(sealed="rotated", previous_until=at(24)),
+        DisableSubscription(reason="gone"),
+        RequestTest(),
+    ]
+)
+
+
+@hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(_STEPS, max_size=6), sealed=st.sampled_from([None, "sealed"]), pending=st.booleans())
+async def test_a_removed_one_is_derived_from_erased_words_as_it_was_live(app_connection, steps, sealed, pending):
+    history = History(10**6)
+    history.subscription(1, wish(sealed=sealed, pending=pending))
+    for step in steps:
+        with suppress(TransitionRefused):
+            history.subscription(1, step)
+    remove(history, 1)
+    transaction = app_connection.transaction()
+    await transaction.start()
+    try:
+        for event in history.events:
+            await apply(app_connection, PROJECTION, [event])
+        live = await row_of(app_connection, history, 1)
+    finally:
+        await transaction.rollback()
+    (derived,) = PROJECTION.deriver()(subscription.KIND, by_stream(history.erased()))["subscriptions"]
+    assert tuple(live)[1:] == derived
+    assert "[redacted]" not in str(derived)
+
+
+async def test_lists_are_the_tenants_own_newest_first_and_without_removed_ones(app_connection, history, other_history):
+    history.subscription(1, wish())
+    history.subscription(2, wish(channel="email", target="ops@example.org"))
+    history.subscription(3, wish(pending=True))
+    history.subscription(4, wish())
+    remove(history, 4)
+    other_history.subscription(5, wish())
+    for each in (history, other_history):
+        await apply(app_connection, PROJECTION, each.events)
+
+    async def page(**asked: Any) -> tuple[list[int], int]:
+        asked = {"channel": None, "status": None, "limit": 10, "offset": 0, **asked}
+        row = await subscriptions.page(app_connection, history.tenant_id, **asked)
+        items = msgspec.json.decode(b"[" + (row["items"] or b"") + b"]")
+        return [item["id"] for item in items], row["total"]
+
+    assert await page() == ([3, 2, 1], 3)
+    assert await page(limit=1, offset=1) == ([2], 3)
+    assert await page(channel="webhook") == ([3, 1], 2)
+    assert await page(status="pending") == ([3], 1)
+    assert await page(status="removed") == ([], 0)
+    assert (await subscriptions.one(app_connection, history.tenant_id, 3))["status"] == "pending"
+    for number in (4, 5):
+        row = await subscriptions.one(app_connection, history.tenant_id, number)
+        assert (row["body"], row["etag"], row["status"]) == (None, None, None)
+
+
+async def test_the_sender_is_told_of_removed_ones_too_and_of_no_other_tenants(app_connection, history, other_history):
+    history.subscription(1, wish(sealed="ciphertext"))
+    history.subscription(2, wish())
+    remove(history, 2)
+    other_history.subscription(3, wish())
+    for each in (history, other_history):
+        await apply(app_connection, PROJECTION, each.events)
+    rows = await subscriptions.for_sending(app_connection, history.tenant_id, [1, 2, 3, 4])
+    states = {row["subscription_id"]: msgspec.json.decode(row["state"], type=Subscription) for row in rows}
+    assert {number: (state.status, state.sealed) for number, state in states.items()} == {
+        1: ("active", "ciphertext"), 2: ("removed", None),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["ops@example.org", "nobody@example.org"])
+async def test_whoever_signs_up_again_is_found_by_the_target(app_connection, history, other_history, target):
+    history.subscription(1, wish(channel="email", target="ops@example.org"))
+    history.subscription(2, wish(channel="email", target="ops@example.org", pending=True))
+    history.subscription(3, wish(target="ops@example.org"))
+    history.subscription(4, wish(channel="email", target="ops@example.org"))
+    remove(history, 4)
+    other_history.subscription(5, wish(channel="email", target="ops@example.org"))
+    for each in (history, other_history):
+        await apply(app_connection, PROJECTION, each.events)
+    found = await subscriptions.find_target(app_connection, history.tenant_id, "email", target)
+    if target == "nobody@example.org":
+        assert (found["ids"], found["statuses"], found["ages"]) == (None, None, None)
+    else:
+        assert (found["ids"], found["statuses"]) == ([2, 1], ["pending", "active"])
+        assert found["ages"][0] < found["ages"][1]
