@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
 import structlog
 from aiohttp import web
 
@@ -23,9 +22,12 @@ from opsentry.api.ops import Ops
 from opsentry.config import Settings
 from opsentry.events.execute import Commands
 from opsentry.events.writer import Writer
+from opsentry.notifications.addresses import http_session
 from opsentry.notifications.channels import Parts as ChannelParts
 from opsentry.notifications.channels import channels
+from opsentry.notifications.composing import Composer
 from opsentry.notifications.sealing import Sealing
+from opsentry.notifications.sender import LEASE_SECONDS, Sender
 from opsentry.postgres import Database
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
@@ -42,6 +44,8 @@ from opsentry.worker.worker import Worker
 KEEPALIVE_SECONDS = 75
 # After an answer to a body that is not read to its end, so long may the client go on sending before it is cut off.
 LINGER_SECONDS = 2
+# PostgreSQL connections of a sender: it takes and records at the same time, and looks up what it tells.
+SENDER_POOL = 6
 
 
 def projections() -> list[Projection]:
@@ -88,7 +92,7 @@ async def serving(
         failures = RateLimiter(client, settings.auth_failure_limit, "failures")
         stack.push_async_callback(limiter.close)
         stack.push_async_callback(failures.close)
-        http = await stack.enter_async_context(aiohttp.ClientSession())
+        http = await stack.enter_async_context(http_session(settings.open_networks, settings.sender_sockets))
         # They check targets here and send nothing.
         known = channels(ChannelParts(settings, http))
         for channel in known.values():
@@ -128,8 +132,36 @@ async def serving(
 
 
 @asynccontextmanager
+async def sending(parts: Core, *, lease: float = LEASE_SECONDS) -> AsyncIterator[None]:
+    """Send what is due; at the end, let what is under way end. `lease` is in seconds, see `Sender`."""
+    settings = parts.settings
+    async with AsyncExitStack() as stack:
+        # Connections of its own: sending and catching up do not wait for each other.
+        database = Database(settings.database_url, size=SENDER_POOL)
+        await database.open()
+        stack.push_async_callback(database.close)
+        http = await stack.enter_async_context(http_session(settings.open_networks, settings.sender_sockets))
+        known = channels(ChannelParts(settings, http))
+        for channel in known.values():
+            stack.push_async_callback(channel.close)
+        sender = Sender(
+            database,
+            parts.commands,
+            Composer(Moments(database, parts.runner), database),
+            known,
+            Sealing(settings.secret_keys),
+            sockets=settings.sender_sockets,
+            burst=settings.burst_seconds,
+            lease=lease,
+        )
+        sender.start()
+        stack.push_async_callback(sender.stop)
+        yield
+
+
+@asynccontextmanager
 async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[None]:
-    """Run the worker's loops; `heartbeat` is a file to touch after each round."""
+    """Run the worker's loops and send; `heartbeat` is a file to touch after each round."""
     worker = Worker(
         parts.database,
         parts.commands,
@@ -139,7 +171,8 @@ async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[N
     )
     worker.start()
     try:
-        yield
+        async with sending(parts):
+            yield
     finally:
         worker.stop()
 

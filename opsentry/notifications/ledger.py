@@ -120,11 +120,13 @@ WHERE e.tenant_id = woken.tenant_id AND e.subscription_id = woken.subscription_i
 """
 
 # Leases endpoints where something is due, the one that has waited longest first. Tenants that have their share are
-# passed over, and where $4 says so, endpoints that have not shown that they answer well.
+# passed over ($3), and endpoints that have not shown that they answer well where those have theirs: all of them ($4),
+# or a tenant's ($6).
 _CLAIM = f"""
 WITH due AS (
     SELECT e.tenant_id, e.subscription_id, ({_BOUNDED}) FROM endpoints e
-    WHERE e.due_at <= statement_timestamp() AND e.tenant_id <> ALL($3) AND (e.width > 1 OR NOT $4)
+    WHERE e.due_at <= statement_timestamp() AND e.tenant_id <> ALL($3)
+        AND (e.width > 1 OR (NOT $4 AND e.tenant_id <> ALL($6)))
         AND NOT EXISTS (SELECT FROM outbox_paused p WHERE p.tenant_id = 0 OR p.tenant_id = e.tenant_id)
     ORDER BY e.due_at LIMIT $2 FOR UPDATE SKIP LOCKED)
 UPDATE endpoints e SET lease = $1, due_at = statement_timestamp() + $5 * interval '1 second'
@@ -343,7 +345,14 @@ async def take_over(connection: Connection, tenant_ids: Sequence[int], burst: fl
 
 
 async def claim(
-    connection: Connection, lease: UUID, *, seconds: float, at_most: int, passing_over: Sequence[int], proven: bool
+    connection: Connection,
+    lease: UUID,
+    *,
+    seconds: float,
+    at_most: int,
+    passing_over: Sequence[int] = (),
+    proven: bool = False,
+    proven_of: Sequence[int] = (),
 ) -> list[Claimed]:
     """Lease endpoints where something is due, in the caller's transaction.
 
@@ -354,8 +363,9 @@ async def claim(
         at_most: So many endpoints.
         passing_over: Tenants that have their share.
         proven: Only those that have answered well before.
+        proven_of: The same, of these tenants.
     """
-    rows = await connection.fetch(_CLAIM, lease, at_most, list(passing_over), proven, seconds)
+    rows = await connection.fetch(_CLAIM, lease, at_most, list(passing_over), proven, seconds, list(proven_of))
     return [
         Claimed(
             row["tenant_id"],

@@ -1,0 +1,323 @@
+"""The sender: retries, probes, ends, fairness; what it sends with is a channel that answers as it is told."""
+
+import asyncio
+from collections import Counter, defaultdict
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from opsentry.domain import subscription
+from opsentry.domain.incident import PostUpdate, ResolveIncident
+from opsentry.notifications.channel import Message, Outcome
+from opsentry.notifications.composing import Composer
+from opsentry.notifications.sealing import Sealing
+from opsentry.notifications.sender import Sender
+from opsentry.projections.moments import Moments
+from tests.conftest import META
+from tests.notifications.test_ledger import Desk
+from tests.system.processes import until
+
+OK = Outcome(answer=200)
+BROKEN = Outcome("answered 500", 500)
+
+
+class Scripted:
+    """A channel of our own making: `answers` says what each target answers, and `sent` what was sent there."""
+
+    name = "webhook"
+    signs = False
+    hides = False
+
+    def __init__(self):
+        self.answers: dict[str, Any] = defaultdict(lambda: OK)
+        self.sent: list[tuple[str, Message]] = []
+        self.open: Counter[str] = Counter()
+        self.widest: Counter[str] = Counter()
+
+    def check(self, target):
+        return target
+
+    def shown(self, target):
+        return target
+
+    async def send(self, endpoint, message):
+        self.sent.append((endpoint.target, message))
+        self.open[endpoint.target] += 1
+        self.widest[endpoint.target] = max(self.widest[endpoint.target], self.open[endpoint.target])
+        try:
+            answer = self.answers[endpoint.target]
+            if isinstance(answer, asyncio.Event):
+                await answer.wait()
+                return OK
+            await asyncio.sleep(0.005)
+            return answer
+        finally:
+            self.open[endpoint.target] -= 1
+
+    async def close(self):
+        pass
+
+    def to(self, target):
+        return [message for where, message in self.sent if where == target]
+
+
+@pytest.fixture
+def channel():
+    return Scripted()
+
+
+@pytest.fixture
+def desk(parts, acme):
+    return Desk(parts, acme)
+
+
+@pytest.fixture
+def sending(parts, channel):
+    @asynccontextmanager
+    async def run(**options):
+        composer = Composer(Moments(parts.database, parts.runner), parts.database)
+        sender = Sender(
+            parts.database, parts.commands, composer, {"webhook": channel}, Sealing(()), **{"burst": 0.0, **options}
+        )
+        sender.start()
+        yield sender
+        await sender.stop()
+
+    return run
+
+
+@pytest.fixture
+def settled(desk):
+    async def wait():
+        await until(desk_is_quiet)
+
+    async def desk_is_quiet():
+        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        return not await desk.parts.database.fetch(
+            "SELECT tenant_id FROM outbox_fresh UNION ALL"
+            " SELECT tenant_id FROM endpoints WHERE due_at <= now() OR lease IS NOT NULL"
+        )
+
+    return wait
+
+
+async def hurry(owner, seconds):
+    """Let time pass for what waits."""
+    await owner.execute(
+        "UPDATE deliveries SET due_at = due_at - $1 * interval '1 second' WHERE due_at IS NOT NULL", seconds
+    )
+    await owner.execute(
+        "UPDATE endpoints SET due_at = due_at - $1 * interval '1 second',"
+        " failing_since = failing_since - $1 * interval '1 second'",
+        seconds,
+    )
+
+
+async def test_what_happens_is_sent_in_order_with_its_state_of_then(desk, channel, sending, settled):
+    await desk.subscribe()
+    async with sending():
+        one = await desk.open()
+        await desk.tell(one, PostUpdate(message="a", status="identified"), ResolveIncident())
+        await settled()
+    told = [(m.type, m.subject["status"], m.sequence) for m in channel.to("https://example.com/x")]
+    assert [what[1] for what in told] == ["investigating", "identified", "identified", "resolved"]
+    assert (told[0][0], told[-1][0]) == ("incident.opened", "incident.resolved")
+    assert [what[2] for what in told] == sorted(what[2] for what in told)
+    assert await desk.states() == ["delivered"] * len(told)
+
+
+async def test_a_failure_is_tried_again_after_the_steps_of_the_ladder_and_then_parked(
+    desk, channel, sending, settled, owner
+):
+    await desk.subscribe()
+    channel.answers["https://example.com/x"] = BROKEN
+    await desk.open()
+    waits = []
+    async with sending():
+        for step in range(8):
+            await settled()
+            (row,) = await desk.rows()
+            assert (row["attempts"], row["error"], row["answer"]) == (step + 1, "answered 500", 500)
+            if row["state"] == "waiting":
+                waits.append(await owner.fetchval("SELECT extract(epoch FROM due_at - now())::float8 FROM deliveries"))
+                await hurry(owner, 50_000)
+    assert row["state"] == "parked"
+    for wait, ladder in zip(waits, (5, 300, 1800, 7200, 18000, 36000, 36000), strict=True):
+        assert ladder * 0.8 - 5 <= wait <= ladder * 1.2
+    assert len({message.id for message in channel.to("https://example.com/x")}) == 1
+    assert [row["number"] for row in await owner.fetch("SELECT number FROM delivery_attempts ORDER BY 1")] == list(
+        range(1, 9)
+    )
+
+
+async def test_retry_after_is_honoured_and_the_endpoint_left_alone(desk, channel, sending, settled, owner):
+    await desk.subscribe()
+    channel.answers["https://example.com/x"] = Outcome("answered 429", 429, retry_after=1000.0)
+    for _ in range(3):
+        await desk.open()
+    async with sending():
+        await settled()
+    assert len(channel.sent) == 1
+    wait = await owner.fetchval("SELECT extract(epoch FROM due_at - now())::float8 FROM endpoints")
+    assert 990 < wait <= 1000
+
+
+async def test_ten_failures_in_a_row_leave_one_probe_at_a_time_until_it_answers(desk, channel, sending, settled, owner):
+    await desk.subscribe()
+    channel.answers["https://example.com/x"] = BROKEN
+    for _ in range(30):
+        await desk.open()
+    async with sending():
+        while len(channel.sent) < 10:
+            await settled()
+            await hurry(owner, 300)
+        await settled()
+        assert len(channel.sent) == 10
+        for probe in range(1, 4):
+            await hurry(owner, 400)
+            await settled()
+            assert len(channel.sent) == 10 + probe
+        channel.answers["https://example.com/x"] = OK
+        await hurry(owner, 400)
+        await settled()
+        await hurry(owner, 100_000)
+        await settled()
+    assert await desk.states() == ["delivered"] * 30
+
+
+async def test_five_days_of_failing_disable_and_the_ledger_says_so(desk, channel, sending, settled, owner):
+    number = await desk.subscribe()
+    channel.answers["https://example.com/x"] = BROKEN
+    for _ in range(12):
+        await desk.open()
+    async with sending():
+        while len(channel.sent) < 10:
+            await settled()
+            await hurry(owner, 300)
+        await hurry(owner, 5 * 86400)
+        await until(lambda: owner.fetchval("SELECT EXISTS (SELECT FROM events WHERE type = 'subscription.disabled')"))
+        await settled()
+        await desk.open()
+        await settled()
+    assert set(await desk.states()) == {"disabled"}
+    assert (
+        await owner.fetchval("SELECT data FROM events WHERE type = 'subscription.disabled'") == '{"reason":"failing"}'
+    )
+    assert number
+
+
+async def test_gone_disables_at_once(desk, channel, sending, settled, owner):
+    await desk.subscribe()
+    channel.answers["https://example.com/x"] = Outcome("answered 410", 410, gone=True)
+    for _ in range(3):
+        await desk.open()
+    async with sending():
+        await settled()
+        assert len(channel.sent) == 1
+        assert set(await desk.states()) == {"disabled"}
+    assert await owner.fetchval("SELECT data FROM events WHERE type = 'subscription.disabled'") == '{"reason":"gone"}'
+
+
+async def test_what_fails_for_a_reason_of_ours_says_nothing_of_the_endpoint(desk, channel, sending, settled, owner):
+    await desk.subscribe()
+    channel.answers["https://example.com/x"] = Outcome("the mail relay is down", ours=True)
+    await desk.open()
+    async with sending():
+        for _ in range(12):
+            await settled()
+            await hurry(owner, 100)
+        await settled()
+        assert await owner.fetchval("SELECT failures FROM endpoints") == 0
+        (row,) = await desk.rows()
+        assert (row["state"], row["attempts"]) == ("waiting", 0)
+        channel.answers["https://example.com/x"] = OK
+        await hurry(owner, 100)
+        await settled()
+    assert await desk.states() == ["delivered"]
+
+
+async def test_an_endpoint_is_trusted_with_more_as_it_answers_well_and_with_one_once_it_fails(
+    desk, channel, sending, settled, owner
+):
+    await desk.subscribe()
+    for _ in range(100):
+        await desk.open()
+    async with sending():
+        await settled()
+        assert channel.widest["https://example.com/x"] == 8
+        assert await owner.fetchval("SELECT width FROM endpoints") == 8
+        channel.answers["https://example.com/x"] = BROKEN
+        await desk.open()
+        await settled()
+    assert await owner.fetchval("SELECT width FROM endpoints") == 1
+
+
+async def test_endpoints_that_hang_leave_room_for_the_others(desk, channel, sending, settled):
+    hanging = asyncio.Event()
+    for number in range(20):
+        await desk.subscribe(target=f"https://example.com/hangs/{number}")
+        channel.answers[f"https://example.com/hangs/{number}"] = hanging
+    for number in range(20):
+        await desk.subscribe(target=f"https://example.com/well/{number}")
+    async with sending(sockets=100):
+        await desk.open()
+        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        async with asyncio.timeout(20):
+            for _ in range(3):
+                await until(
+                    lambda: asyncio.sleep(0, all(channel.to(f"https://example.com/well/{n}") for n in range(20)))
+                )
+                await desk.open()
+        hanging.set()
+        await settled()
+
+
+async def test_a_tenant_with_very_many_endpoints_leaves_room_for_another(desk, globex, channel, sending):
+    other = Desk(desk.parts, globex)
+    hanging = asyncio.Event()
+    for number in range(40):
+        await desk.subscribe(target=f"https://example.com/hangs/{number}")
+        channel.answers[f"https://example.com/hangs/{number}"] = hanging
+    await other.subscribe(target="https://example.com/other")
+    async with sending(sockets=32):
+        await desk.open()
+        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        await until(lambda: asyncio.sleep(0, len(channel.sent) >= 8))
+        await other.open()
+        await other.parts.runner.catch_up(globex.id, 0)
+        await until(lambda: asyncio.sleep(0, bool(channel.to("https://example.com/other"))))
+        hanging.set()
+
+
+async def test_nothing_is_sent_to_who_was_disabled_or_removed(desk, channel, sending, settled):
+    kept, gone = (
+        await desk.subscribe(target="https://example.com/a"),
+        await desk.subscribe(target="https://example.com/b"),
+    )
+    await desk.open()
+    await desk.take_over()
+    for number, command in (
+        (kept, subscription.ChangeSubscription(enabled=False)),
+        (gone, subscription.RemoveSubscription()),
+    ):
+        await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, command, META)
+    await desk.parts.runner.catch_up(desk.tenant.id, 0)
+    async with sending():
+        await settled()
+    assert channel.sent == []
+    assert await desk.states() == ["disabled", "disabled"]
+
+
+async def test_what_is_under_way_ends_before_a_sender_stops(desk, channel, sending):
+    hanging = asyncio.Event()
+    await desk.subscribe()
+    channel.answers["https://example.com/x"] = hanging
+    await desk.open()
+    async with sending() as sender:
+        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        await until(lambda: asyncio.sleep(0, bool(channel.sent)))
+        stopping = asyncio.create_task(sender.stop())
+        hanging.set()
+        await stopping
+    assert await desk.states() == ["delivered"]

@@ -1,0 +1,70 @@
+"""A sender in a process of its own, which kills itself at a point on the way from claim to record.
+
+Arguments: for how many seconds it leases, the point, or `-`, and at which passing of it.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import Any
+
+from opsentry import wiring
+from opsentry.config import Settings
+from opsentry.notifications import ledger
+from opsentry.notifications.composing import Composer
+from opsentry.notifications.sender import Sender
+
+# What is called there, and whether it dies before or after that was done. What is taken and recorded is not committed
+# yet when the call ends.
+POINTS: dict[str, tuple[Any, str, bool]] = {
+    "taking": (ledger, "take", True),
+    "claimed": (Sender, "_serve", False),
+    "composed": (Composer, "compose", True),
+    "sending": (Sender, "_send", False),
+    "sent": (Sender, "_send", True),
+    "recording": (ledger, "record", True),
+}
+
+
+def plant(point: str, nth: int) -> None:
+    """Have the process die at the `nth` passing of a point."""
+    where, name, after = POINTS[point]
+    do: Callable[..., Any] = getattr(where, name)
+    passed = 0
+
+    @wraps(do)
+    async def doing(*arguments: Any, **options: Any) -> Any:
+        nonlocal passed
+        if not after:
+            passed += 1
+            die(passed)
+        done = await do(*arguments, **options)
+        if after and done != []:
+            passed += 1
+            die(passed)
+        return done
+
+    def die(passed: int) -> None:
+        if passed == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(where, name, doing)
+
+
+async def main(lease: float, point: str, nth: int) -> None:
+    settings = Settings.from_environment()
+    if point != "-":
+        plant(point, nth)
+    wiring.configure_logging(settings.log_level)
+    async with wiring.core(settings) as parts, wiring.sending(parts, lease=lease):
+        print("sending", flush=True)  # noqa: T201
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        asyncio.run(main(float(sys.argv[1]), sys.argv[2], int(sys.argv[3])))

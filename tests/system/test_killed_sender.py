@@ -1,0 +1,158 @@
+"""A sender that is killed in its midst, again and again: all arrives, in order, and hardly anything twice."""
+
+import asyncio
+import random
+import sys
+from asyncio.subprocess import PIPE, STDOUT
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from ipaddress import ip_network
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from standardwebhooks import Webhook
+
+from opsentry.domain import incident, subscription
+from opsentry.domain.incident import OpenIncident, PostUpdate
+from opsentry.domain.subscription import CreateSubscription
+from opsentry.notifications.sealing import Sealing, new_key, new_signing_secret
+from opsentry.wiring import core
+from tests.conftest import META, make_tenant
+from tests.system.processes import Running, environment, until
+from tests.system.receivers import receivers
+from tests.system.sending_process import POINTS
+
+LEASE = 1.0
+# What is claimed and has not come to an end: it may be under way.
+UNDER_WAY = """
+SELECT d.intent_id FROM deliveries d JOIN endpoints e USING (tenant_id, subscription_id)
+WHERE d.state = 'waiting' AND d.until_seq IS NOT NULL AND e.lease IS NOT NULL
+"""
+SESSIONS = """
+SELECT count(*) = 0 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sender'
+"""
+WAITING = "SELECT count(*) FROM deliveries WHERE state = 'waiting'"
+FRESH = "SELECT count(*) FROM outbox_fresh"
+
+
+@asynccontextmanager
+async def sender(settings, point="-", nth=0):
+    env = environment(settings, OPSENTRY_DATABASE_URL=f"{settings.database_url}&application_name=sender")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.system.sending_process", str(LEASE), point, str(nth),
+        env=env, stdout=PIPE, stderr=STDOUT,
+    )  # fmt: skip
+    run = Running(process)
+    try:
+        yield run
+    finally:
+        run.kill()
+        await run.ended()
+
+
+async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
+    """Subscribe, and let things happen: `subscribers` times `incidents` times 1 + `updates` intents."""
+    secrets = {}
+    for number in range(subscribers):
+        secret = new_signing_secret()
+        command = CreateSubscription(channel="webhook", target=url(number), sealed=Sealing([key]).seal(secret))
+        made = await parts.commands.create(subscription.DECIDER, tenant.id, command, META)
+        secrets[number] = (made.stream_id, secret)
+    for number in range(incidents):
+        opened = await parts.commands.create(incident.DECIDER, tenant.id, OpenIncident(title=f"Down {number}"), META)
+        for update in range(updates):
+            more = PostUpdate(message=f"update {update}")
+            await parts.commands.execute(incident.DECIDER, tenant.id, opened.stream_id, more, META)
+    await parts.runner.catch_up(tenant.id, 0)
+    return secrets
+
+
+async def kill_again_and_again(settings, owner, *, subscribers, incidents, updates, at_random, at_points):
+    key = new_key()
+    settings = replace(settings, secret_keys=(key,), open_networks=(ip_network("127.0.0.0/8"),), burst_seconds=0)
+    rounds = [(point, nth) for point in POINTS for nth in random.sample(range(1, 30), at_points)]
+    rounds += [("-", 0)] * at_random
+    random.shuffle(rounds)
+    expected = subscribers * incidents * (1 + updates)
+    step = expected // (len(rounds) + 2)
+    kills: Counter[str] = Counter()
+    under_way, unrecorded = 0, 0
+    async with core(settings) as parts, receivers() as there:
+        tenant = await make_tenant(parts, "acme")
+        secrets = await tell_all(parts, tenant, subscribers, key, there.url, incidents, updates)
+        for point, nth in rounds:
+            async with sender(settings, point, nth) as run:
+                if point == "-":
+                    enough = there.count + random.randint(1, max(2, 2 * step))
+                    await until(partial(reached, there, enough, run))
+                    run.kill()
+                assert await run.ended() == -9, run.said
+            await until(lambda: owner.fetchval(SESSIONS))
+            left = {f"msg_{row['intent_id'].hex}" for row in await owner.fetch(UNDER_WAY)}
+            came = {arrival.id for one in there.arrived.values() for arrival in one}
+            kills[point] += 1
+            under_way += len(left)
+            unrecorded += len(left & came)
+        assert await owner.fetchval(WAITING) + await owner.fetchval(FRESH), "all was sent before the last kill"
+        async with sender(settings):
+            await until(lambda: all_sent(owner), seconds=300)
+    states = await owner.fetch("SELECT state, count(*) FROM deliveries GROUP BY state")
+    assert [tuple(row) for row in states] == [("delivered", expected)]
+    distinct = 0
+    for number, (subscription_id, secret) in secrets.items():
+        arrivals = there.arrived[str(number)]
+        firsts = list({arrival.id: arrival for arrival in reversed(arrivals)}.values())[::-1]
+        distinct += len(firsts)
+        last: dict[int, int] = {}
+        for arrival in firsts:
+            payload = arrival.payload
+            about = payload["data"]["incident"]["id"]
+            assert payload["sequence"] > last.get(about, 0), (subscription_id, about)
+            last[about] = payload["sequence"]
+        bodies: dict[str, bytes] = {}
+        for arrival in arrivals:
+            Webhook(secret).verify(arrival.body, arrival.headers)
+            assert bodies.setdefault(arrival.id, arrival.body) == arrival.body
+    assert distinct == expected
+    repeats = there.count - expected
+    assert repeats <= under_way
+    return kills, {
+        "messages": expected,
+        "arrived": there.count,
+        "repeats": repeats,
+        "under way at the kills": under_way,
+        "of these, arrived already": unrecorded,
+    }
+
+
+async def reached(there, enough, run):
+    return there.count >= enough or run.process.returncode is not None
+
+
+async def all_sent(owner):
+    return not await owner.fetchval(WAITING) and not await owner.fetchval(FRESH)
+
+
+def show(kills, figures):
+    table = Table(title="a sender, killed", show_header=False)
+    for name, value in {**{f"kills: {name}": value for name, value in kills.items()}, **figures}.items():
+        table.add_row(name, f"{value:,}")
+    Console().print(table)
+
+
+async def test_all_arrives_in_order_however_often_the_sender_is_killed(settings, owner):
+    show(
+        *await kill_again_and_again(settings, owner, subscribers=10, incidents=12, updates=4, at_random=4, at_points=1)
+    )
+
+
+@pytest.mark.faults
+async def test_ten_thousand_messages_and_a_hundred_kills(settings, owner):
+    show(
+        *await kill_again_and_again(
+            settings, owner, subscribers=50, incidents=40, updates=4, at_random=100, at_points=5
+        )
+    )
