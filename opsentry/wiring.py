@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import structlog
 from aiohttp import web
 
@@ -22,6 +23,9 @@ from opsentry.api.ops import Ops
 from opsentry.config import Settings
 from opsentry.events.execute import Commands
 from opsentry.events.writer import Writer
+from opsentry.notifications.channels import Parts as ChannelParts
+from opsentry.notifications.channels import channels
+from opsentry.notifications.sealing import Sealing
 from opsentry.postgres import Database
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
@@ -84,6 +88,11 @@ async def serving(
         failures = RateLimiter(client, settings.auth_failure_limit, "failures")
         stack.push_async_callback(limiter.close)
         stack.push_async_callback(failures.close)
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        # They check targets here and send nothing.
+        known = channels(ChannelParts(settings, http))
+        for channel in known.values():
+            stack.push_async_callback(channel.close)
         app = create_app(
             Parts(
                 settings=settings,
@@ -94,6 +103,8 @@ async def serving(
                 refs=RefsReader(parts.runner),
                 tokens=Tokens(parts.database),
                 operators=OperatorTokens(parts.database),
+                channels=known,
+                sealing=Sealing(settings.secret_keys),
                 limiter=limiter,
                 failures=failures,
             ),

@@ -21,10 +21,12 @@ from opsentry.demo.embedded import APP_USER, EmbeddedPostgres, EmbeddedValkey
 from opsentry.domain import service
 from opsentry.domain.service import RegisterService
 from opsentry.events.codec import Actor, Meta
+from opsentry.notifications.sealing import new_key
 from opsentry.postgres import migrate, migrations
 from opsentry.wiring import Core, core, serving
 
 META = Meta(Actor("operator"))
+SECRET_KEY = new_key()
 _ROOM = 4 * 1024**3
 _TEMPLATE = "opsentry_template"
 _numbers = count(1)
@@ -98,6 +100,7 @@ def settings_for(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_na
         port=0,
         rate_limit="1000000/minute",
         auth_failure_limit="1000000/minute",
+        secret_keys=(SECRET_KEY,),
         log_level="error",
     )
 
@@ -186,6 +189,9 @@ class Client:
 
     async def post(self, path: str, body: Any = None, **options: Any) -> tuple[int, Any, Any]:
         return await self.send("POST", f"/api/v1{path}", **({} if body is None else {"json": body}), **options)
+
+    async def delete(self, path: str, **options: Any) -> tuple[int, Any, Any]:
+        return await self.send("DELETE", f"/api/v1{path}", **options)
 
     async def patch(self, path: str, body: Any, **options: Any) -> tuple[int, Any, Any]:
         return await self.send("PATCH", f"/api/v1{path}", json=body, **options)

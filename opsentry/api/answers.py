@@ -46,7 +46,7 @@ def list_response(
         total = row["total"]
         closing = f'],"total":{total},"limit":{limit},"offset":{offset}}}'.encode()
         response = object_response(b"".join((opening, items, closing)))
-        links = {}
+        links: dict[str, dict[str, int | str]] = {}
         if offset + limit < total:
             links["next"] = {"limit": limit, "offset": offset + limit}
         if offset > 0:
@@ -106,7 +106,7 @@ def add_digest(response: web.Response) -> web.Response:
     return response
 
 
-def add_links(call: Call, response: web.Response, links: Mapping[str, Mapping[str, int]]) -> None:
+def add_links(call: Call, response: web.Response, links: Mapping[str, Mapping[str, int | str]]) -> None:
     """Add a `Link` header (RFC 8288): for each relation, the query parameters that differ from this request's."""
     url = call.request.rel_url
     values = [f'<{url.update_query(dict(query))}>; rel="{relation}"' for relation, query in links.items()]

@@ -12,7 +12,7 @@ from aiohttp.typedefs import Handler
 from opsentry.access.operators import OperatorToken
 from opsentry.access.rate_limit import RateLimiter, source
 from opsentry.access.tokens import AnyToken, BadToken, Lookup, Token
-from opsentry.api import errors, health, incidents, ledger, maintenance, services, uptime
+from opsentry.api import deliveries, errors, health, incidents, ledger, maintenance, services, subscriptions, uptime
 from opsentry.api.answers import unless_known
 from opsentry.api.errors import MissingScope, NotFound, RateLimited, rate_headers
 from opsentry.api.health import Readiness
@@ -29,6 +29,7 @@ READ = ("read:status",)
 INCIDENTS = ("write:incidents",)
 MAINTENANCE = ("write:maintenance",)
 AUDIT = ("read:audit",)
+SUBSCRIPTIONS = ("write:subscriptions",)
 
 # (method, path below /api/v1, scopes that the token needs, handler)
 ROUTES: tuple[tuple[str, str, tuple[str, ...], Endpoint], ...] = (
@@ -54,6 +55,17 @@ ROUTES: tuple[tuple[str, str, tuple[str, ...], Endpoint], ...] = (
     ("GET", "/maintenance/{id}/events", READ, maintenance.history),
     ("POST", "/maintenance/{id}/redactions", AUDIT + MAINTENANCE, maintenance.redact),
     ("POST", "/maintenance/{id}/{action}", MAINTENANCE, maintenance.act),
+    # Whoever is told is nobody else's business: reading needs the writing scope.
+    ("GET", "/subscriptions", SUBSCRIPTIONS, subscriptions.listing),
+    ("POST", "/subscriptions", SUBSCRIPTIONS, subscriptions.create),
+    ("GET", "/subscriptions/{id}", SUBSCRIPTIONS, subscriptions.one),
+    ("PATCH", "/subscriptions/{id}", SUBSCRIPTIONS, subscriptions.change),
+    ("DELETE", "/subscriptions/{id}", SUBSCRIPTIONS, subscriptions.remove),
+    ("POST", "/subscriptions/{id}/test", SUBSCRIPTIONS, subscriptions.test),
+    ("POST", "/subscriptions/{id}/rotate-secret", SUBSCRIPTIONS, subscriptions.rotate_secret),
+    ("GET", "/subscriptions/{id}/deliveries", SUBSCRIPTIONS, deliveries.listing),
+    ("GET", "/subscriptions/{id}/deliveries/{delivery_id}", SUBSCRIPTIONS, deliveries.one),
+    ("POST", "/subscriptions/{id}/deliveries/{delivery_id}/redeliver", SUBSCRIPTIONS, deliveries.redeliver),
     ("GET", "/events", AUDIT, ledger.page),
     ("GET", "/events/head", AUDIT, ledger.head),
     ("GET", "/events/export", AUDIT, ledger.export_lines),

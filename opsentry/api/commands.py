@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from http import HTTPStatus
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -15,15 +16,15 @@ from aiohttp import web
 
 from opsentry.access import tokens
 from opsentry.api.answers import entity_tags, object_response
-from opsentry.api.errors import BadRequest, PreconditionFailed
+from opsentry.api.errors import BadRequest, NotFound, PreconditionFailed
 from opsentry.api.http import Call, utc
-from opsentry.domain import incident, maintenance
+from opsentry.domain import incident, maintenance, subscription
 from opsentry.domain.decider import Decider, Event
 from opsentry.events.codec import Actor, Meta, RecordedEvent
 from opsentry.events.execute import Executed
 from opsentry.events.log import Key
 from opsentry.postgres import DatabaseUnavailable, OutcomeUnknown
-from opsentry.projections import incidents, services
+from opsentry.projections import incidents, services, subscriptions
 from opsentry.projections import maintenance as windows
 from opsentry.projections.projection import UNANSWERED_SECONDS
 from opsentry.projections.services import Links
@@ -41,7 +42,7 @@ NEWS = timedelta(minutes=5)
 _KEY = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,254}")
 _VERSION = re.compile(r'"([1-9][0-9]{0,9})(?:-[0-9]+)?"')
 # What reads the thing that a command is for.
-_READ = {incident.KIND: incidents.one, maintenance.KIND: windows.one}
+_READ = {incident.KIND: incidents.one, maintenance.KIND: windows.one, subscription.KIND: subscriptions.one}
 
 
 class Linked(Protocol):
@@ -90,6 +91,7 @@ async def execute(
 
     Raises as `Commands.execute`, and:
         PreconditionFailed: It is not.
+        NotFound: It is none any more.
     """
     number = call.id()
     try:
@@ -108,6 +110,8 @@ async def execute(
         row = await call.parts.runner.read(
             call.tenant_id, lambda connection: _READ[decider.kind](connection, call.tenant_id, number), at_least=seq
         )
+        if row["body"] is None:
+            raise NotFound from None
         error.etag = row["etag"]
         raise
 
@@ -147,6 +151,20 @@ async def answer(
     links, versions = refs
     body = render(executed.history, links, names)
     response = object_response(body, status=status, etag=etag(executed.version, versions))
+    return _told(response, executed, location)
+
+
+async def answer_alone(
+    call: Call, executed: Executed[L], body: bytes, *, status: int = 200, location: str | None = None
+) -> web.Response:
+    """Return the same of an object that names no other things, or, with status 204, that it is gone."""
+    await _catch_up(call, executed.seq)
+    if status == HTTPStatus.NO_CONTENT:
+        return _told(web.Response(status=status), executed, None)
+    return _told(object_response(body, status=status, etag=etag(executed.version, ())), executed, location)
+
+
+def _told(response: web.Response, executed: Executed[L], location: str | None) -> web.Response:
     response.headers["Opsentry-Seq"] = str(executed.seq)
     if location is not None:
         response.headers["Location"] = f"/api/v1/{location}/{executed.stream_id}"

@@ -12,6 +12,7 @@ from opsentry.access.tokens import BadToken
 from opsentry.domain.decider import DomainError, InvalidField, TransitionRefused
 from opsentry.events.execute import ConcurrentChange, KeyTaken, NoSuchStream
 from opsentry.events.writer import TenantBusy
+from opsentry.notifications.sealing import CannotOpen, NoKey
 from opsentry.postgres import DatabaseUnavailable, OutcomeUnknown
 from opsentry.projections.runner import NotThereYet
 
@@ -119,6 +120,8 @@ TABLE: Mapping[type[Exception], Row] = {
         _retry,
     ),
     NotThereYet: Row(503, headers=_retry),
+    NoKey: Row(503),
+    CannotOpen: Row(503),
     DatabaseUnavailable: Row(503, "the database does not answer; nothing was changed", _retry),
 }
 

@@ -20,6 +20,8 @@ from opsentry.config import Settings
 from opsentry.events import ledger
 from opsentry.events.execute import Commands
 from opsentry.events.ledger import Head
+from opsentry.notifications.channel import Channel
+from opsentry.notifications.sealing import Sealing
 from opsentry.postgres import DATABASE_TIMEOUT, Connection, Database
 from opsentry.projections import services
 from opsentry.projections.moments import Moments
@@ -48,6 +50,8 @@ class Parts:
     refs: RefsReader
     tokens: Tokens
     operators: OperatorTokens
+    channels: Mapping[str, Channel]
+    sealing: Sealing
     limiter: RateLimiter
     failures: RateLimiter
 

@@ -36,8 +36,12 @@ class RedactionBody(msgspec.Struct):
 
 def erasure(history: Sequence[RecordedEvent], own: Sequence[str], body: RedactionBody) -> Erasure:
     """Return what `body` asks to erase of a stream; raises as `redaction.plan`."""
-    written = [Written(recorded.version, recorded.seq, recorded.event) for recorded in history]
-    return plan(written, own, body.fields, body.events)
+    return plan(written(history), own, body.fields, body.events)
+
+
+def written(history: Sequence[RecordedEvent]) -> list[Written]:
+    """Return a stream's events as an erasure looks at them."""
+    return [Written(recorded.version, recorded.seq, recorded.event) for recorded in history]
 
 
 async def stream_history(call: Call, kind: str) -> web.Response:

@@ -1,14 +1,59 @@
 """What the tests of several endpoints start from."""
 
+from dataclasses import dataclass
+
 import pytest
 
+from opsentry import wiring
 from opsentry.access import operators, tokens
 from opsentry.events import log
+from opsentry.notifications.channel import BadTarget, Endpoint, Message, Outcome
+from opsentry.notifications.channels import channels
 from opsentry.wiring import Core
 from tests.conftest import META, Client, Tenant, make_service
 
 DRILL = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
 CANARY = "CANARY"
+HOOK = {"channel": "webhook", "target": "https://example.com/hook"}
+SLACK = {"channel": "slack", "target": "https://hooks.slack.com/services/T000/B000/XXXXYYYYZZZZ"}
+MAIL = {"channel": "email", "target": "ops@example.org"}
+
+
+@dataclass
+class StandIn:
+    """A channel that sends nothing."""
+
+    name: str
+    mark: str
+    signs: bool = False
+    hides: bool = False
+
+    def check(self, target: str) -> str:
+        if self.mark not in target:
+            raise BadTarget(f"must have {self.mark} in it")
+        return target.strip()
+
+    def shown(self, target: str) -> str:
+        return f"{target.rsplit('/', 1)[0]}/…" if self.hides else target
+
+    async def send(self, endpoint: Endpoint, message: Message) -> Outcome:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        pass
+
+
+STAND_INS = (
+    StandIn("webhook", "https://", signs=True),
+    StandIn("slack", "https://hooks.slack.com/", hides=True),
+    StandIn("email", "@"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _known_channels(monkeypatch):
+    stand_ins = {channel.name: channel for channel in STAND_INS}
+    monkeypatch.setattr(wiring, "channels", lambda parts: {**stand_ins, **channels(parts)})
 
 
 async def make_token(parts, tenant_id, *scopes, **fields):
@@ -60,4 +105,10 @@ async def things(api, parts: Core, acme: Tenant) -> dict[str, int]:
     await api.post(f"/incidents/{incident['id']}/updates", {"message": f"{CANARY} message"})
     await api.patch(f"/incidents/{incident['id']}", {"root_cause": CANARY, "postmortem": CANARY})
     _, window, _ = await api.post("/maintenance", {**DRILL, **words, "service_ids": [service]})
-    return {"services": service, "incidents": incident["id"], "maintenance": window["id"]}
+    _, wish, _ = await api.post("/subscriptions", {**HOOK, "target": f"https://example.com/{CANARY}"})
+    return {
+        "services": service,
+        "incidents": incident["id"],
+        "maintenance": window["id"],
+        "subscriptions": wish["id"],
+    }

@@ -15,14 +15,14 @@ NEVER_WAS = ["987654321", "9223372036854775807"]
 def routes_of(kind):
     for method, path, _, _ in ROUTES:
         if path.startswith(f"/{kind}/{{id}}"):
-            yield method, path.replace("{action}", "start")
+            yield method, path.replace("{action}", "start").replace("{delivery_id}", f"msg_{1:032x}")
 
 
 def valid_body(method):
     return {} if method == "GET" else {"json": {"message": "m", "title": "T", "reason": "r", "fields": ["title"]}}
 
 
-@pytest.mark.parametrize("kind", ["services", "incidents", "maintenance"])
+@pytest.mark.parametrize("kind", ["services", "incidents", "maintenance", "subscriptions"])
 async def test_foreign_missing_and_impossible_ids_are_the_same_404(api, other_api, parts, acme, things, kind):
     before = await head(parts, acme.id)
     for method, path in routes_of(kind):
@@ -34,7 +34,7 @@ async def test_foreign_missing_and_impossible_ids_are_the_same_404(api, other_ap
     assert await head(parts, acme.id) == before
 
 
-@pytest.mark.parametrize("kind", ["services", "incidents", "maintenance"])
+@pytest.mark.parametrize("kind", ["services", "incidents", "maintenance", "subscriptions"])
 async def test_missing_and_foreign_are_answered_with_the_same_headers(api, other_api, things, kind):
     async def names(client, number):
         return set((await client.get(f"/{kind}/{number}"))[2])

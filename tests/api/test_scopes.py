@@ -25,6 +25,16 @@ NEEDS = {
     ("GET", "/maintenance/{id}"): "read:status",
     ("POST", "/maintenance"): "write:maintenance",
     ("POST", "/maintenance/{id}/{action}"): "write:maintenance",
+    ("GET", "/subscriptions"): "write:subscriptions",
+    ("POST", "/subscriptions"): "write:subscriptions",
+    ("GET", "/subscriptions/{id}"): "write:subscriptions",
+    ("PATCH", "/subscriptions/{id}"): "write:subscriptions",
+    ("DELETE", "/subscriptions/{id}"): "write:subscriptions",
+    ("POST", "/subscriptions/{id}/test"): "write:subscriptions",
+    ("POST", "/subscriptions/{id}/rotate-secret"): "write:subscriptions",
+    ("GET", "/subscriptions/{id}/deliveries"): "write:subscriptions",
+    ("GET", "/subscriptions/{id}/deliveries/{delivery_id}"): "write:subscriptions",
+    ("POST", "/subscriptions/{id}/deliveries/{delivery_id}/redeliver"): "write:subscriptions",
 }
 HELD = [set(scopes) for size in (1, 2, 3) for scopes in combinations(tokens.SCOPES, size)]
 

@@ -4,14 +4,15 @@ import pytest
 from multidict import CIMultiDict
 
 from opsentry.api.app import ROUTES
-from tests.api.conftest import CANARY, DRILL, head, raw
+from tests.api.conftest import CANARY, DRILL, HOOK, head, raw
 from tests.conftest import make_service
 
 LISTS = [
     "/services", "/services?search=c", f"/services?search={CANARY}", "/services?status=major_outage",
     "/services?visibility=public", "/incidents", "/incidents?status=investigating", "/incidents?severity=critical",
     "/incidents?status=investigating&severity=critical", "/incidents?offset=1&limit=1", "/incidents/active",
-    "/maintenance", "/maintenance?status=scheduled", "/maintenance/upcoming", "/health",
+    "/maintenance", "/maintenance?status=scheduled", "/maintenance/upcoming", "/health", "/subscriptions",
+    "/subscriptions?channel=webhook", "/subscriptions?status=active",
 ]  # fmt: skip
 BODIES = {
     "/incidents": {"title": "T"},
@@ -19,6 +20,8 @@ BODIES = {
     "/incidents/{id}/updates": {"message": "m", "status": "identified"},
     "/incidents/{id}/resolve": {"root_cause": "r"},
     "/maintenance": DRILL,
+    "/subscriptions": HOOK,
+    "/subscriptions/{id}": {"target": "https://example.com/other", "enabled": False},
 }
 
 
@@ -27,7 +30,13 @@ def everything(numbers):
     for method, path, _, _ in ROUTES:
         for number, action in itertools.product(numbers, ["start", "complete", "cancel"]):
             if "{action}" in path or action == "start":
-                yield method, path, path.replace("{id}", str(number)).replace("{action}", action)
+                yield (
+                    method,
+                    path,
+                    path.replace("{id}", str(number))
+                    .replace("{action}", action)
+                    .replace("{delivery_id}", f"msg_{number:032x}"),
+                )
 
 
 @pytest.mark.parametrize("neighbour_has_things", [False, True])

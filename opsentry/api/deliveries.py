@@ -1,0 +1,82 @@
+"""`/subscriptions/:id/deliveries…`: what came of each message."""
+
+from uuid import UUID
+
+import asyncpg
+import msgspec
+from aiohttp import web
+
+from opsentry.api.answers import add_digest, add_links, object_response, with_position
+from opsentry.api.errors import BadRequest, NotFound
+from opsentry.api.http import Call
+from opsentry.domain.decider import TransitionRefused
+from opsentry.notifications import deliveries
+from opsentry.projections import subscriptions
+
+DEFAULT_LIMIT, MAX_LIMIT = 50, 200
+
+
+async def listing(call: Call) -> web.Response:
+    """`GET /subscriptions/:id/deliveries`."""
+    number = call.id()
+    state = call.choice("state", deliveries.STATES)
+    limit = min(call.number("limit", DEFAULT_LIMIT, lowest=1), MAX_LIMIT)
+    named = call.request.query.get("before")
+    before = None if named is None else deliveries.intent_id(named)
+    row = await _subscription(call, number)
+    found = None
+    if before is not None or named is None:
+        async with call.parts.database.connection() as connection:
+            found = await deliveries.page(connection, call.tenant_id, number, state=state, before=before, limit=limit)
+    if found is None:
+        raise BadRequest("before: must be the id of a delivery of this subscription")
+    items, more = found
+    answer = {"deliveries": items, "limit": limit, "next": more}
+    response = add_digest(object_response(msgspec.json.encode(answer)))
+    if more is not None:
+        add_links(call, response, {"next": {"before": more}})
+    return with_position(response, row)
+
+
+async def one(call: Call) -> web.Response:
+    """`GET /subscriptions/:id/deliveries/:delivery_id`."""
+    number, intent_id = call.id(), _intent_id(call)
+    row = await _subscription(call, number)
+    async with call.parts.database.connection() as connection:
+        found = _found(await deliveries.one(connection, call.tenant_id, number, intent_id))
+    return with_position(add_digest(object_response(msgspec.json.encode(found))), row)
+
+
+async def redeliver(call: Call) -> web.Response:
+    """`POST /subscriptions/:id/deliveries/:delivery_id/redeliver`."""
+    number, intent_id = call.id(), _intent_id(call)
+    row = await _subscription(call, number)
+    send = deliveries.redeliver if row["status"] == "active" else deliveries.one
+    async with call.parts.database.connection() as connection:
+        found = _found(await send(connection, call.tenant_id, number, intent_id))
+    if found.state == "merged":
+        raise TransitionRefused(f"it was told by {found.merged_into}: have that one sent again")
+    if row["status"] != "active":
+        raise TransitionRefused(f"only to an active subscription is anything sent; this one is {row['status']}")
+    return with_position(object_response(msgspec.json.encode(found), status=202), row)
+
+
+async def _subscription(call: Call, number: int) -> asyncpg.Record:
+    """Return the row of the subscription that the path names; raises `NotFound`."""
+    row = await call.read(lambda connection: subscriptions.one(connection, call.tenant_id, number))
+    if row["body"] is None:
+        raise NotFound
+    return row
+
+
+def _intent_id(call: Call) -> UUID:
+    found = deliveries.intent_id(call.request.match_info["delivery_id"])
+    if found is None:
+        raise NotFound
+    return found
+
+
+def _found(delivery: deliveries.Delivery | None) -> deliveries.Delivery:
+    if delivery is None:
+        raise NotFound
+    return delivery

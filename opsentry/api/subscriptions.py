@@ -1,0 +1,247 @@
+"""`/subscriptions…`: who is told of what, over which channel.
+
+A secret leaves the house once, in the answer to the command that made it; kept it is sealed alone.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import cast
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, UnsetType
+
+from opsentry.api import commands
+from opsentry.api.answers import list_response, one_response
+from opsentry.api.errors import BadRequest, NotFound
+from opsentry.api.http import Call, Id, name_choices
+from opsentry.api.ledger import written
+from opsentry.domain import subscription
+from opsentry.domain.decider import REDACTED, InvalidField, TransitionRefused
+from opsentry.domain.incident import SEVERITIES
+from opsentry.domain.redaction import worded
+from opsentry.domain.subscription import (
+    AUDIENCES,
+    STATUSES,
+    ChangeSubscription,
+    CreateSubscription,
+    RemoveSubscription,
+    RequestTest,
+    RotateSecret,
+    Subscription,
+    SubscriptionCommand,
+    SubscriptionCreated,
+    SubscriptionEvent,
+    SubscriptionSecretRotated,
+)
+from opsentry.events.codec import RecordedEvent
+from opsentry.events.execute import Executed
+from opsentry.notifications.channel import BadTarget, Channel
+from opsentry.notifications.sealing import CannotOpen, new_signing_secret
+from opsentry.projections import subscriptions
+
+MAX_OVERLAP_HOURS = 168
+
+name_choices({"audience": AUDIENCES, "lowest_severity": SEVERITIES})
+
+
+class CreateBody(msgspec.Struct):
+    """Body of `POST /subscriptions`."""
+
+    channel: str
+    target: str
+    audience: str = "public"
+    incidents: bool = True
+    maintenance: bool = True
+    service_ids: tuple[Id, ...] = ()
+    lowest_severity: str = "informational"
+
+
+class ChangeBody(msgspec.Struct):
+    """Body of `PATCH /subscriptions/:id`."""
+
+    target: str | UnsetType = UNSET
+    audience: str | UnsetType = UNSET
+    incidents: bool | UnsetType = UNSET
+    maintenance: bool | UnsetType = UNSET
+    service_ids: tuple[Id, ...] | UnsetType = UNSET
+    lowest_severity: str | UnsetType = UNSET
+    enabled: bool | UnsetType = UNSET
+
+
+class RotateBody(msgspec.Struct):
+    """Body of `POST /subscriptions/:id/rotate-secret`: for how long the secret before is good."""
+
+    overlap_hours: int = 24
+
+
+async def listing(call: Call) -> web.Response:
+    """`GET /subscriptions`."""
+    call.refuse("as_of")
+    channel = call.choice("channel", sorted(call.parts.channels))
+    status = call.choice("status", [status for status in STATUSES if status != "removed"])
+    limit, offset = call.page(default=50)
+    row = await call.read(
+        lambda connection: subscriptions.page(
+            connection, call.tenant_id, channel=channel, status=status, limit=limit, offset=offset
+        )
+    )
+    return list_response(call, "subscriptions", row, (limit, offset))
+
+
+async def one(call: Call) -> web.Response:
+    """`GET /subscriptions/:id`."""
+    number = call.id()
+    call.refuse("as_of")
+    return one_response(await call.read(lambda connection: subscriptions.one(connection, call.tenant_id, number)))
+
+
+async def create(call: Call) -> web.Response:
+    """`POST /subscriptions`."""
+    body = await call.body(CreateBody)
+    executed = await commands.repeated(call, subscription.DECIDER)
+    if executed is None:
+        command = CreateSubscription(**msgspec.structs.asdict(body))
+        channel = _channel(call, command.channel)
+        subscription.decide(None, command)  # what is wrong with the words is said before anything is looked up
+        whole = _checked(channel, command.target)
+        await call.refs(command.service_ids)
+        sealed = _sealed(call, channel, whole)
+        if sealed is None and channel.signs:
+            sealed = call.parts.sealing.seal(new_signing_secret())
+        command = msgspec.structs.replace(command, target=_shown(channel, whole), sealed=sealed)
+        executed = await commands.create(call, subscription.DECIDER, command)
+    answer = subscriptions.render(executed.history)
+    made = cast("SubscriptionCreated", executed.history[0].event)
+    if made.sealed is not None and _signs(call, made.channel):
+        answer = _with(answer, secret=_opened(call, made.sealed))
+    return await commands.answer_alone(call, executed, answer, status=201, location="subscriptions")
+
+
+async def change(call: Call) -> web.Response:
+    """`PATCH /subscriptions/:id`."""
+    call.id()
+    body = await call.body(ChangeBody)
+    executed = await commands.repeated(call, subscription.DECIDER)
+    if executed is None:
+        if body.service_ids is not UNSET:
+            await call.refs(body.service_ids)
+        executed = await _execute(call, lambda state, _: _change(call, state, body))
+    return await commands.answer_alone(call, executed, subscriptions.render(executed.history))
+
+
+async def remove(call: Call) -> web.Response:
+    """`DELETE /subscriptions/:id`: whom it was for is forgotten."""
+    executed = await _execute(call, lambda _, history: RemoveSubscription(versions=worded(written(history))))
+    return await commands.answer_alone(call, executed, b"", status=204)
+
+
+async def test(call: Call) -> web.Response:
+    """`POST /subscriptions/:id/test`."""
+    executed = await _execute(call, lambda _state, _history: RequestTest())
+    return await commands.answer_alone(call, executed, subscriptions.render(executed.history), status=202)
+
+
+async def rotate_secret(call: Call) -> web.Response:
+    """`POST /subscriptions/:id/rotate-secret`."""
+    call.id()
+    body = await call.body(RotateBody, optional=True)
+    if not 0 <= body.overlap_hours <= MAX_OVERLAP_HOURS:
+        raise BadRequest(f"overlap_hours: must be from 0 to {MAX_OVERLAP_HOURS}")
+
+    def command(state: Subscription, _: Sequence[RecordedEvent]) -> SubscriptionCommand:
+        if not _signs(call, state.channel):
+            raise TransitionRefused(f"messages to {state.channel} are not signed")
+        sealed = call.parts.sealing.seal(new_signing_secret())
+        return RotateSecret(sealed=sealed, previous_until=datetime.now(UTC) + timedelta(hours=body.overlap_hours))
+
+    executed = await _execute(call, command)
+    rotated = cast("SubscriptionSecretRotated", executed.history[-1].event)
+    answer = _with(
+        subscriptions.render(executed.history),
+        secret=_opened(call, rotated.sealed),
+        previous_valid_until=rotated.previous_until,
+    )
+    return await commands.answer_alone(call, executed, answer)
+
+
+async def _execute(
+    call: Call, command: Callable[[Subscription, Sequence[RecordedEvent]], SubscriptionCommand]
+) -> Executed[Subscription]:
+    """Change a subscription as `command` says of its state and its events.
+
+    Raises as `commands.execute`, and:
+        NotFound: It was removed.
+    """
+
+    def build(history: Sequence[RecordedEvent]) -> SubscriptionCommand:
+        state = subscription.DECIDER.fold(cast("SubscriptionEvent", recorded.event) for recorded in history)
+        if state is None or state.status == "removed":
+            raise NotFound
+        return command(state, history)
+
+    return await commands.execute(call, subscription.DECIDER, build)
+
+
+def _change(call: Call, state: Subscription, body: ChangeBody) -> ChangeSubscription:
+    command = ChangeSubscription(**msgspec.structs.asdict(body))
+    # What is shown of a target stands for the target itself: so an answer may be sent back as it came.
+    if command.target is UNSET or command.target == state.target:
+        return msgspec.structs.replace(command, target=UNSET)
+    subscription.decide(state, ChangeSubscription(target=command.target))
+    channel = _channel(call, state.channel)
+    whole = _checked(channel, command.target)
+    if not channel.hides:
+        return msgspec.structs.replace(command, target=whole)
+    if whole == _hidden(call, state):
+        return msgspec.structs.replace(command, target=UNSET)
+    sealed = _sealed(call, channel, whole)
+    return msgspec.structs.replace(command, target=_shown(channel, whole), sealed=UNSET if sealed is None else sealed)
+
+
+# ---------------------------------------------------------------------------------------------------- targets, secrets
+
+
+def _channel(call: Call, name: str) -> Channel:
+    channel = call.parts.channels.get(name)
+    if channel is None:
+        raise BadRequest(f"channel: must be one of {', '.join(sorted(call.parts.channels))}")
+    return channel
+
+
+def _signs(call: Call, name: str) -> bool:
+    channel = call.parts.channels.get(name)
+    return channel is not None and channel.signs
+
+
+def _checked(channel: Channel, target: str) -> str:
+    try:
+        return channel.check(target)
+    except BadTarget as error:
+        raise InvalidField("target", str(error)) from None
+
+
+def _shown(channel: Channel, whole: str) -> str:
+    return channel.shown(whole) if channel.hides else whole
+
+
+def _sealed(call: Call, channel: Channel, whole: str) -> str | None:
+    """Return the target sealed, where it is a secret."""
+    return call.parts.sealing.seal(whole) if channel.hides else None
+
+
+def _hidden(call: Call, state: Subscription) -> str | None:
+    """Return the whole target of a channel that hides it; `None` where it can be read no more: then it is replaced."""
+    try:
+        return None if state.sealed is None else call.parts.sealing.open(state.sealed)
+    except CannotOpen:
+        return None
+
+
+def _opened(call: Call, sealed: str) -> str:
+    """Return the secret of an event, which is the same however often its command is sent; raises `CannotOpen`."""
+    return sealed if sealed == REDACTED else call.parts.sealing.open(sealed)
+
+
+def _with(answer: bytes, **more: object) -> bytes:
+    return answer[:-1] + b"," + msgspec.json.encode(more)[1:]

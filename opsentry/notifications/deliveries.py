@@ -1,0 +1,146 @@
+"""The ledger of deliveries as the API reads it, and the one thing that is asked for there: to send again."""
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from opsentry.postgres import Connection
+
+STATES = ("waiting", "delivered", "merged", "suppressed", "withheld", "parked", "dropped", "disabled")
+
+# What is told of one, its attempts in order.
+_SHOWN = """
+intent_id, topic, seq, stream_kind, stream_id, state, created_at, due_at, settled_at, leader, ARRAY(
+    SELECT (number, at, milliseconds, answer, error) FROM delivery_attempts a
+    WHERE a.tenant_id = d.tenant_id AND a.intent_id = d.intent_id ORDER BY number) AS attempts
+"""
+
+# A page of a subscription's, the newest first: those of the event $4 behind $5, and of events before. $3 state: NULL
+# for any.
+_PAGE = f"""
+SELECT {_SHOWN} FROM deliveries d
+WHERE tenant_id = $1 AND subscription_id = $2 AND ($3::text IS NULL OR state = $3)
+    AND seq <= $4 AND (seq < $4 OR intent_id > $5)
+ORDER BY seq DESC, intent_id LIMIT $6
+"""
+
+_ONE = f"SELECT {_SHOWN} FROM deliveries d WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3"
+
+# Back to waiting, for another round of attempts; behind what waits of the same thing and is older, whose end makes it
+# due. Whoever holds the endpoint's lease, or takes it when it ends, finds what is due there.
+_REDELIVER = """
+WITH again AS (
+    UPDATE deliveries d
+    SET state = 'waiting', attempts = 0, answer = NULL, error = NULL, settled_at = NULL, due_at = CASE WHEN NOT EXISTS (
+        SELECT FROM deliveries o
+        WHERE o.tenant_id = d.tenant_id AND o.subscription_id = d.subscription_id AND o.stream_kind = d.stream_kind
+            AND o.stream_id = d.stream_id AND o.settled_at IS NULL AND o.seq < d.seq) THEN now() END
+    WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3 AND state NOT IN ('waiting', 'merged')
+    RETURNING tenant_id, subscription_id)
+INSERT INTO endpoints AS e (tenant_id, subscription_id, due_at) SELECT tenant_id, subscription_id, now() FROM again
+ON CONFLICT (tenant_id, subscription_id) DO UPDATE SET due_at = least(e.due_at, excluded.due_at) WHERE e.lease IS NULL
+"""
+
+_LAST = 2**63 - 1
+_NOBODY = UUID(int=0)
+
+
+class Attempt(msgspec.Struct):
+    """One time that it was sent. `answer` is a status of HTTP or SMTP, `error` is null where it was taken."""
+
+    number: int
+    at: datetime
+    milliseconds: int
+    answer: int | None
+    error: str | None
+
+
+class Delivery(msgspec.Struct, kw_only=True):
+    """A delivery. `sequence` is the event told of, `merged_into` the message that told it where another one did."""
+
+    id: str
+    type: str
+    sequence: int
+    kind: str
+    subject_id: int
+    state: str
+    created_at: datetime
+    next_attempt_at: datetime | None
+    attempts: Sequence[Attempt]
+    settled_at: datetime | None
+    merged_into: str | None
+
+
+def message_id(intent_id: UUID) -> str:
+    """Return what an intent is called outside: `msg_` and its 32 hex digits."""
+    return f"msg_{intent_id.hex}"
+
+
+def intent_id(message: str) -> UUID | None:
+    """Return the intent that is called `message` outside, `None` if nothing can be called so."""
+    return UUID(message[4:]) if re.fullmatch(r"msg_[0-9a-f]{32}", message) else None
+
+
+async def page(
+    connection: Connection,
+    tenant_id: int,
+    subscription_id: int,
+    *,
+    state: str | None,
+    before: UUID | None,
+    limit: int,
+) -> tuple[Sequence[Delivery], str | None] | None:
+    """Return a subscription's deliveries, the newest first, and the id behind which there are more, if there are.
+
+    Args:
+        connection: To read with.
+        tenant_id: The tenant.
+        subscription_id: The subscription.
+        state: Only those in one of `STATES`.
+        before: Only those behind this one; the answer is `None` if the subscription has none such.
+        limit: So many at most.
+    """
+    position = _LAST, _NOBODY
+    if before is not None:
+        row = await connection.fetchrow(_ONE, tenant_id, subscription_id, before)
+        if row is None:
+            return None
+        position = row["seq"], row["intent_id"]
+    rows = await connection.fetch(_PAGE, tenant_id, subscription_id, state, *position, limit + 1)
+    found = [_delivery(row) for row in rows[:limit]]
+    return found, found[-1].id if len(rows) > limit else None
+
+
+async def one(connection: Connection, tenant_id: int, subscription_id: int, intent_id: UUID) -> Delivery | None:
+    """Return a delivery, `None` if the subscription has none such."""
+    row: asyncpg.Record | None = await connection.fetchrow(_ONE, tenant_id, subscription_id, intent_id)
+    return None if row is None else _delivery(row)
+
+
+async def redeliver(connection: Connection, tenant_id: int, subscription_id: int, intent_id: UUID) -> Delivery | None:
+    """Have a delivery that came to its end sent again; return it as it is then, `None` if there is none such.
+
+    One that waits, or that another message told, stays as it is.
+    """
+    await connection.execute(_REDELIVER, tenant_id, subscription_id, intent_id)
+    return await one(connection, tenant_id, subscription_id, intent_id)
+
+
+def _delivery(row: asyncpg.Record) -> Delivery:
+    return Delivery(
+        id=message_id(row["intent_id"]),
+        type=row["topic"],
+        sequence=row["seq"],
+        kind=row["stream_kind"],
+        subject_id=row["stream_id"],
+        state=row["state"],
+        created_at=row["created_at"],
+        next_attempt_at=row["due_at"],
+        attempts=[Attempt(*attempt) for attempt in row["attempts"]],
+        settled_at=row["settled_at"],
+        merged_into=None if row["leader"] is None else message_id(row["leader"]),
+    )

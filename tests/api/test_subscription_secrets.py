@@ -1,0 +1,138 @@
+"""Signing secrets and targets that are secrets: told once, kept sealed, and nowhere in clear."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from opsentry.notifications.sealing import Sealing, new_key
+from opsentry.wiring import serving
+from tests.api.conftest import HOOK, MAIL, SLACK, head, raw, recorded, types
+from tests.conftest import SECRET_KEY, Client
+
+# Every column of every table that holds text, JSON or octets.
+COLUMNS = """
+SELECT c.relname AS table, a.attname AS column FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_type t ON t.oid = a.atttypid
+WHERE n.nspname = 'public' AND c.relkind IN ('r', 'p', 'm') AND a.attnum > 0 AND NOT a.attisdropped
+    AND (t.typcategory IN ('S', 'A', 'U') OR t.typname IN ('bytea', 'json', 'jsonb'))
+"""
+
+
+async def found_in_clear(owner, *secrets):
+    """Where one of the secrets lies, as text or within octets."""
+    places = []
+    for table, column in await owner.fetch(COLUMNS):
+        for secret in secrets:
+            found = await owner.fetchval(
+                f'SELECT count(*) FROM "{table}" WHERE position($1 IN "{column}"::text) > 0'
+                f' OR position($2 IN "{column}"::text) > 0',
+                secret,
+                secret.encode().hex(),
+            )
+            places += [(table, column, secret)] if found else []
+    return places
+
+
+async def test_no_secret_lies_or_is_answered_in_clear(api, parts, acme, owner):
+    _, hook, _ = await api.post("/subscriptions", HOOK, headers={"Idempotency-Key": "k"})
+    _, slack, _ = await api.post("/subscriptions", SLACK, headers={"Idempotency-Key": "l"})
+    _, rotated, _ = await api.post(f"/subscriptions/{hook['id']}/rotate-secret")
+    other = "https://hooks.slack.com/services/T111/B111/AAAABBBBCCCC"
+    await api.patch(f"/subscriptions/{slack['id']}", {"target": other})
+    await api.post(f"/subscriptions/{hook['id']}/test")
+    await parts.runner.catch_up(acme.id, await head(parts, acme.id))
+    secrets = [hook["secret"], rotated["secret"], "XXXXYYYYZZZZ", "AAAABBBBCCCC"]
+    secrets += [secret.removeprefix("whsec_") for secret in secrets[:2]]
+    assert await found_in_clear(owner, *secrets) == []
+    assert await found_in_clear(owner, "example.com/hook")  # what is no secret is found so
+    paths = ["/subscriptions", "/events", "/events/export"]
+    paths += [f"/subscriptions/{number}{more}" for number in (hook["id"], slack["id"]) for more in ("", "/deliveries")]
+    for path in paths:
+        status, octets = await raw(api, "GET", path)
+        assert status == 200
+        assert not [secret for secret in [*secrets, "whsec_"] if secret.encode() in octets], path
+
+
+# ---------------------------------------------------------------------------------------------------- rotation
+
+
+async def test_a_rotation_tells_a_new_secret_once(api, parts, acme):
+    _, made, _ = await api.post("/subscriptions", HOOK)
+    path = f"/subscriptions/{made['id']}"
+    status, rotated, headers = await api.post(f"{path}/rotate-secret")
+    assert (status, headers["ETag"]) == (200, '"2"')
+    assert rotated["secret"].startswith("whsec_")
+    assert rotated["secret"] != made["secret"]
+    until = datetime.fromisoformat(rotated["previous_valid_until"])
+    assert timedelta(hours=23.9) < until - datetime.now(UTC) < timedelta(hours=24.1)
+    _, read, _ = await api.get(path)
+    assert rotated == {**read, "secret": rotated["secret"], "previous_valid_until": rotated["previous_valid_until"]}
+    event = (await recorded(parts, acme.id, "subscription", made["id"]))[1]
+    assert (event.TYPE, event.previous_until) == ("subscription.secret_rotated", until)
+    assert Sealing([SECRET_KEY]).open(event.sealed) == rotated["secret"]
+
+
+async def test_a_rotation_that_is_sent_again_is_one_rotation(api, parts, acme):
+    _, made, _ = await api.post("/subscriptions", HOOK)
+    path = f"/subscriptions/{made['id']}/rotate-secret"
+    body, headers = {"overlap_hours": 0}, {"Idempotency-Key": "k"}
+    first = await api.post(path, body, headers=headers)
+    await api.post(path)
+    again = await api.post(path, body, headers=headers)
+    assert first[:2] == again[:2]
+    assert (first[2]["ETag"], again[2]["ETag"], again[2]["Idempotency-Replayed"]) == ('"2"', '"2"', "true")
+    assert await types(parts, acme.id, "subscription", made["id"]) == [
+        "subscription.created", "subscription.secret_rotated", "subscription.secret_rotated",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", [SLACK, MAIL])
+async def test_what_is_not_signed_has_no_secret_to_rotate(api, parts, acme, body):
+    _, made, _ = await api.post("/subscriptions", body)
+    status, answer, _ = await api.post(f"/subscriptions/{made['id']}/rotate-secret")
+    assert (status, answer) == (409, {"error": f"messages to {body['channel']} are not signed"})
+    assert await types(parts, acme.id, "subscription", made["id"]) == ["subscription.created"]
+
+
+@pytest.mark.parametrize("hours", [-1, 169, "1", 1.5, None, 2**70])
+async def test_an_overlap_is_at_most_a_week(api, parts, acme, hours):
+    _, made, _ = await api.post("/subscriptions", HOOK)
+    status, answer, _ = await api.post(f"/subscriptions/{made['id']}/rotate-secret", {"overlap_hours": hours})
+    assert (status, answer["error"].split(":")[0]) == (400, "overlap_hours")
+    assert await types(parts, acme.id, "subscription", made["id"]) == ["subscription.created"]
+
+
+# ---------------------------------------------------------------------------------------------------- keys
+
+
+async def test_without_a_key_nothing_that_needs_one_is_kept(http, settings, parts, acme):
+    async with serving(replace(settings, secret_keys=()), parts) as url:
+        api = Client(http, url, acme.token)
+        before = await head(parts, acme.id)
+        for body in (HOOK, SLACK):
+            status, answer, _ = await api.post("/subscriptions", body)
+            assert (status, set(answer)) == (503, {"error", "request_id"})
+            assert "OPSENTRY_SECRET_KEYS" in answer["error"]
+        assert await head(parts, acme.id) == before
+        status, made, _ = await api.post("/subscriptions", MAIL)
+        assert status == 201
+        assert (await api.patch(f"/subscriptions/{made['id']}", {"target": "else@example.org"}))[0] == 200
+
+
+async def test_another_key_goes_on_and_a_lost_one_is_said(http, settings, parts, acme, api):
+    headers = {"Idempotency-Key": "k"}
+    _, made, _ = await api.post("/subscriptions", HOOK, headers=headers)
+    _, slack, _ = await api.post("/subscriptions", SLACK)
+    async with serving(replace(settings, secret_keys=(new_key(), SECRET_KEY)), parts) as url:
+        assert (await Client(http, url, acme.token).post("/subscriptions", HOOK, headers=headers))[1] == made
+    async with serving(replace(settings, secret_keys=(new_key(),)), parts) as url:
+        lost = Client(http, url, acme.token)
+        status, answer, _ = await lost.post("/subscriptions", HOOK, headers=headers)
+        assert status == 503
+        assert "OPSENTRY_SECRET_KEYS" in answer["error"]
+        # What can be read no more can still be replaced, and read without the secret.
+        status, _, told = await lost.patch(f"/subscriptions/{slack['id']}", {"target": SLACK["target"]})
+        assert (status, told["ETag"]) == (200, '"2"')
+        assert (await lost.post(f"/subscriptions/{made['id']}/rotate-secret"))[0] == 200
+        assert (await lost.get(f"/subscriptions/{made['id']}"))[0] == 200

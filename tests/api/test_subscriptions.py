@@ -1,0 +1,393 @@
+import asyncio
+
+import pytest
+from msgspec import UNSET
+
+from opsentry.domain import subscription
+from opsentry.domain.subscription import ConfirmSubscription, CreateSubscription, DisableSubscription
+from opsentry.notifications.sealing import Sealing
+from tests.api.conftest import HOOK, MAIL, SLACK, head, make_token, raw, recorded, types
+from tests.conftest import META, SECRET_KEY, Client, make_service
+
+SHOWN = {
+    "id", "channel", "target", "audience", "incidents", "maintenance", "service_ids", "lowest_severity", "status",
+    "disabled_reason", "created_at", "updated_at",
+}  # fmt: skip
+SECRET_PART = "XXXXYYYYZZZZ"
+
+
+async def make(api, body=HOOK, **fields):
+    status, made, _ = await api.post("/subscriptions", {**body, **fields})
+    assert status == 201, made
+    return made["id"]
+
+
+async def give(parts, tenant_id, number, command):
+    """Carry out a command that is nobody's over HTTP."""
+    executed = await parts.commands.execute(subscription.DECIDER, tenant_id, number, command, META)
+    await parts.runner.catch_up(tenant_id, executed.seq)
+
+
+async def of(parts, tenant, number):
+    return await types(parts, tenant.id, "subscription", number)
+
+
+# ---------------------------------------------------------------------------------------------------- create
+
+
+async def test_create_answers_with_the_whole_subscription_and_its_secret(api, parts, acme):
+    service_id = await make_service(parts, acme.id, "portal")
+    body = {
+        **HOOK,
+        "audience": "internal",
+        "incidents": True,
+        "maintenance": False,
+        "service_ids": [service_id],
+        "lowest_severity": "major_outage",
+    }
+    status, made, headers = await api.post("/subscriptions", body)
+    assert status == 201
+    assert set(made) == SHOWN | {"secret"}
+    assert {key: made[key] for key in body} == body
+    assert (made["status"], made["disabled_reason"], made["created_at"]) == ("active", None, made["updated_at"])
+    assert headers["Location"] == f"/api/v1/subscriptions/{made['id']}"
+    assert headers["ETag"] == '"1"'
+    assert int(headers["Opsentry-Seq"]) == await head(parts, acme.id)
+    assert made["secret"].startswith("whsec_")
+    status, read, told = await api.get(f"/subscriptions/{made['id']}")
+    assert (status, told["ETag"]) == (200, headers["ETag"])
+    assert read == {name: made[name] for name in SHOWN}
+    (event,) = await recorded(parts, acme.id, "subscription", made["id"])
+    assert (event.TYPE, event.target) == ("subscription.created", HOOK["target"])
+    assert Sealing([SECRET_KEY]).open(event.sealed) == made["secret"]
+
+
+async def test_the_defaults_of_a_new_subscription(api):
+    _, made, _ = await api.post("/subscriptions", MAIL)
+    assert set(made) == SHOWN
+    assert (made["audience"], made["incidents"], made["maintenance"]) == ("public", True, True)
+    assert (made["service_ids"], made["lowest_severity"]) == ([], "informational")
+
+
+async def test_a_target_that_is_a_secret_is_shown_in_part(api, parts, acme):
+    status, made, _ = await api.post("/subscriptions", SLACK)
+    assert (status, set(made)) == (201, SHOWN)
+    assert SECRET_PART not in made["target"]
+    (event,) = await recorded(parts, acme.id, "subscription", made["id"])
+    assert event.target == made["target"]
+    assert Sealing([SECRET_KEY]).open(event.sealed) == SLACK["target"]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({}, "channel: is required"),
+        ({"channel": "webhook"}, "target: is required"),
+        ({**HOOK, "channel": "pigeon"}, "channel: must be one of email, slack, webhook"),
+        ({**HOOK, "channel": None}, "channel: must be a string"),
+        ({**HOOK, "target": ""}, "target: must not be blank"),
+        ({**HOOK, "target": "a\x00b"}, "target: must not contain the character NUL"),
+        ({**HOOK, "target": f"https://example.com/{'a' * 2000}"}, "target: must have at most 2000 characters"),
+        ({**HOOK, "target": "not an address"}, "target: "),
+        ({**MAIL, "target": "nobody"}, "target: "),
+        ({**SLACK, "target": "https://example.com/hook"}, "target: "),
+        ({**HOOK, "target": None}, "target: must be a string"),
+        ({**HOOK, "audience": "everybody"}, "audience: must be one of public, internal"),
+        ({**HOOK, "audience": None}, "audience: must be one of public, internal"),
+        ({**HOOK, "incidents": "yes"}, "incidents: must be true or false"),
+        ({**HOOK, "lowest_severity": "bad"}, "lowest_severity: must be one of informational, "),
+        ({**HOOK, "service_ids": [987654321]}, "service_ids: no such service: 987654321"),
+        ({**HOOK, "service_ids": None}, "service_ids: must be an array"),
+    ],
+)
+async def test_what_cannot_be_used_is_named(api, parts, acme, body, says):
+    before = await head(parts, acme.id)
+    status, answer, _ = await api.post("/subscriptions", body)
+    assert status == 400
+    assert answer["error"].startswith(says)
+    assert await head(parts, acme.id) == before
+
+
+async def test_services_of_another_tenant_are_unknown(api, parts, acme, globex):
+    foreign = await make_service(parts, globex.id, "own")
+    number = await make(api)
+    for answer in (
+        await api.post("/subscriptions", {**HOOK, "service_ids": [foreign]}),
+        await api.patch(f"/subscriptions/{number}", {"service_ids": [foreign]}),
+    ):
+        assert answer[:2] == (400, {"error": f"service_ids: no such service: {foreign}"})
+
+
+@pytest.mark.parametrize("body", [HOOK, SLACK, MAIL])
+async def test_a_repeat_is_answered_alike_secret_included(api, parts, acme, body):
+    headers = {"Idempotency-Key": "k"}
+    answers = await asyncio.gather(*(api.post("/subscriptions", body, headers=headers) for _ in range(5)))
+    appended = await head(parts, acme.id)
+    answers.append(await api.post("/subscriptions", body, headers=headers))
+    assert {status for status, _, _ in answers} == {201}
+    assert all(answer == answers[0][1] for _, answer, _ in answers)
+    assert ("secret" in answers[0][1]) == (body is HOOK)
+    assert {told["ETag"] for _, _, told in answers} == {'"1"'}
+    assert sorted(told.get("Idempotency-Replayed", "") for _, _, told in answers) == ["", *["true"] * 5]
+    assert await head(parts, acme.id) == appended
+    assert (await api.get("/subscriptions"))[1]["total"] == 1
+    assert (await api.post("/subscriptions", {**body, "audience": "internal"}, headers=headers))[0] == 422
+
+
+# ---------------------------------------------------------------------------------------------------- read
+
+
+async def test_lists_are_the_newest_first_and_filtered(api, parts, acme):
+    numbers = [await make(api, body) for body in (HOOK, MAIL, SLACK, HOOK)]
+    await give(parts, acme.id, numbers[0], DisableSubscription(reason="failing"))
+    _, page, _ = await api.get("/subscriptions")
+    assert [item["id"] for item in page["subscriptions"]] == numbers[::-1]
+    assert all(set(item) == SHOWN for item in page["subscriptions"])
+    assert (page["total"], page["limit"], page["offset"]) == (4, 50, 0)
+    _, page, headers = await api.get("/subscriptions?channel=webhook&limit=1")
+    assert ([item["id"] for item in page["subscriptions"]], page["total"]) == ([numbers[3]], 2)
+    assert 'rel="next"' in headers["Link"]
+    _, page, _ = await api.get("/subscriptions?status=disabled")
+    assert [(item["id"], item["disabled_reason"]) for item in page["subscriptions"]] == [(numbers[0], "failing")]
+    for query in ("channel=pigeon", "status=removed", "limit=0", "as_of=1"):
+        assert (await api.get(f"/subscriptions?{query}"))[0] == 400
+
+
+async def test_what_the_client_has_is_not_sent_again(api):
+    number = await make(api)
+    for path in ("/subscriptions", f"/subscriptions/{number}"):
+        _, _, headers = await api.get(path)
+        assert (await api.get(path, headers={"If-None-Match": headers["ETag"]}))[0] == 304
+        await api.patch(f"/subscriptions/{number}", {"audience": "internal" if path == "/subscriptions" else "public"})
+        assert (await api.get(path, headers={"If-None-Match": headers["ETag"]}))[0] == 200
+
+
+# ---------------------------------------------------------------------------------------------------- change
+
+
+async def test_a_change_changes_what_it_names(api, parts, acme):
+    service_id = await make_service(parts, acme.id, "portal")
+    number = await make(api)
+    before = (await api.get(f"/subscriptions/{number}"))[1]
+    wanted = {
+        "target": "https://example.com/other",
+        "audience": "internal",
+        "incidents": False,
+        "maintenance": False,
+        "service_ids": [service_id],
+        "lowest_severity": "critical",
+    }
+    status, changed, headers = await api.patch(f"/subscriptions/{number}", wanted)
+    assert (status, headers["ETag"]) == (200, '"2"')
+    assert changed == {**before, **wanted, "updated_at": changed["updated_at"]}
+    assert (await api.get(f"/subscriptions/{number}"))[1] == changed
+    event = (await recorded(parts, acme.id, "subscription", number))[1]
+    assert (event.TYPE, event.lowest_severity) == ("subscription.changed", "critical")
+    status, same, headers = await api.patch(f"/subscriptions/{number}", wanted)
+    assert (status, same, headers["ETag"]) == (200, changed, '"2"')
+    assert (await api.patch(f"/subscriptions/{number}", {}))[:2] == (200, changed)
+    assert await of(parts, acme, number) == ["subscription.created", "subscription.changed"]
+
+
+async def test_a_whole_answer_may_be_sent_back_as_it_came(api, parts, acme):
+    for body in (HOOK, SLACK, MAIL):
+        number = await make(api, body)
+        _, read, _ = await api.get(f"/subscriptions/{number}")
+        assert (await api.patch(f"/subscriptions/{number}", read))[:2] == (200, read)
+        assert await of(parts, acme, number) == ["subscription.created"]
+
+
+async def test_sending_is_turned_off_and_on(api, parts, acme):
+    number = await make(api)
+    path = f"/subscriptions/{number}"
+    _, off, _ = await api.patch(path, {"enabled": False})
+    assert (off["status"], off["disabled_reason"]) == ("disabled", "asked")
+    _, on, _ = await api.patch(path, {"enabled": True, "audience": "internal"})
+    assert (on["status"], on["disabled_reason"], on["audience"]) == ("active", None, "internal")
+    assert (await of(parts, acme, number))[1:] == [
+        "subscription.disabled", "subscription.changed", "subscription.enabled",
+    ]  # fmt: skip
+
+
+async def test_who_has_to_agree_first_is_not_enabled_by_others(api, parts, acme):
+    wish = CreateSubscription(channel="email", target="ops@example.org", pending=True)
+    made = await parts.commands.create(subscription.DECIDER, acme.id, wish, META)
+    path = f"/subscriptions/{made.stream_id}"
+    assert (await api.get(path))[1]["status"] == "pending"
+    status, answer, _ = await api.patch(path, {"enabled": True})
+    assert (status, answer["error"]) == (409, "a pending subscription is enabled by whoever owns its target")
+    assert (await api.post(f"{path}/test"))[0] == 409
+    await give(parts, acme.id, made.stream_id, ConfirmSubscription())
+    assert (await api.get(path))[1]["status"] == "active"
+
+
+async def test_a_hidden_target_is_replaced_sealed_and_the_same_one_is_no_change(api, parts, acme):
+    number = await make(api, SLACK)
+    path = f"/subscriptions/{number}"
+    status, _, headers = await api.patch(path, {"target": SLACK["target"]})
+    assert (status, headers["ETag"]) == (200, '"1"')
+    other = "https://hooks.slack.com/services/T111/B111/AAAABBBBCCCC"
+    status, changed, headers = await api.patch(path, {"target": other})
+    assert (status, headers["ETag"]) == (200, '"2"')
+    assert "AAAABBBBCCCC" not in changed["target"]
+    event = (await recorded(parts, acme.id, "subscription", number))[1]
+    assert (Sealing([SECRET_KEY]).open(event.sealed), event.target) == (other, changed["target"])
+
+
+async def test_another_target_of_a_webhook_keeps_its_secret(api, parts, acme):
+    number = await make(api)
+    await api.patch(f"/subscriptions/{number}", {"target": "https://example.com/other"})
+    created, changed = await recorded(parts, acme.id, "subscription", number)
+    assert (changed.target, changed.sealed) == ("https://example.com/other", UNSET)
+    assert Sealing([SECRET_KEY]).open(created.sealed).startswith("whsec_")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        *(({name: None}, f"{name}: must be") for name in
+          ("target", "audience", "incidents", "maintenance", "service_ids", "lowest_severity", "enabled")),
+        ({"target": " "}, "target: must not be blank"),
+        ({"target": "not an address"}, "target: "),
+        ({"audience": "everybody"}, "audience: must be one of"),
+        ({"service_ids": [987654321]}, "service_ids: no such service: 987654321"),
+        ({"service_ids": [0]}, "service_ids"),
+        ([], "body: must be a JSON object"),
+    ],
+)  # fmt: skip
+async def test_a_change_that_cannot_be_used_is_refused(api, parts, acme, body, says):
+    number = await make(api)
+    status, answer, _ = await api.patch(f"/subscriptions/{number}", body)
+    assert status == 400
+    assert answer["error"].startswith(says)
+    assert await of(parts, acme, number) == ["subscription.created"]
+
+
+async def test_a_change_that_is_sent_again_is_one_change(api, parts, acme):
+    number = await make(api, SLACK)
+    body = {"target": "https://hooks.slack.com/services/T111/B111/AAAABBBBCCCC", "enabled": False}
+    headers = {"Idempotency-Key": "k"}
+    first, again = [await api.patch(f"/subscriptions/{number}", body, headers=headers) for _ in range(2)]
+    assert first[:2] == again[:2]
+    assert again[2]["Idempotency-Replayed"] == "true"
+    assert await of(parts, acme, number) == ["subscription.created", "subscription.changed", "subscription.disabled"]
+
+
+# ---------------------------------------------------------------------------------------------------- remove
+
+
+async def test_a_removed_one_is_gone_and_its_words_with_it(api, parts, acme, owner):
+    number = await make(api)
+    path = f"/subscriptions/{number}"
+    await api.patch(path, {"target": "https://example.com/other"})
+    await api.post(f"{path}/rotate-secret")
+    await api.post(f"{path}/test")
+    status, body, headers = await api.delete(path)
+    assert (status, body) == (204, "")
+    assert int(headers["Opsentry-Seq"]) == await head(parts, acme.id)
+    assert (await of(parts, acme, number))[-2:] == ["subscription.removed", "subscription.redacted"]
+    *_, redacted = await recorded(parts, acme.id, "subscription", number)
+    assert redacted.versions == (1, 2, 3)
+    assert await owner.fetchval("SELECT count(*) FROM events WHERE stream_kind = 'subscription' AND words <> ''") == 0
+    assert (await api.get("/subscriptions"))[1]["total"] == 0
+    before = await head(parts, acme.id)
+    never = await raw(api, "GET", "/subscriptions/987654321")
+    for method, where, options in (
+        ("GET", path, {}),
+        ("PATCH", path, {"json": {"audience": "internal"}}),
+        ("PATCH", path, {"json": {}}),
+        ("DELETE", path, {}),
+        ("POST", f"{path}/test", {}),
+        ("POST", f"{path}/rotate-secret", {}),
+        ("GET", f"{path}/deliveries", {}),
+        ("GET", f"{path}/deliveries/msg_{1:032x}", {}),
+        ("POST", f"{path}/deliveries/msg_{1:032x}/redeliver", {}),
+    ):
+        assert await raw(api, method, where, **options) == never, (method, where)
+    assert (await api.delete(path, headers={"If-Match": '"99"'}))[:2] == (404, {"error": "not found"})
+    assert await head(parts, acme.id) == before
+
+
+async def test_a_removal_that_is_sent_again_is_one_removal(api, parts, acme):
+    number = await make(api)
+    first, again = [await api.delete(f"/subscriptions/{number}", headers={"Idempotency-Key": "k"}) for _ in range(2)]
+    assert (first[0], again[0], again[2]["Idempotency-Replayed"]) == (204, 204, "true")
+
+
+async def test_a_replay_after_the_removal_has_no_words_and_no_secret(api):
+    headers = {"Idempotency-Key": "k"}
+    _, made, _ = await api.post("/subscriptions", HOOK, headers=headers)
+    await api.delete(f"/subscriptions/{made['id']}")
+    status, again, _ = await api.post("/subscriptions", HOOK, headers=headers)
+    assert (status, again) == (201, {**made, "target": "[redacted]", "secret": "[redacted]"})
+
+
+# ---------------------------------------------------------------------------------------------------- editors, others
+
+
+async def test_if_match_lets_nobody_overwrite_what_they_have_not_seen(api, parts, acme):
+    number = await make(api)
+    path = f"/subscriptions/{number}"
+    await api.patch(path, {"audience": "internal"})
+    for method, where, body in (
+        ("PATCH", path, {"audience": "public"}),
+        ("POST", f"{path}/test", None),
+        ("POST", f"{path}/rotate-secret", None),
+        ("DELETE", path, None),
+    ):
+        options = {} if body is None else {"json": body}
+        for tag, expected in (('"1"', 412), ('"x"', 412)):
+            status, _, headers = await api.send(method, f"/api/v1{where}", headers={"If-Match": tag}, **options)
+            assert (status, headers["ETag"]) == (expected, '"2"')
+    assert len(await of(parts, acme, number)) == 2
+    assert (await api.delete(path, headers={"If-Match": '"2"'}))[0] == 204
+
+
+async def test_another_tenants_is_the_same_404(api, other_api, parts, acme):
+    number = await make(api)
+    before = await head(parts, acme.id)
+    for method, where, body in (
+        ("GET", "", None),
+        ("PATCH", "", {"audience": "internal"}),
+        ("DELETE", "", None),
+        ("POST", "/test", None),
+        ("POST", "/rotate-secret", {"overlap_hours": 0}),
+        ("GET", "/deliveries", None),
+    ):
+        options = {} if body is None else {"json": body}
+        answers = {
+            await raw(other_api, method, f"/subscriptions/{which}{where}", **options)
+            for which in (number, 987654321, "abc")
+        }
+        assert answers == {(404, b'{"error":"not found"}')}
+    assert (await other_api.get("/subscriptions"))[1]["subscriptions"] == []
+    assert await head(parts, acme.id) == before
+
+
+async def test_reading_needs_the_writing_scope(http, base_url, api, parts, acme):
+    number = await make(api)
+    others = await make_token(parts, acme.id, "read:status", "write:incidents", "write:maintenance", "read:audit")
+    lacking = Client(http, base_url, others)
+    own = Client(http, base_url, await make_token(parts, acme.id, "write:subscriptions"))
+    for path in ("/subscriptions", f"/subscriptions/{number}", f"/subscriptions/{number}/deliveries"):
+        says = {"error": "missing required scope: write:subscriptions"}
+        assert (await lacking.get(path))[:2] == (403, says)
+        assert (await own.get(path))[0] == 200
+    assert (await own.get("/incidents"))[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "allowed"),
+    [
+        ("/subscriptions", "DELETE", "GET, HEAD, POST"),
+        ("/subscriptions/1", "PUT", "DELETE, GET, HEAD, PATCH"),
+        ("/subscriptions/1/test", "GET", "POST"),
+        ("/subscriptions/1/rotate-secret", "GET", "POST"),
+        ("/subscriptions/1/deliveries", "POST", "GET, HEAD"),
+        (f"/subscriptions/1/deliveries/msg_{1:032x}", "DELETE", "GET, HEAD"),
+        (f"/subscriptions/1/deliveries/msg_{1:032x}/redeliver", "GET", "POST"),
+    ],
+)
+async def test_other_methods_are_not_allowed(api, path, method, allowed):
+    status, _, headers = await api.send(method, f"/api/v1{path}")
+    assert (status, headers["Allow"]) == (405, allowed)
