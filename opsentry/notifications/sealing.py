@@ -1,4 +1,4 @@
-"""Secrets of subscriptions, sealed: what lies in the ledger and in the database cannot be read without a key."""
+"""Sealing: what must lie nowhere in clear, such as signing secrets, is kept encrypted under the operator's keys."""
 
 import base64
 import os
@@ -6,57 +6,48 @@ from collections.abc import Sequence
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
-_SETTING = "OPSENTRY_SECRET_KEYS"
-
 
 class NoKey(Exception):
-    """There is no key to seal or sign with."""
+    """There is no key to seal with."""
 
     def __init__(self) -> None:
-        super().__init__(f"{_SETTING} is not set: make a key with `opsentry secret-key`")
+        super().__init__("secrets cannot be kept: OPSENTRY_SECRET_KEYS has no key; nothing was changed")
 
 
 class CannotOpen(Exception):
-    """What was sealed cannot be opened with the keys there are."""
+    """None of the keys opens what was sealed."""
+
+    def __init__(self) -> None:
+        super().__init__("a secret cannot be read: none of OPSENTRY_SECRET_KEYS opens it")
 
 
 class Sealing:
-    """Seals with the first of its keys and opens with all of them (Fernet: AES-128-CBC with HMAC-SHA256)."""
+    """Seals with the first of `keys` and opens with any of them (Fernet: AES-128-CBC and HMAC-SHA256)."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self._fernet = MultiFernet([Fernet(key) for key in keys]) if keys else None
+        self._keys = MultiFernet([Fernet(key) for key in keys]) if keys else None
 
     def seal(self, text: str) -> str:
-        """Return `text`, sealed.
-
-        Raises:
-            NoKey: There is no key.
-        """
-        if self._fernet is None:
+        """Return `text` sealed, another time differently; raises `NoKey`."""
+        if self._keys is None:
             raise NoKey
-        return self._fernet.encrypt(text.encode()).decode()
+        return self._keys.encrypt(text.encode()).decode()
 
-    def open(self, sealed: str) -> str:
-        """Return the text that was sealed.
-
-        Raises:
-            CannotOpen: No key opens it.
-        """
-        if self._fernet is None:
-            raise CannotOpen(f"a secret is sealed, but {_SETTING} is not set")
+    def open(self, text: str) -> str:
+        """Return what was sealed as `text`; raises `CannotOpen`."""
+        if self._keys is None:
+            raise CannotOpen
         try:
-            return self._fernet.decrypt(sealed.encode()).decode()
+            return self._keys.decrypt(text.encode()).decode()
         except InvalidToken:
-            raise CannotOpen(
-                f"none of {_SETTING} opens a secret: was its key taken out, or another one put in?"
-            ) from None
+            raise CannotOpen from None
 
 
 def new_key() -> str:
-    """Return a new random key: 32 bytes in URL-safe base64."""
+    """Return a new key to seal with."""
     return Fernet.generate_key().decode()
 
 
 def new_signing_secret() -> str:
-    """Return a new secret to sign messages with: `whsec_` and 32 random bytes in base64 (Standard Webhooks)."""
+    """Return a new secret to sign messages with: `whsec_` and 32 random bytes in base64."""
     return f"whsec_{base64.b64encode(os.urandom(32)).decode()}"

@@ -1,0 +1,226 @@
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
+
+import pytest
+
+from opsentry.domain import subscription
+from opsentry.domain.subscription import DisableSubscription
+from tests.api.conftest import HOOK, raw
+from tests.conftest import META
+
+AT = datetime(2026, 6, 1, 2, tzinfo=UTC)
+SHOWN = {
+    "id", "type", "sequence", "kind", "subject_id", "state", "created_at", "next_attempt_at", "attempts", "settled_at",
+    "merged_into",
+}  # fmt: skip
+NOT_FOUND = (404, b'{"error":"not found"}')
+
+
+def message(intent_id):
+    return f"msg_{UUID(str(intent_id)).hex}"
+
+
+@pytest.fixture
+async def number(api):
+    """The id of a subscription of acme."""
+    return (await api.post("/subscriptions", HOOK))[1]["id"]
+
+
+@pytest.fixture
+def put(app_connection, acme, number):
+    """Puts a delivery of the subscription into the ledger; returns what it is called."""
+
+    async def put(seq, state="delivered", **more):
+        waits = state == "waiting"
+        row = {
+            "tenant_id": acme.id, "intent_id": uuid4(), "subscription_id": number, "stream_kind": "incident",
+            "stream_id": 7, "seq": seq, "channel": "webhook", "topic": "incident.opened", "created_at": AT,
+            "state": state, "due_at": AT if waits else None, "settled_at": None if waits else AT + timedelta(seconds=9),
+            **more,
+        }  # fmt: skip
+        places = ", ".join(f"${n}" for n in range(1, len(row) + 1))
+        await app_connection.execute(f"INSERT INTO deliveries ({', '.join(row)}) VALUES ({places})", *row.values())
+        return message(row["intent_id"])
+
+    return put
+
+
+async def row_of(connection, called):
+    return await connection.fetchrow("SELECT * FROM deliveries WHERE intent_id = $1", UUID(called[4:]))
+
+
+async def endpoint(connection):
+    return await connection.fetchrow("SELECT * FROM endpoints")
+
+
+# ---------------------------------------------------------------------------------------------------- read
+
+
+async def test_a_delivery_tells_what_came_of_it(api, app_connection, acme, number, put):
+    leader = uuid4()
+    called = await put(5, "delivered", leader=leader)
+    for n, answer, error in ((2, 204, None), (1, 500, "the endpoint answered 500")):
+        await app_connection.execute(
+            "INSERT INTO delivery_attempts VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            acme.id, UUID(called[4:]), n, AT + timedelta(seconds=n), 10 * n, answer, error,
+        )  # fmt: skip
+    status, found, _ = await api.get(f"/subscriptions/{number}/deliveries/{called}")
+    assert status == 200
+    assert found == {
+        "id": called,
+        "type": "incident.opened",
+        "sequence": 5,
+        "kind": "incident",
+        "subject_id": 7,
+        "state": "delivered",
+        "created_at": "2026-06-01T02:00:00Z",
+        "next_attempt_at": None,
+        "attempts": [
+            {
+                "number": 1,
+                "at": "2026-06-01T02:00:01Z",
+                "milliseconds": 10,
+                "answer": 500,
+                "error": "the endpoint answered 500",
+            },
+            {"number": 2, "at": "2026-06-01T02:00:02Z", "milliseconds": 20, "answer": 204, "error": None},
+        ],
+        "settled_at": "2026-06-01T02:00:09Z",
+        "merged_into": message(leader),
+    }
+    assert set(found) == SHOWN
+    assert (await api.get(f"/subscriptions/{number}/deliveries"))[1]["deliveries"] == [found]
+
+
+async def test_pages_go_from_the_newest_to_the_oldest(api, put, number):
+    called = [await put(seq) for seq in (1, 2, 3, 3, 3, 4)]
+    newest = [called[5], *sorted(called[2:5]), called[1], called[0]]
+    path = f"/subscriptions/{number}/deliveries"
+    _, whole, headers = await api.get(path)
+    assert [item["id"] for item in whole["deliveries"]] == newest
+    assert (whole["limit"], whole["next"], "Link" in headers) == (50, None, False)
+    found, following = [], f"{path}?limit=2"
+    while following:
+        _, some, headers = await api.get(following)
+        found += [item["id"] for item in some["deliveries"]]
+        following = some["next"] and f"{path}?limit=2&before={some['next']}"
+        assert ("Link" in headers) == bool(following)
+        await put(9)  # what comes meanwhile moves nobody's page
+    assert found == newest
+
+
+async def test_pages_are_filtered_by_state(api, put, number):
+    called = {state: await put(seq, state) for seq, state in enumerate(("waiting", "delivered", "parked"))}
+    path = f"/subscriptions/{number}/deliveries"
+    for state, one in called.items():
+        _, page, _ = await api.get(f"{path}?state={state}")
+        assert [item["id"] for item in page["deliveries"]] == [one]
+    assert (await api.get(f"{path}?state=dropped"))[1]["deliveries"] == []
+    assert (await api.get(f"{path}?state=sent"))[1]["error"].startswith("state: must be one of waiting, ")
+
+
+@pytest.mark.parametrize("before", ["", "x", "msg_", "msg_1", "5", f"msg_{1:032x}", f"MSG_{1:032X}", f"{1:032x}"])
+async def test_a_page_behind_nothing_is_refused(api, put, number, before):
+    await put(1)
+    status, answer, _ = await api.get(f"/subscriptions/{number}/deliveries?before={before}")
+    assert (status, answer["error"].split(":")[0]) == (400, "before")
+
+
+async def test_what_the_client_has_is_not_sent_again(api, put, number):
+    called = await put(1)
+    for path in (f"/subscriptions/{number}/deliveries", f"/subscriptions/{number}/deliveries/{called}"):
+        _, _, headers = await api.get(path)
+        assert int(headers["Opsentry-Seq"]) > 0
+        assert (await api.get(path, headers={"If-None-Match": headers["ETag"]}))[0] == 304
+
+
+async def test_missing_malformed_and_others_deliveries_are_the_same_404(api, other_api, app_connection, put, number):
+    called = await put(1)
+    _, second, _ = await api.post("/subscriptions", HOOK)
+    await app_connection.execute(
+        "INSERT INTO deliveries SELECT 999, intent_id, subscription_id, stream_kind, stream_id, seq, channel, topic,"
+        " created_at, state, due_at, until_seq, leader, attempts, tried, answer, error, settled_at FROM deliveries"
+    )
+    for method, more in (("GET", ""), ("POST", "/redeliver")):
+        for bad in ("1", "x", called[4:], called.upper(), f"{called}0", called[:-1], f"msg_{1:032x}", "%00", "msg_%ff"):
+            assert await raw(api, method, f"/subscriptions/{number}/deliveries/{bad}{more}") == NOT_FOUND, bad
+        assert await raw(api, method, f"/subscriptions/{second['id']}/deliveries/{called}{more}") == NOT_FOUND
+        assert await raw(other_api, method, f"/subscriptions/{number}/deliveries/{called}{more}") == NOT_FOUND
+        assert await raw(api, method, f"/subscriptions/0/deliveries/{called}{more}") == NOT_FOUND
+    (theirs,) = await app_connection.fetch("SELECT state FROM deliveries WHERE tenant_id = 999")
+    assert theirs["state"] == "delivered"
+    assert await endpoint(app_connection) is None
+
+
+# ---------------------------------------------------------------------------------------------------- send again
+
+
+@pytest.mark.parametrize("state", ["delivered", "suppressed", "withheld", "parked", "dropped", "disabled"])
+async def test_what_came_to_its_end_is_sent_again(api, app_connection, put, number, state):
+    called = await put(5, state, attempts=4, tried=9, answer=500, error="the endpoint answered 500")
+    path = f"/subscriptions/{number}/deliveries/{called}"
+    status, found, _ = await api.post(f"{path}/redeliver")
+    assert (status, found["state"], found["settled_at"]) == (202, "waiting", None)
+    assert datetime.fromisoformat(found["next_attempt_at"]) <= datetime.now(UTC)
+    assert (await api.get(path))[1] == found
+    row = await row_of(app_connection, called)
+    assert (row["attempts"], row["tried"], row["answer"], row["error"]) == (0, 9, None, None)
+    assert (await endpoint(app_connection))["due_at"] == row["due_at"]
+    assert (await api.post(f"{path}/redeliver"))[:2] == (202, found)
+
+
+async def test_one_that_waits_goes_on_waiting(api, app_connection, put, number):
+    called = await put(5, "waiting", attempts=3, due_at=datetime(2036, 1, 1, tzinfo=UTC))
+    status, found, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
+    assert (status, found["next_attempt_at"]) == (202, "2036-01-01T00:00:00Z")
+    assert (await row_of(app_connection, called))["attempts"] == 3
+    assert await endpoint(app_connection) is None
+
+
+async def test_one_that_was_told_by_another_is_not_sent_by_itself(api, app_connection, put, number):
+    leader = uuid4()
+    called = await put(5, "merged", leader=leader)
+    status, answer, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
+    assert (status, answer) == (409, {"error": f"it was told by {message(leader)}: have that one sent again"})
+    assert (await row_of(app_connection, called))["state"] == "merged"
+
+
+async def test_to_who_is_sent_nothing_nothing_is_sent_again(api, parts, acme, app_connection, put, number):
+    called = await put(5)
+    command = DisableSubscription(reason="gone")
+    executed = await parts.commands.execute(subscription.DECIDER, acme.id, number, command, META)
+    await parts.runner.catch_up(acme.id, executed.seq)
+    status, answer, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
+    assert status == 409
+    assert answer["error"] == "only to an active subscription is anything sent; this one is disabled"
+    assert (await row_of(app_connection, called))["state"] == "delivered"
+
+
+async def test_one_waits_behind_an_older_one_of_the_same_thing(api, put, number):
+    await put(4, "waiting")
+    await put(3, "waiting", stream_id=8)
+    behind, free = await put(5, "parked"), await put(2, "parked", stream_id=8)
+    path = f"/subscriptions/{number}/deliveries"
+    assert (await api.post(f"{path}/{behind}/redeliver"))[1]["next_attempt_at"] is None
+    assert (await api.post(f"{path}/{free}/redeliver"))[1]["next_attempt_at"] is not None
+
+
+@pytest.mark.parametrize(
+    ("due_at", "leased", "moves"),
+    [
+        (None, False, True),
+        (datetime(2036, 1, 1, tzinfo=UTC), False, True),
+        (datetime(2020, 1, 1, tzinfo=UTC), False, False),
+        (datetime(2036, 1, 1, tzinfo=UTC), True, False),
+    ],
+)
+async def test_whoever_sends_there_is_told_to_look(api, app_connection, acme, put, number, due_at, leased, moves):
+    called = await put(5)
+    await app_connection.execute(
+        "INSERT INTO endpoints (tenant_id, subscription_id, due_at, lease, failures) VALUES ($1, $2, $3, $4, 3)",
+        acme.id, number, due_at, uuid4() if leased else None,
+    )  # fmt: skip
+    await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
+    found = await endpoint(app_connection)
+    assert found["due_at"] == ((await row_of(app_connection, called))["due_at"] if moves else due_at)
+    assert found["failures"] == 3
