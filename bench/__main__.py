@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench import appends, http, ledger, rebuild, scale, worker
+from bench import appends, http, ledger, rebuild, scale, sending, worker
 from bench.figure import Figure, table
 from bench.servers import Servers, servers
 
@@ -26,6 +26,7 @@ PARTS: dict[str, Callable[[Servers], list[Figure]]] = {
     "scale": scale.measure,
     "rebuild": rebuild.measure,
     "worker": worker.measure,
+    "sending": sending.measure,
 }
 
 

@@ -1,20 +1,18 @@
-"""Sending: messages a second of one sender, and what bad endpoints cost the others."""
+"""Sending: messages a second of one sender, and what endpoints that hang or fail cost the others."""
 
 import asyncio
 import json
-import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from ipaddress import ip_network
+import urllib.request
+from dataclasses import replace
 from typing import Any
 
-import aiohttp
 import uvloop
 
 from bench.figure import Figure
-from bench.servers import Servers, environment, process, running
+from bench.servers import ROOT, Servers, environment, process, running
 from opsentry.access import tenants
 from opsentry.config import Settings
 from opsentry.domain import incident, subscription
@@ -27,4 +25,101 @@ from opsentry.wiring import Core, core
 META = Meta(Actor("operator"))
 ENDPOINTS, INCIDENTS = 50, 200
 AT_ONCE = 64
-BAD = 20
+# A message each to so many endpoints, so often a second, for so many seconds; of the endpoints so many are bad.
+LOAD_ENDPOINTS, LOAD_BAD = 100, 20
+LOAD_EVENTS, LOAD_SECONDS = 4, 20.0
+ROUNDS = 3
+
+
+def measure(servers: Servers) -> list[Figure]:
+    with process(["bench.receiver"]) as url:
+        rates = [(_rate(servers, url), _bare(url)) for _ in range(ROUNDS)]
+        rate, bare = sorted(rates, key=lambda pair: pair[0] / pair[1])[ROUNDS // 2]
+        good = _p99(servers, url, bad=0)
+        among_bad = _p99(servers, url, bad=LOAD_BAD)
+    note = f"{ENDPOINTS} endpoints, {ENDPOINTS * INCIDENTS:,} messages"
+    beside = f"p99 {good * 1000:.0f} ms alone, {among_bad * 1000:.0f} ms beside 10 that hang and 10 that answer 500"
+    return [
+        Figure("sending, one sender", "/s", rate, "goal", 1000, 1.0, note),
+        Figure("sending, one sender", "/s", rate, "bare aiohttp client, same bodies", bare, 0.5),
+        Figure("80 endpoints beside 20 bad ones, 1.5 × of alone", "ms", good * 1500, "", among_bad * 1000, 1.0, beside),
+    ]
+
+
+def _ask(url: str, what: str) -> Any:
+    with urllib.request.urlopen(f"{url}/{what}") as answer:
+        return json.loads(answer.read())
+
+
+def _environment(servers: Servers, key: str) -> dict[str, str]:
+    return {
+        **environment(servers, "sending"),
+        "OPSENTRY_SECRET_KEYS": key,
+        "OPSENTRY_OPEN_NETWORKS": "127.0.0.0/8",
+        "OPSENTRY_BURST_SECONDS": "0",
+    }
+
+
+def _rate(servers: Servers, url: str) -> float:
+    """Return messages a second, from the first that came to the last."""
+    servers.database("sending")
+    key = new_key()
+    env = _environment(servers, key)
+    uvloop.run(_tell(env, [f"{url}/{number}" for number in range(ENDPOINTS)], INCIDENTS, 0.0))
+    _ask(url, "clear")
+    with running(["opsentry", "worker"], **env):
+        came = _until(url, ENDPOINTS * INCIDENTS)
+    moments = sorted(at for _, at, _ in came)
+    return len(moments) / (moments[-1] - moments[0])
+
+
+def _bare(url: str) -> float:
+    with urllib.request.urlopen(f"{url}/sample") as answer:
+        body = answer.read()
+    command = [sys.executable, "-m", "bench.poster", url, str(ENDPOINTS * INCIDENTS), str(AT_ONCE)]
+    return float(subprocess.run(command, cwd=ROOT, input=body, check=True, capture_output=True).stdout)
+
+
+def _p99(servers: Servers, url: str, *, bad: int) -> float:
+    """Return the 99th percentile of seconds from recording to arrival at the endpoints that are well."""
+    servers.database("sending")
+    env = _environment(servers, new_key())
+    names = [f"{url}/{'hang' if number % 2 else 'bad'}{number}" for number in range(bad)]
+    names += [f"{url}/well{number}" for number in range(LOAD_ENDPOINTS - LOAD_BAD)]
+    events = int(LOAD_EVENTS * LOAD_SECONDS)
+    _ask(url, "clear")
+    with running(["opsentry", "worker"], **env):
+        uvloop.run(_tell(env, names, events, 1 / LOAD_EVENTS))
+        came = _until(url, events * (LOAD_ENDPOINTS - LOAD_BAD), "/well")
+    waits = sorted(at - recorded for path, at, recorded in came if path.startswith("/well"))
+    return float(waits[len(waits) * 99 // 100])
+
+
+def _until(url: str, count: int, beginning: str = "/") -> Any:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        came = [one for one in _ask(url, "stats") if one[0].startswith(beginning)]
+        if len(came) >= count:
+            return came
+        time.sleep(0.5)
+    raise TimeoutError(f"{len(came)} of {count} messages came")
+
+
+async def _tell(env: dict[str, str], targets: list[str], incidents: int, pace: float) -> None:
+    """Subscribe the targets and open incidents, `pace` seconds apart."""
+    settings = replace(Settings.from_environment(env), log_level="error")
+    async with core(settings) as parts:
+        async with parts.database.connection(10) as connection:
+            tenant_id = await tenants.create(connection, slug="acme", name="Acme", meta=META)
+        for target in targets:
+            sealed = Sealing(settings.secret_keys).seal(new_signing_secret())
+            command = CreateSubscription(channel="webhook", target=target, sealed=sealed)
+            await parts.commands.create(subscription.DECIDER, tenant_id, command, META)
+        await asyncio.gather(*(_open(parts, tenant_id, number, pace) for number in range(incidents)))
+
+
+async def _open(parts: Core, tenant_id: int, number: int, pace: float) -> None:
+    await asyncio.sleep(number * pace)
+    command = OpenIncident(title=f"Deploy {number} failed", description="Health checks failing post-deploy")
+    opened = await parts.commands.create(incident.DECIDER, tenant_id, command, META)
+    await parts.runner.catch_up(tenant_id, opened.seq)
