@@ -1,0 +1,299 @@
+import asyncio
+import ssl
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from ipaddress import ip_network
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from opsentry.config import Settings
+from opsentry.notifications import posting
+from opsentry.notifications.addresses import http_session
+from opsentry.notifications.channel import BadTarget, Outcome
+from opsentry.notifications.channels import Parts, webhook
+from opsentry.notifications.posting import USER_AGENT
+from opsentry.notifications.signing import new_secret
+from tests.notifications.conftest import LOOPBACK, Names, answering
+from tests.notifications.messages import endpoint, incident, message
+
+SECRET = new_secret()
+SETTINGS = Settings(open_networks=LOOPBACK)
+
+
+@pytest.fixture
+async def channel():
+    async with http_session(LOOPBACK, 10) as http:
+        yield webhook.make(Parts(SETTINGS, http))
+
+
+async def raw(answer, *, hang_up=True):
+    """Serve these bytes to whoever sends a request."""
+
+    async def handle(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        if not hang_up:
+            await reader.read()
+        writer.close()
+
+    return await asyncio.start_server(handle, "127.0.0.1", 0)
+
+
+def url_of(server):
+    return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+
+
+async def test_what_a_receiver_gets(channel):
+    seen = []
+
+    async def answer(request):
+        seen.append((request.method, request.path_qs, dict(request.headers), await request.read()))
+        return web.Response(status=202)
+
+    async with answering(answer) as url:
+        assert await channel.send(endpoint(f"{url}/hook?a=1", SECRET), message()) == Outcome(answer=202)
+    ((method, path, headers, body),) = seen
+    assert (method, path) == ("POST", "/hook?a=1")
+    assert headers["Content-Type"] == "application/json"
+    assert headers["User-Agent"] == USER_AGENT
+    assert USER_AGENT.startswith("Opsentry/")
+    assert headers["webhook-id"] == message().id
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < 5
+    assert Webhook(SECRET).verify(body, headers) == msgspec.json.decode(body)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify(body + b" ", headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(new_secret()).verify(body, headers)
+
+
+async def test_while_one_secret_replaces_another_both_are_good(channel):
+    seen = []
+
+    async def answer(request):
+        seen.append((dict(request.headers), await request.read()))
+        return web.Response()
+
+    newer = new_secret()
+    async with answering(answer) as url:
+        await channel.send(endpoint(url, newer, SECRET), message(incident(title="Zażółć \U0001f525 \u202e")))
+    ((headers, body),) = seen
+    assert len(headers["webhook-signature"].split(" ")) == 2
+    assert Webhook(newer).verify(body, headers)
+    assert Webhook(SECRET).verify(body, headers)
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
+async def test_any_2xx_takes_it(channel, status):
+    async def answer(_):
+        return web.Response(status=status)
+
+    async with answering(answer) as url:
+        assert await channel.send(endpoint(url, SECRET), message()) == Outcome(answer=status)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 410, 418, 429, 500, 502, 503, 504, 599])
+async def test_everything_else_is_a_failure(channel, status):
+    async def answer(_):
+        return web.Response(status=status, text="secret words of theirs")
+
+    async with answering(answer) as url:
+        outcome = await channel.send(endpoint(url, SECRET), message())
+    assert outcome == Outcome(f"answered {status}", status, gone=status == 410)
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
+async def test_redirects_are_failures_and_not_followed(channel, listener, status):
+    seen = []
+
+    async def answer(request):
+        seen.append(request.path)
+        return web.Response(status=status, headers={"Location": f"http://127.0.0.1:{listener.port}/"})
+
+    async with answering(answer) as url:
+        outcome = await channel.send(endpoint(url, SECRET), message())
+    assert outcome == Outcome(f"answered {status}: redirects are not followed", status)
+    assert (len(seen), listener.connections) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("120", 120),
+        (" 0 ", 0),
+        ("86400", 86_400),
+        ("86401", 86_400),
+        ("9" * 4000, 86_400),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True), 7_200),
+        (format_datetime(datetime.now(UTC) + timedelta(days=300), usegmt=True), 86_400),
+        (format_datetime(datetime.now(UTC) - timedelta(hours=2), usegmt=True), 0),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", 0),
+        ("-1", None),
+        ("1.5", None),
+        ("soon", None),
+        ("", None),
+        ("Mon, 99 Foo 99999 99:99:99 GMT", None),
+        ("٣", None),
+    ],
+)
+async def test_how_long_a_receiver_wants_to_be_left_alone(channel, header, seconds):
+    async def answer(_):
+        return web.Response(status=503, headers={"Retry-After": header})
+
+    async with answering(answer) as url:
+        outcome = await channel.send(endpoint(url, SECRET), message())
+    assert (outcome.error, outcome.answer) == ("answered 503", 503)
+    assert outcome.retry_after == (None if seconds is None else pytest.approx(seconds, abs=60))
+
+
+async def test_a_connection_is_used_again_after_a_short_answer_and_not_after_a_long_one(channel):
+    peers = []
+
+    async def answer(request):
+        peers.append(request.transport.get_extra_info("peername"))
+        return web.Response(text="x" * int(request.query["size"]))
+
+    async with answering(answer) as url:
+        for size in (0, 1000, 0, 1_000_000, 0):
+            assert (await channel.send(endpoint(f"{url}/?size={size}", SECRET), message())).error is None
+    assert peers[0] == peers[1] == peers[2] == peers[3]
+    assert peers[3] != peers[4]
+
+
+async def test_an_answer_without_end_is_not_waited_for(channel):
+    async def answer(request):
+        response = web.StreamResponse(headers={"Content-Encoding": "gzip"})
+        await response.prepare(request)
+        while True:
+            await response.write(b"x" * 1000)
+
+    async with answering(answer) as url, asyncio.timeout(5):
+        assert await channel.send(endpoint(url, SECRET), message()) == Outcome(answer=200)
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"])
+async def test_no_answer_is_waited_for_so_long(channel, monkeypatch, head):
+    monkeypatch.setattr(posting, "_TIMEOUT", aiohttp.ClientTimeout(total=0.2))
+    async with await raw(head, hang_up=False) as server:
+        assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome("no answer within 15 s")
+
+
+async def test_a_status_counts_even_where_its_body_never_comes(channel, monkeypatch):
+    monkeypatch.setattr(posting, "_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+    async with await raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx", hang_up=False) as server:
+        assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(answer=200)
+    async with await raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx") as server:
+        assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(answer=200)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"", "the connection was closed without an answer"),
+        (b"HTTP/1.1 200", "the connection was closed without an answer"),
+        (b"220 mail.example.com ESMTP\r\n", "the answer is not HTTP"),
+        (b"HTTP/1.1 abc\r\n\r\n", "the answer is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n", "the answer is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000 + b"\r\n", "the answer is not HTTP"),
+    ],
+)
+async def test_nonsense_is_a_failure(channel, answer, error):
+    async with await raw(answer) as server:
+        assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(error)
+
+
+async def test_what_cannot_be_reached_is_said_without_addresses_and_queries(unused_tcp_port):
+    names = Names({"inside.example": [["10.1.2.3"]]})
+    async with http_session((ip_network("127.0.0.1/32"),), 10, names) as http:
+        channel = webhook.make(Parts(SETTINGS, http))
+        said = {}
+        for url in (
+            f"http://127.0.0.1:{unused_tcp_port}/?key=hidden",
+            "http://nowhere.example/?key=hidden",
+            "http://inside.example/?key=hidden",
+            "https://inside.example/?key=hidden",
+            "http://[::1]/?key=hidden",
+            "http://2130706433/?key=hidden",
+            "nonsense",
+        ):
+            outcome = await channel.send(endpoint(url, SECRET), message())
+            assert outcome._replace(error=None) == Outcome()
+            said[url] = outcome.error
+    assert list(said.values()) == [
+        "connection refused",
+        "the name of the host cannot be resolved",
+        "the address of this host may not be dialled",
+        "the address of this host may not be dialled",
+        "the address of this host may not be dialled",
+        "the URL cannot be used",
+        "the URL cannot be used",
+    ]
+
+
+def test_targets_are_checked_and_shown_whole():
+    channel = webhook.make(Parts(Settings(), None))  # type: ignore[arg-type]
+    assert (channel.name, channel.signs, channel.hides) == ("webhook", True, False)
+    assert channel.check("https://example.com/a") == channel.shown("https://example.com/a") == "https://example.com/a"
+    with pytest.raises(BadTarget):
+        channel.check("http://127.0.0.1/")
+
+
+# ------------------------------------------------------------------------------------------------ TLS
+
+
+@pytest.fixture
+def certified(tmp_path):
+    """A context for servers called receiver.example, and the file of who vouches for it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "receiver.example")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("receiver.example")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file = tmp_path / "certificate.pem"
+    file.write_bytes(
+        certificate.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    return context, str(file)
+
+
+async def test_certificates_count(certified, monkeypatch):
+    context, file = certified
+    names = Names({"receiver.example": [["127.0.0.1"]], "other.example": [["127.0.0.1"]]})
+
+    async def answer(_):
+        return web.Response()
+
+    async def said(url):
+        async with http_session(LOOPBACK, 10, names) as http:
+            return await webhook.make(Parts(SETTINGS, http)).send(endpoint(url, SECRET), message())
+
+    async with answering(answer, context) as url, answering(answer) as plain:
+        receiver = url.replace("127.0.0.1", "receiver.example")
+        assert await said(receiver) == Outcome("TLS: self-signed certificate")
+        assert (await said(plain.replace("http:", "https:"))).error.startswith("TLS: ")
+        trusting = ssl.create_default_context(cafile=file)
+        monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusting)
+        assert await said(receiver) == Outcome(answer=200)
+        for wrong in (url, url.replace("127.0.0.1", "other.example")):
+            assert (await said(wrong)).error.startswith("TLS: ")
