@@ -19,7 +19,8 @@ from opsentry.domain import incident, subscription
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.events.codec import Actor, Meta
-from opsentry.notifications.sealing import Sealing, new_key, new_signing_secret
+from opsentry.notifications.sealing import Sealing, new_key
+from opsentry.notifications.signing import new_secret
 from opsentry.wiring import Core, core
 
 META = Meta(Actor("operator"))
@@ -112,7 +113,7 @@ async def _tell(env: dict[str, str], targets: list[str], incidents: int, pace: f
         async with parts.database.connection(10) as connection:
             tenant_id = await tenants.create(connection, slug="acme", name="Acme", meta=META)
         for target in targets:
-            sealed = Sealing(settings.secret_keys).seal(new_signing_secret())
+            sealed = Sealing(settings.secret_keys).seal(new_secret())
             command = CreateSubscription(channel="webhook", target=target, sealed=sealed)
             await parts.commands.create(subscription.DECIDER, tenant_id, command, META)
         await asyncio.gather(*(_open(parts, tenant_id, number, pace) for number in range(incidents)))

@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
 import structlog
 from aiohttp import web
 
@@ -23,9 +22,12 @@ from opsentry.api.ops import Ops
 from opsentry.config import Settings
 from opsentry.events.execute import Commands
 from opsentry.events.writer import Writer
+from opsentry.notifications.addresses import http_session
 from opsentry.notifications.channels import Parts as ChannelParts
 from opsentry.notifications.channels import channels
+from opsentry.notifications.composing import Composer
 from opsentry.notifications.sealing import Sealing
+from opsentry.notifications.sender import LEASE_SECONDS, Sender
 from opsentry.postgres import Database
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
@@ -90,7 +92,7 @@ async def serving(
         failures = RateLimiter(client, settings.auth_failure_limit, "failures")
         stack.push_async_callback(limiter.close)
         stack.push_async_callback(failures.close)
-        http = await stack.enter_async_context(aiohttp.ClientSession())
+        http = await stack.enter_async_context(http_session(settings.open_networks, settings.sender_sockets))
         # They check targets here and send nothing.
         known = channels(ChannelParts(settings, http))
         for channel in known.values():

@@ -37,7 +37,8 @@ from opsentry.domain.subscription import (
 from opsentry.events.codec import RecordedEvent
 from opsentry.events.execute import Executed
 from opsentry.notifications.channel import BadTarget, Channel
-from opsentry.notifications.sealing import CannotOpen, new_signing_secret
+from opsentry.notifications.sealing import CannotOpen
+from opsentry.notifications.signing import new_secret
 from opsentry.projections import subscriptions
 
 MAX_OVERLAP_HOURS = 168
@@ -108,7 +109,7 @@ async def create(call: Call) -> web.Response:
         await call.refs(command.service_ids)
         sealed = _sealed(call, channel, whole)
         if sealed is None and channel.signs:
-            sealed = call.parts.sealing.seal(new_signing_secret())
+            sealed = call.parts.sealing.seal(new_secret())
         command = msgspec.structs.replace(command, target=_shown(channel, whole), sealed=sealed)
         executed = await commands.create(call, subscription.DECIDER, command)
     answer = subscriptions.render(executed.history)
@@ -152,7 +153,7 @@ async def rotate_secret(call: Call) -> web.Response:
     def command(state: Subscription, _: Sequence[RecordedEvent]) -> SubscriptionCommand:
         if not _signs(call, state.channel):
             raise TransitionRefused(f"messages to {state.channel} are not signed")
-        sealed = call.parts.sealing.seal(new_signing_secret())
+        sealed = call.parts.sealing.seal(new_secret())
         return RotateSecret(sealed=sealed, previous_until=datetime.now(UTC) + timedelta(hours=body.overlap_hours))
 
     executed = await _execute(call, command)

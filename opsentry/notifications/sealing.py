@@ -1,7 +1,5 @@
 """Sealing: what must lie nowhere in clear, such as signing secrets, is kept encrypted under the operator's keys."""
 
-import base64
-import os
 from collections.abc import Sequence
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -46,8 +44,3 @@ class Sealing:
 def new_key() -> str:
     """Return a new key to seal with."""
     return Fernet.generate_key().decode()
-
-
-def new_signing_secret() -> str:
-    """Return a new secret to sign messages with: `whsec_` and 32 random bytes in base64."""
-    return f"whsec_{base64.b64encode(os.urandom(32)).decode()}"

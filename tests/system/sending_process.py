@@ -43,7 +43,7 @@ def plant(point: str, nth: int) -> None:
             passed += 1
             die(passed)
         done = await do(*arguments, **options)
-        if after and done != []:
+        if after and (name == "record" or done):
             passed += 1
             die(passed)
         return done

@@ -18,7 +18,8 @@ from standardwebhooks import Webhook
 from opsentry.domain import incident, subscription
 from opsentry.domain.incident import OpenIncident, PostUpdate
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.notifications.sealing import Sealing, new_key, new_signing_secret
+from opsentry.notifications.sealing import Sealing, new_key
+from opsentry.notifications.signing import new_secret
 from opsentry.wiring import core
 from tests.conftest import META, make_tenant
 from tests.system.processes import Running, environment, until
@@ -57,7 +58,7 @@ async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
     """Subscribe, and let things happen: `subscribers` times `incidents` times 1 + `updates` intents."""
     secrets = {}
     for number in range(subscribers):
-        secret = new_signing_secret()
+        secret = new_secret()
         command = CreateSubscription(channel="webhook", target=url(number), sealed=Sealing([key]).seal(secret))
         made = await parts.commands.create(subscription.DECIDER, tenant.id, command, META)
         secrets[number] = (made.stream_id, secret)
@@ -73,7 +74,12 @@ async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
 async def kill_again_and_again(settings, owner, *, subscribers, incidents, updates, at_random, at_points):
     key = new_key()
     settings = replace(settings, secret_keys=(key,), open_networks=(ip_network("127.0.0.0/8"),), burst_seconds=0)
-    rounds = [(point, nth) for point in POINTS for nth in random.sample(range(1, 30), at_points)]
+    # Many messages are taken and recorded in one go.
+    rounds = [
+        (point, nth)
+        for point in POINTS
+        for nth in random.sample(range(1, 7 if point in {"taking", "recording"} else 30), at_points)
+    ]
     rounds += [("-", 0)] * at_random
     random.shuffle(rounds)
     expected = subscribers * incidents * (1 + updates)
