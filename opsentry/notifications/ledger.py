@@ -26,8 +26,12 @@ PROBE_SECONDS = 300.0
 FAILING_DAYS = 5
 WIDEST = 8
 
-# Whoever stands still with locks that others wait for is thrown out by the server.
-_BOUNDED = "SELECT set_config('idle_in_transaction_session_timeout', '3s', true)"
+# Whoever stands still with locks that others wait for is thrown out by the server. And all goes by indexes: plans are
+# made from statistics of another time, here often of a moment before thousands of rows came, and are kept.
+_BEGIN = """
+SELECT set_config('idle_in_transaction_session_timeout', '3s', true), set_config('enable_seqscan', 'off', true),
+    set_config('enable_sort', 'off', true), set_config('jit', 'off', true)
+"""
 
 # Tenants with intents beyond what is settled, each found by the index, as `_BEHIND` of the runner does it.
 _FRESH = """
@@ -40,11 +44,11 @@ WITH RECURSIVE found AS (
 SELECT tenant_id FROM found
 """
 
-_BEGIN = "INSERT INTO outbox_settled (tenant_id, position) SELECT unnest($1::bigint[]), 0 ON CONFLICT DO NOTHING"
+_MAKE_SETTLED = "INSERT INTO outbox_settled (tenant_id, position) SELECT unnest($1::bigint[]), 0 ON CONFLICT DO NOTHING"
 
 # What another sender is at is passed over.
-_TAKE_SETTLED = f"""
-SELECT tenant_id, ({_BOUNDED}) FROM outbox_settled WHERE tenant_id = ANY($1) ORDER BY tenant_id FOR UPDATE SKIP LOCKED
+_TAKE_SETTLED = """
+SELECT tenant_id FROM outbox_settled WHERE tenant_id = ANY($1) ORDER BY tenant_id FOR UPDATE SKIP LOCKED
 """
 
 # Takes intents over, in one statement, so that intents and the position that they reach are of one moment. Of a tenant
@@ -93,16 +97,19 @@ ORDER BY e.tenant_id, e.subscription_id FOR UPDATE OF e
 # Makes the oldest delivery of each lane due that is not: $5 seconds after its event was recorded, so that more changes
 # of the same thing can come along.
 _WAKE_LANES = """
+WITH head AS MATERIALIZED (
+    SELECT lane.tenant_id, oldest.* FROM (
+        SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[])
+            AS row (tenant_id, subscription_id, stream_kind, stream_id)) AS lane
+    CROSS JOIN LATERAL (
+        SELECT intent_id, stream_kind, created_at, due_at FROM deliveries
+        WHERE tenant_id = lane.tenant_id AND subscription_id = lane.subscription_id AND stream_kind = lane.stream_kind
+            AND stream_id = lane.stream_id AND settled_at IS NULL
+        ORDER BY created_at, seq LIMIT 1) AS oldest)
 UPDATE deliveries d SET due_at = head.created_at + CASE WHEN head.stream_kind = 'subscription' THEN 0 ELSE $5 END
     * interval '1 second'
-FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[])
-    AS row (tenant_id, subscription_id, stream_kind, stream_id)) AS lane
-CROSS JOIN LATERAL (
-    SELECT intent_id, stream_kind, created_at, due_at FROM deliveries
-    WHERE tenant_id = lane.tenant_id AND subscription_id = lane.subscription_id AND stream_kind = lane.stream_kind
-        AND stream_id = lane.stream_id AND settled_at IS NULL
-    ORDER BY seq LIMIT 1) AS head
-WHERE d.tenant_id = lane.tenant_id AND d.intent_id = head.intent_id AND d.due_at IS NULL AND d.state = 'waiting'
+FROM head WHERE head.due_at IS NULL AND d.tenant_id = head.tenant_id AND d.intent_id = head.intent_id
+    AND d.state = 'waiting'
 """
 
 # When the next delivery of an endpoint is due.
@@ -122,9 +129,9 @@ WHERE e.tenant_id = woken.tenant_id AND e.subscription_id = woken.subscription_i
 # Leases endpoints where something is due, the one that has waited longest first. Tenants that have their share are
 # passed over ($3), and endpoints that have not shown that they answer well where those have theirs: all of them ($4),
 # or a tenant's ($6).
-_CLAIM = f"""
+_CLAIM = """
 WITH due AS (
-    SELECT e.tenant_id, e.subscription_id, ({_BOUNDED}) FROM endpoints e
+    SELECT e.tenant_id, e.subscription_id FROM endpoints e
     WHERE e.due_at <= statement_timestamp() AND e.tenant_id <> ALL($3)
         AND (e.width > 1 OR (NOT $4 AND e.tenant_id <> ALL($6)))
         AND NOT EXISTS (SELECT FROM outbox_paused p WHERE p.tenant_id = 0 OR p.tenant_id = e.tenant_id)
@@ -147,15 +154,19 @@ WITH heads AS (
         FROM deliveries WHERE tenant_id = e.tenant_id AND subscription_id = e.subscription_id
             AND due_at <= statement_timestamp()
         ORDER BY due_at, seq LIMIT e.at_most) AS d),
+followers AS MATERIALIZED (
+    SELECT h.tenant_id, h.intent_id AS leader, f.intent_id FROM heads h CROSS JOIN LATERAL (
+        SELECT intent_id FROM deliveries
+        WHERE tenant_id = h.tenant_id AND subscription_id = h.subscription_id AND stream_kind = h.stream_kind
+            AND stream_id = h.stream_id AND settled_at IS NULL AND created_at >= h.created_at
+            AND created_at < h.created_at + $4 * interval '1 second'
+            AND seq > h.seq AND due_at IS NULL AND until_seq IS NULL
+        ORDER BY created_at, seq) AS f
+    WHERE h.until_seq IS NULL AND h.stream_kind <> 'subscription'),
 merged AS (
-    UPDATE deliveries f SET state = 'merged', leader = h.intent_id, settled_at = statement_timestamp(), due_at = NULL
-    FROM heads h
-    WHERE h.until_seq IS NULL AND h.stream_kind <> 'subscription'
-        AND f.tenant_id = h.tenant_id AND f.subscription_id = h.subscription_id AND f.stream_kind = h.stream_kind
-        AND f.stream_id = h.stream_id AND f.settled_at IS NULL AND f.due_at IS NULL AND f.seq > h.seq
-        AND f.until_seq IS NULL
-        AND f.created_at < h.created_at + $4 * interval '1 second'
-    RETURNING f.tenant_id, f.leader, f.seq, f.topic, f.created_at),
+    UPDATE deliveries d SET state = 'merged', leader = f.leader, settled_at = statement_timestamp()
+    FROM followers f WHERE d.tenant_id = f.tenant_id AND d.intent_id = f.intent_id
+    RETURNING d.tenant_id, d.leader, d.seq, d.topic, d.created_at),
 begun AS (
     UPDATE deliveries d SET until_seq = greatest(h.seq, (
         SELECT max(m.seq) FROM merged m WHERE m.tenant_id = h.tenant_id AND m.leader = h.intent_id))
@@ -170,12 +181,12 @@ FROM heads h CROSS JOIN LATERAL (
         UNION
         SELECT f.seq, f.topic, f.created_at FROM deliveries f
         WHERE h.until_seq > h.seq AND f.tenant_id = h.tenant_id AND f.subscription_id = h.subscription_id
-            AND f.seq > h.seq AND f.seq <= h.until_seq AND f.leader = h.intent_id) AS told) AS more
+            AND f.seq BETWEEN h.seq + 1 AND h.until_seq AND f.leader = h.intent_id) AS told) AS more
 """
 
 # Which endpoints are still leased as they were: what is to be recorded of others is refused.
-_HELD = f"""
-SELECT e.tenant_id, e.subscription_id, e.lease, ({_BOUNDED}) FROM (
+_HELD = """
+SELECT e.tenant_id, e.subscription_id, e.lease FROM (
     SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[], $3::uuid[]) AS row (tenant_id, subscription_id, lease)
     ) AS wanted
 JOIN endpoints e USING (tenant_id, subscription_id, lease)
@@ -332,7 +343,8 @@ async def take_over(connection: Connection, tenant_ids: Sequence[int], burst: fl
         burst: For so many seconds after the first change of a thing its message waits for more.
         at_most: About so many intents of one tenant, the others later.
     """
-    await connection.execute(_BEGIN, tenant_ids)
+    await connection.execute(_BEGIN)
+    await connection.execute(_MAKE_SETTLED, tenant_ids)
     mine = [row["tenant_id"] for row in await connection.fetch(_TAKE_SETTLED, tenant_ids)]
     lanes = [tuple(row) for row in await connection.fetch(_TAKE_OVER, mine, at_most)]
     if lanes:
@@ -365,6 +377,7 @@ async def claim(
         proven: Only those that have answered well before.
         proven_of: The same, of these tenants.
     """
+    await connection.execute(_BEGIN)
     rows = await connection.fetch(_CLAIM, lease, at_most, list(passing_over), proven, seconds, list(proven_of))
     return [
         Claimed(
@@ -408,8 +421,9 @@ async def record(connection: Connection, work: Sequence[Work], burst: float) -> 
     Returns:
         The endpoints given back that have failed for so long that they are to be disabled.
     """
+    await connection.execute(_BEGIN)
     leases = {(w.endpoint.tenant_id, w.endpoint.subscription_id, w.endpoint.lease) for w in work}
-    held = {tuple(row)[:3] for row in await connection.fetch(_HELD, *_columns(leases))}
+    held = {tuple(row) for row in await connection.fetch(_HELD, *_columns(leases))}
     work = [w for w in work if (w.endpoint.tenant_id, w.endpoint.subscription_id, w.endpoint.lease) in held]
     if results := [result for w in work for result in w.results]:
         await connection.execute(_RECORD, *_columns(map(_result_row, results)))
@@ -428,6 +442,7 @@ async def record(connection: Connection, work: Sequence[Work], burst: float) -> 
 
 async def turn_off(connection: Connection, tenant_id: int, subscription_id: int) -> None:
     """End all that waits for a subscription that was disabled, in the caller's transaction."""
+    await connection.execute(_BEGIN)
     await connection.fetch(_LOCK_ENDPOINTS, [tenant_id], [subscription_id])
     await connection.execute(_TURN_OFF, [tenant_id], [subscription_id])
     await connection.execute(_REST, tenant_id, subscription_id)

@@ -59,7 +59,7 @@ _JITTER = 0.2
 _OURS_SECONDS = 60.0
 _FRESH = 50
 _TIMEOUT = 10.0
-_STOP_SECONDS = 20.0
+_STOP_SECONDS = 6.0
 _META = Meta(Actor("sender"))
 
 
