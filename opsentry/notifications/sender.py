@@ -55,8 +55,10 @@ _ROUNDS = 4
 # One that needs longer for an answer is not given more at once.
 _SLOW_SECONDS = 2.0
 _JITTER = 0.2
-# What fails for a reason of ours (the mail relay is down, a row is not there yet) is tried again after this.
+# What fails for a reason of ours is tried again after this: the mail relay is down, or a secret cannot be opened.
 _OURS_SECONDS = 60.0
+# And this, where the database is slow, or a read model is not there yet.
+_SOON_SECONDS = 5.0
 _FRESH = 50
 _TIMEOUT = 10.0
 _STOP_SECONDS = 6.0
@@ -203,7 +205,7 @@ class Sender:
         state = endpoint.subscription
         if state is None or (channel := self._channels.get(state.channel)) is None:
             # Its read model is being derived, or newer code than this knows the channel.
-            self._note(endpoint, (), Release(endpoint.failures, endpoint.width, hold=_OURS_SECONDS))
+            self._note(endpoint, (), Release(endpoint.failures, endpoint.width, hold=_SOON_SECONDS))
             return
         confirms = state.status == "pending"
         if state.status not in {"active", "pending"}:
@@ -251,7 +253,7 @@ class Sender:
             message = await self._message(target, due)
         except (DatabaseUnavailable, NotThereYet) as error:
             course.ours = True
-            return _ours(due, str(error), None)
+            return Result(due, "waiting", _SOON_SECONDS * _jitter(), error=str(error))
         if message is None or confirms != (message.type == "subscription.confirm"):
             return Result(due, "withheld", error="not to be told any more")
         began = time.monotonic()

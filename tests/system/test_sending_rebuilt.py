@@ -1,0 +1,97 @@
+"""Rebuilds while messages are sent, a raised version, a new rule: nobody is told anything twice, or of old things."""
+
+import asyncio
+from dataclasses import replace
+from ipaddress import ip_network
+
+import pytest
+
+from opsentry.domain import incident
+from opsentry.domain.incident import ChangeIncident, IncidentEdited, OpenIncident, ResolveIncident
+from opsentry.notifications.sealing import new_key
+from opsentry.projections import intents, operations
+from opsentry.projections.outbox import Outbox
+from opsentry.projections.rebuild import Rebuilder
+from opsentry.wiring import core, projections, sending
+from tests.conftest import META, make_tenant
+from tests.system.processes import environment, opsentry, until
+from tests.system.receivers import receivers
+from tests.system.test_killed_sender import all_sent, tell_all
+
+SUBSCRIBERS = 5
+INTENTS = "SELECT count(*) FROM outbox_intents"
+
+
+async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):
+    key = new_key()
+    settings = replace(settings, secret_keys=(key,), open_networks=(ip_network("127.0.0.0/8"),), burst_seconds=0)
+    told = 0
+    async with core(settings) as parts, receivers() as there, sending(parts):
+        tenant = await make_tenant(parts, "acme")
+        await tell_all(parts, tenant, SUBSCRIBERS, key, there.url, 0, 0)
+        stop = asyncio.Event()
+
+        async def tell(command, number=None):
+            if number is None:
+                done = await parts.commands.create(incident.DECIDER, tenant.id, command, META)
+            else:
+                done = await parts.commands.execute(incident.DECIDER, tenant.id, number, command, META)
+            await parts.runner.catch_up(tenant.id, done.seq)
+            return done.stream_id
+
+        async def go_on():
+            nonlocal told
+            while not stop.is_set():
+                number = await tell(OpenIncident(title="Down"))
+                await tell(ResolveIncident(), number)
+                told += 2
+                await asyncio.sleep(0.02)
+
+        async def quiet():
+            await until(lambda: all_sent(owner), seconds=60)
+            assert there.count == told * SUBSCRIBERS
+            assert len({arrival.id for one in there.arrived.values() for arrival in one}) == there.count
+
+        async def derive_anew():
+            """Do what workers do whose code has another version of the outbox."""
+            async with parts.database.connection(10) as connection:
+                assert await operations.register(connection, projections()) == ["outbox"]
+            rebuilder = Rebuilder(parts.database, projections())
+            for tenant_id in await rebuilder.left(100, 0):
+                await rebuilder.rebuild(tenant_id)
+
+        telling = asyncio.create_task(go_on())
+        for _ in range(rounds):
+            ran = await opsentry(environment(settings), "projections", "rebuild", "--all")
+            assert ran.code == 0, ran.err
+        monkeypatch.setattr(Outbox, "version", Outbox.version + 1)
+        await derive_anew()
+        stop.set()
+        await telling
+        await quiet()
+
+        # A rule by which edits are told too, old ones as well.
+        number = await tell(OpenIncident(title="Down"))
+        await tell(ChangeIncident(title="Very much down"), number)
+        told += 1
+        await quiet()
+        before = await owner.fetchval(INTENTS)
+        monkeypatch.setattr(intents, "_TOLD", intents._TOLD | {IncidentEdited})
+        monkeypatch.setattr(Outbox, "version", Outbox.version + 1)
+        await derive_anew()
+        assert await owner.fetchval(INTENTS) == before + SUBSCRIBERS
+        await quiet()
+        await tell(ChangeIncident(title="Down as never before"), number)
+        told += 1
+        await quiet()
+    return told * SUBSCRIBERS
+
+
+async def test_rebuilds_during_sending_send_nothing_again(settings, owner, monkeypatch):
+    assert await rebuild_again_and_again(settings, owner, monkeypatch, rounds=2)
+
+
+@pytest.mark.faults
+async def test_twenty_rebuilds_during_sending_send_nothing_again(settings, owner, monkeypatch):
+    sent = await rebuild_again_and_again(settings, owner, monkeypatch, rounds=20)
+    print(f"\n20 rebuilds while {sent:,} messages were sent: none again")
