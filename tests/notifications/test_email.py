@@ -238,7 +238,7 @@ def test_no_title_breaks_out_of_its_line(title):
     assert len(letter.keys()) == len(set(letter.keys())) == 13
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text(min_size=1), st.text(), st.text(), st.integers(1, 20_000))
 def test_whatever_people_wrote_an_e_mail_has_no_defects(title, name, words, times):
     subject = incident(title=title, description=(words * times)[:50_000], updates=[update(42, words)])
