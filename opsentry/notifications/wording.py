@@ -68,8 +68,9 @@ def paragraphs(message: Message) -> Sequence[Paragraph]:
     told = {change.seq for change in message.changes}
     news = [update for update in subject["updates"] if update["id"] in told][-_MAX_UPDATES:]
     found = [Paragraph(update["message"], _moment(update["created_at"]), update.get("author")) for update in news]
+    said = {update["message"] for update in news}  # an incident's description is its first entry too
     for field, label in (("description", None), ("root_cause", "Root cause"), ("postmortem", "Postmortem")):
-        if subject.get(field):
+        if subject.get(field) and subject[field] not in said:
             found.append(Paragraph(subject[field], label))
     return [paragraph for paragraph in found if paragraph.text.strip()]
 

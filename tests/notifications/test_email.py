@@ -172,6 +172,10 @@ def test_only_news_and_the_description_are_told():
     assert "Postmortem:\nIt was DNS." in words
 
 
+def test_what_is_said_by_the_first_entry_is_said_once():
+    assert text_of(written(message(incident(updates=[update(42, "Payments take long.")])))).count("Payments") == 1
+
+
 @pytest.mark.parametrize(
     "kind",
     ["scheduled", "rescheduled", "reminder", "updated", "started", "completed", "cancelled"],
