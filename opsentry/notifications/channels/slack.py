@@ -23,7 +23,7 @@ _ESCAPED = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _LONGEST_ESCAPE = 5
 
 _SHOWN_END = 4
-_LONG_ENOUGH = 24
+_LONG_ENOUGH = 20
 # The beginning that all of Slack's own webhooks have: no secret, and it tells what this is.
 _SLACK_PATH = "/services/"
 
