@@ -1,0 +1,120 @@
+"""The mail relay: a few SMTP connections that are used again, and what it said in words."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import cached_property
+from urllib.parse import unquote, urlsplit
+
+import aiosmtplib
+
+from opsentry.notifications.channel import Outcome
+
+CONNECTIONS = 4
+SECONDS = 15
+# Relays hang up on who says nothing for some minutes.
+_IDLE_SECONDS = 30.0
+_MAX_SAID = 200
+
+
+class Relay:
+    """Sends through the relay at an `smtp://` URL (with STARTTLS where it is offered) or `smtps://` URL."""
+
+    def __init__(self, url: str, local_name: str) -> None:
+        self._url = urlsplit(url)
+        self._local_name = local_name
+        self._free = asyncio.Semaphore(CONNECTIONS)
+        self._idle: list[tuple[aiosmtplib.SMTP, asyncio.TimerHandle]] = []
+
+    async def send(self, sender: str, recipient: str, letter: bytes) -> Outcome:
+        """Hand the letter over, within `SECONDS` and as long again to wait for a connection."""
+        try:
+            async with asyncio.timeout(SECONDS):
+                await self._free.acquire()
+        except TimeoutError:
+            return Outcome("the mail relay is busy", ours=True)
+        try:
+            async with asyncio.timeout(SECONDS), self._connection() as connection:
+                await connection.sendmail(sender, [recipient], letter)
+        except aiosmtplib.SMTPRecipientsRefused as error:
+            refused = error.recipients[0]
+            said = " ".join(refused.message.split())[:_MAX_SAID]
+            return Outcome(f"the mail relay answered {refused.code} for this address: {said}", refused.code)
+        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            return Outcome(_words(error), getattr(error, "code", None), ours=True)
+        finally:
+            self._free.release()
+        return Outcome(answer=250)
+
+    async def close(self) -> None:
+        """Close all connections that are idle."""
+        while self._idle:
+            connection, timer = self._idle.pop()
+            timer.cancel()
+            connection.close()
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[aiosmtplib.SMTP]:
+        connection = await self._connected()
+        try:
+            yield connection
+        except aiosmtplib.SMTPRecipientsRefused:
+            self._keep(connection)  # it is the address that was refused
+            raise
+        except BaseException:
+            connection.close()
+            raise
+        self._keep(connection)
+
+    async def _connected(self) -> aiosmtplib.SMTP:
+        while self._idle:
+            connection, timer = self._idle.pop()
+            timer.cancel()
+            # It may have been closed meanwhile; asked before, it is not in doubt whether a letter was taken.
+            with suppress(aiosmtplib.SMTPException, OSError):
+                await connection.noop()
+                return connection
+            connection.close()
+        url, implicit = self._url, self._url.scheme == "smtps"
+        connection = aiosmtplib.SMTP(
+            hostname=url.hostname,
+            port=url.port or (465 if implicit else 25),
+            username=None if url.username is None else unquote(url.username),
+            password=None if url.password is None else unquote(url.password),
+            use_tls=implicit,
+            local_hostname=self._local_name,
+            timeout=SECONDS,
+            tls_context=self._tls,
+        )
+        await connection.connect()
+        return connection
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context()  # it reads files: once
+
+    def _keep(self, connection: aiosmtplib.SMTP) -> None:
+        if connection.is_connected:
+            timer = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._drop, connection)
+            self._idle.append((connection, timer))
+
+    def _drop(self, connection: aiosmtplib.SMTP) -> None:
+        self._idle = [idle for idle in self._idle if idle[0] is not connection]
+        connection.close()
+
+
+def _words(error: Exception) -> str:
+    """Return what went wrong: without the relay's address or words, which are for the operator."""
+    match error:
+        case aiosmtplib.SMTPAuthenticationError():
+            return "the mail relay refuses our password"
+        case aiosmtplib.SMTPResponseException():
+            return f"the mail relay answered {error.code}"
+        case TimeoutError():
+            return f"no answer from the mail relay within {SECONDS} s"
+        case _ if isinstance(error, ssl.SSLError) or isinstance(error.__cause__, ssl.SSLError):
+            return "no secure connection to the mail relay"
+        case aiosmtplib.SMTPConnectError() | OSError():
+            return "no connection to the mail relay"
+    return "the mail relay cannot be used"

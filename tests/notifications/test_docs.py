@@ -1,0 +1,39 @@
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from opsentry.notifications.payload import Payload
+from opsentry.notifications.signing import new_secret, signatures
+
+_TEXT = (Path(__file__).parent.parent.parent / "docs" / "notifications.md").read_text()
+
+
+def block(language):
+    return re.findall(rf"```{language}\n(.*?)```", _TEXT, re.DOTALL)[0]
+
+
+def test_the_example_is_what_the_schema_says():
+    example = msgspec.json.decode(block("json"), type=Payload)
+    assert json.loads(msgspec.json.encode(example)) == json.loads(block("json"))
+
+
+def test_the_way_to_verify_works():
+    names: dict[str, Any] = {}
+    exec(block("python"), names)
+    verify = names["verify"]
+    secret, newer, body, now = new_secret(), new_secret(), b'{"title":"\xc5\x81"}', int(time.time())
+
+    def headers(at, *secrets):
+        signed = signatures(secrets, "msg_1", at, body)
+        return {"webhook-id": "msg_1", "webhook-timestamp": str(at), "webhook-signature": signed}
+
+    assert verify(secret, headers(now, secret), body)
+    assert verify(secret, headers(now, newer, secret), body)
+    assert verify(newer, headers(now, newer, secret), body)
+    assert not verify(secret, headers(now, newer), body)
+    assert not verify(secret, headers(now, secret), body + b" ")
+    assert not verify(secret, headers(now - 301, secret), body)

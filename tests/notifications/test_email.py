@@ -1,0 +1,440 @@
+import asyncio
+import ssl
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from email import message_from_bytes, policy
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import pytest
+from aiosmtpd.smtp import SMTP, AuthResult
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsentry.config import Settings
+from opsentry.notifications import relay
+from opsentry.notifications.channel import BadTarget, Change, Outcome
+from opsentry.notifications.channels import Parts, email
+from opsentry.notifications.letters import Letters
+from opsentry.notifications.links import CONFIRM, UNSUBSCRIBE, Links
+from opsentry.notifications.sealing import new_key
+from tests.notifications.messages import AT, endpoint, incident, message, update, window
+
+SETTINGS = Settings(
+    secret_keys=(new_key(),),
+    mail_from="Acme Status <status@acme.example>",
+    public_url="https://status.acme.example/a/long/way/down/until/the/line/of/a/header/is/full",
+)
+LETTERS = Letters(SETTINGS)
+CONFIRMING = message({"id": 8}, "subscription", type="subscription.confirm")
+
+
+def parsed(raw):
+    """The e-mail as the standard library reads it; it must find nothing wrong with it."""
+    assert all(len(line) <= 998 for line in raw.split(b"\r\n"))
+    assert raw.count(b"\n") == raw.count(b"\r\n")
+    assert raw.isascii()
+    letter = message_from_bytes(raw, policy=policy.default)
+    for part in letter.walk():
+        assert not part.defects
+        for name, value in part.items():
+            assert not value.defects, name
+    return letter
+
+
+def written(sent, to="kim@example.com"):
+    return parsed(LETTERS.letter(endpoint(to), to, sent))
+
+
+def text_of(letter, kind="plain"):
+    return letter.get_body((kind,)).get_content().replace("\r\n", "\n")
+
+
+class Inbox:
+    """A mail relay that keeps what it takes; a test may have it refuse something."""
+
+    def __init__(self) -> None:
+        self.letters: list[Any] = []
+        self.connections = 0
+        self.refusals: dict[str, str] = {}
+
+    async def handle_EHLO(self, server, session, envelope, hostname, responses):  # noqa: ARG002, N802
+        session.host_name = hostname
+        return responses
+
+    async def handle_MAIL(self, server, session, envelope, address, options):  # noqa: ARG002, N802
+        envelope.mail_from = address
+        return self.refusals.get("MAIL", "250 OK")
+
+    async def handle_RCPT(self, server, session, envelope, address, options):  # noqa: ARG002, N802
+        if "RCPT" in self.refusals:
+            return self.refusals["RCPT"]
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, server, session, envelope):  # noqa: ARG002, N802
+        if "DATA" not in self.refusals:
+            self.letters.append((envelope.mail_from, envelope.rcpt_tos, envelope.content))
+        return self.refusals.get("DATA", "250 OK")
+
+    @asynccontextmanager
+    async def open(self, **options):
+        """Listen; yields the relay's address."""
+        loop = asyncio.get_running_loop()
+        tls = options.pop("implicit", None)
+
+        def made():
+            self.connections += 1
+            return SMTP(self, loop=loop, hostname="mx.example", enable_SMTPUTF8=False, **options)
+
+        server = await loop.create_server(made, "127.0.0.1", 0, ssl=tls)
+        try:
+            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
+            await asyncio.sleep(0.05)  # aiosmtpd's tasks end
+
+
+@asynccontextmanager
+async def channel_to(url):
+    made = email.make(Parts(replace(SETTINGS, smtp_url=url), None))  # type: ignore[arg-type]
+    yield made
+    await made.close()
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def test_what_an_e_mail_says():
+    letter = written(message())
+    assert letter["From"] == "Acme Status <status@acme.example>"
+    assert letter["To"] == "kim@example.com"
+    assert letter["Subject"] == "[Acme] Checkout is slow: investigating"
+    assert letter["Message-ID"] == "<msg_0123456789abcdef0123456789abcdef@acme.example>"
+    assert letter["Auto-Submitted"] == "auto-generated"
+    assert letter["List-Id"] == "<acme.opsentry.acme.example>"
+    assert parsedate_to_datetime(letter["Date"]) == AT.replace(microsecond=0)
+    assert letter.get_content_type() == "multipart/alternative"
+    for kind in ("plain", "html"):
+        words = text_of(letter, kind)
+        for said in (
+            "New incident",
+            "Checkout is slow",
+            "investigating",
+            "major outage",
+            "Payments take long.",
+            "Acme",
+        ):
+            assert said in words
+        assert "We are looking into it." in words  # entry 42, which the message tells
+    assert "<img" not in text_of(letter, "html")
+
+
+def test_one_click_unsubscribes():
+    letter = written(message())
+    link = letter["List-Unsubscribe"]
+    base = f"<{SETTINGS.public_url}/unsubscribe/"
+    assert link.startswith(base)
+    assert link.endswith(">")
+    assert Links(SETTINGS).read(UNSUBSCRIBE, link[len(base) : -1]) == (7, 8)
+    assert letter["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
+    assert link[1:-1] in text_of(letter)
+    assert link[1:-1] in text_of(letter, "html")
+
+
+def test_one_incident_is_one_thread_of_one_subscription():
+    def root(sent, to=None):
+        letter = parsed(LETTERS.letter(to or endpoint("kim@example.com"), "kim@example.com", sent))
+        assert letter["In-Reply-To"] == letter["References"]
+        return letter["References"]
+
+    first = root(message())
+    assert first == root(message(incident(title="Renamed"), id="msg_2", type="incident.resolved"))
+    others = [
+        root(message(incident(id=18))),
+        root(message(window(id=17), "maintenance", type="maintenance.started")),
+        root(message(), endpoint("kim@example.com")._replace(subscription_id=9)),
+        root(message(), endpoint("kim@example.com")._replace(tenant_id=9)),
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_only_news_and_the_description_are_told():
+    updates = [update(n, f"entry {n}.", author="Kim" if n == 3 else "Robin") for n in (1, 2, 3)]
+    sent = message(
+        incident(updates=updates, postmortem="It was DNS.", root_cause=None),
+        changes=[Change(3, "incident.updated", AT)],
+        type="incident.updated",
+    )
+    words = text_of(written(sent))
+    assert "2026-03-01 12:30 UTC by Kim:\nentry 3." in words
+    assert "entry 2." not in words
+    assert "Postmortem:\nIt was DNS." in words
+
+
+def test_what_is_said_by_the_first_entry_is_said_once():
+    assert text_of(written(message(incident(updates=[update(42, "Payments take long.")])))).count("Payments") == 1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["scheduled", "rescheduled", "reminder", "updated", "started", "completed", "cancelled"],
+)
+def test_maintenance_is_told_with_its_times(kind):
+    words = text_of(written(message(window(), "maintenance", type=f"maintenance.{kind}")))
+    assert "Begins: 2026-03-01 12:30 UTC" in words
+    assert "Ends: 2026-03-01 14:30 UTC" in words
+
+
+@pytest.mark.parametrize("kind", ["opened", "updated", "severity_changed", "resolved", "reopened", "still_open"])
+def test_each_type_of_an_incident_has_its_own_words(kind):
+    assert written(message(type=f"incident.{kind}"))["Subject"] == "[Acme] Checkout is slow: investigating"
+
+
+def test_whoever_has_to_agree_is_asked_and_told_nothing_else():
+    letter = written(CONFIRMING)
+    assert letter["Subject"] == "[Acme] Do you want to be told?"
+    assert letter["List-Unsubscribe"] is letter["List-Unsubscribe-Post"] is None
+    token = text_of(letter).partition(f"{SETTINGS.public_url}/confirm/")[2].split()[0]
+    assert Links(SETTINGS).read(CONFIRM, token) == (7, 8)
+    assert f"{SETTINGS.public_url}/confirm/{token}" in text_of(letter, "html")
+
+
+def test_a_test_says_that_it_is_one():
+    letter = written(message({"id": 8}, "subscription", type="subscription.test"))
+    assert letter["Subject"] == "[Acme] This is a test: messages reach you"
+    assert "This is a test" in text_of(letter)
+    assert letter["List-Unsubscribe-Post"]
+
+
+def test_what_people_wrote_is_no_markup():
+    hostile = '<script>alert("1")</script>{{ 7 * 7 }}'
+    html = text_of(written(message(incident(title=hostile, description=hostile))), "html")
+    assert "<script>" not in html
+    assert "{{ 7 * 7 }}" in html
+    assert hostile in text_of(written(message(incident(description=hostile))))
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "One\r\nBcc: everyone@example.com\r\n\r\nbody",
+        "One\nBcc: everyone@example.com",
+        "One\rBcc: x",
+        "\u2028Bcc: x\u2029\x85\x0b\x0c\x1c",
+        "=?utf-8?q?=0ABcc=3A_x?=",
+        "\U0001f525" * 300,
+        "\u05e9\u05dc\u05d5\u05dd \u202eelbisivni\u202c \u2066x",
+        "a" * 300,
+        "Ł" * 300,
+        "\x01\x07\x1b[31m red \x7f",
+        '"quoted", <a@b.example>; (comment) \\',
+        "w " * 150,
+    ],
+)
+def test_no_title_breaks_out_of_its_line(title):
+    letter = written(message(incident(title=title), tenant={"slug": "acme", "name": title}))
+    assert len(letter["Subject"]) <= 200
+    assert letter["Subject"].startswith("[")
+    assert letter["Subject"].endswith(": investigating")
+    assert not any(character in letter["Subject"] for character in "\r\n\u202e\u2066\x1b\x00")
+    assert letter["Bcc"] is None
+    assert len(letter.keys()) == len(set(letter.keys())) == 13
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(min_size=1), st.text(), st.text(), st.integers(1, 20_000))
+def test_whatever_people_wrote_an_e_mail_has_no_defects(title, name, words, times):
+    subject = incident(title=title, description=(words * times)[:50_000], updates=[update(42, words)])
+    written(message(subject, tenant={"slug": "acme", "name": name}))
+
+
+# ------------------------------------------------------------------------------------------------ addresses
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["kim@example.com", "Kim.O'Hara+status@mail.example.co.uk", "kim@b\u00fccher.example", "a@xn--bcher-kva.example"],
+)
+def test_addresses_are_kept_as_they_are(address):
+    channel = email.make(Parts(SETTINGS, None))  # type: ignore[arg-type]
+    assert channel.check(address) == channel.shown(address) == address
+    assert (channel.name, channel.signs, channel.hides) == ("email", False, False)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "kim",
+        "@example.com",
+        "kim@",
+        "kim@example",
+        "kim@.com",
+        "kim@example..com",
+        "kim@-example.com",
+        "kim@example.com.",
+        "kim@example.1",
+        "kim@127.0.0.1",
+        "kim@[127.0.0.1]",
+        "kim@example.com\n",
+        "kim@example.com\r\nBcc: robin@example.com",
+        "kim\n@example.com",
+        "kim @example.com",
+        "Kim <kim@example.com>",
+        "kim@example.com, robin@example.com",
+        "kim@robin@example.com",
+        '"kim"@example.com',
+        ".kim@example.com",
+        "kim..o@example.com",
+        "k\u00efm@example.com",
+        "kim@exa\u202emple.com ",
+        "mailto:kim@example.com",
+        "k" * 65 + "@example.com",
+        "kim@" + "e" * 64 + ".com",
+        "kim@" + "example." * 40 + "com",
+    ],
+)
+def test_what_is_no_address(address):
+    with pytest.raises(BadTarget):
+        email.make(Parts(SETTINGS, None)).check(address)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ the relay
+
+
+async def test_letters_arrive_over_one_connection():
+    inbox = Inbox()
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        for number in range(3):
+            sent = message(id=f"msg_{number}")
+            assert await channel.send(endpoint("kim@b\u00fccher.example"), sent) == Outcome(answer=250)
+        assert inbox.connections == 1
+    assert [(sender, to) for sender, to, _ in inbox.letters] == [
+        ("status@acme.example", ["kim@xn--bcher-kva.example"])
+    ] * 3
+    letters = [parsed(raw) for _, _, raw in inbox.letters]
+    assert [letter["Message-ID"] for letter in letters] == [f"<msg_{n}@acme.example>" for n in range(3)]
+    assert letters[0]["To"] == "kim@xn--bcher-kva.example"
+
+
+async def test_four_connections_at_most():
+    inbox = Inbox()
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        many = [channel.send(endpoint("kim@example.com"), message(id=f"msg_{n}")) for n in range(30)]
+        assert set(await asyncio.gather(*many)) == {Outcome(answer=250)}
+        assert inbox.connections == 4
+    assert len(inbox.letters) == 30
+
+
+async def test_connections_that_the_relay_has_closed_are_replaced():
+    inbox = Inbox()
+    async with inbox.open(timeout=0.1) as address, channel_to(f"smtp://{address}") as channel:
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+        await asyncio.sleep(0.3)
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert (inbox.connections, len(inbox.letters)) == (2, 2)
+
+
+async def test_idle_connections_are_closed(monkeypatch):
+    monkeypatch.setattr(relay, "_IDLE_SECONDS", 0.1)
+    inbox = Inbox()
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+        await asyncio.sleep(0.3)
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert inbox.connections == 2
+
+
+@pytest.mark.parametrize("answer", ["550 No such user \x01 here", "451 Try later"])
+async def test_an_address_that_is_refused_is_not_our_fault(answer):
+    inbox = Inbox()
+    inbox.refusals["RCPT"] = answer
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome.answer == int(answer[:3])
+        assert outcome.error is not None
+        assert outcome.error.startswith(f"the mail relay answered {answer[:3]} for this address: ")
+        assert not outcome.ours
+        inbox.refusals.clear()
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert inbox.connections == 1
+
+
+@pytest.mark.parametrize("step", ["MAIL", "DATA"])
+async def test_what_else_the_relay_refuses_is_ours(step):
+    inbox = Inbox()
+    inbox.refusals[step] = "554 5.7.1 relay-7.internal says no"
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome == Outcome("the mail relay answered 554", 554, ours=True)
+        inbox.refusals.clear()
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+
+
+async def test_no_relay_is_ours(unused_tcp_port):
+    async with channel_to("") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome == Outcome("no mail relay is set up (OPSENTRY_SMTP_URL)", ours=True)
+    async with channel_to(f"smtp://user:hidden@127.0.0.1:{unused_tcp_port}") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome == Outcome("no connection to the mail relay", ours=True)
+    async with channel_to("smtp://nowhere.invalid") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome == Outcome("no connection to the mail relay", ours=True)
+
+
+async def test_a_relay_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(relay, "SECONDS", 0.2)
+
+    async def silence(reader, _):
+        await reader.read()
+
+    silent = await asyncio.start_server(silence, "127.0.0.1", 0)
+    async with silent, channel_to(f"smtp://127.0.0.1:{silent.sockets[0].getsockname()[1]}") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome == Outcome("no answer from the mail relay within 0.2 s", ours=True)
+        monkeypatch.setattr(channel._relay, "_free", asyncio.Semaphore(0))
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome == Outcome("the mail relay is busy", ours=True)
+
+
+async def test_no_key_is_ours():
+    made = email.make(Parts(Settings(smtp_url="smtp://127.0.0.1:1"), None))  # type: ignore[arg-type]
+    outcome = await made.send(endpoint("kim@example.com"), message())
+    assert outcome.ours
+    assert outcome.error is not None
+    assert "OPSENTRY_SECRET_KEYS" in outcome.error
+
+
+@pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS", "ignore:Session.login_data")
+async def test_it_logs_in_and_says_so_where_the_password_is_wrong():
+    def check(server, session, envelope, mechanism, data):
+        return AuthResult(success=(data.login, data.password) == (b"user@acme", b"p:ss/w@rd"), handled=False)
+
+    inbox = Inbox()
+    options = {"authenticator": check, "auth_required": True, "auth_require_tls": False}
+    async with inbox.open(**options) as address:
+        async with channel_to(f"smtp://user%40acme:p%3Ass%2Fw%40rd@{address}") as channel:
+            assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+        async with channel_to(f"smtp://user%40acme:wrong@{address}") as channel:
+            outcome = await channel.send(endpoint("kim@example.com"), message())
+            assert outcome == Outcome("the mail relay refuses our password", 535, ours=True)
+
+
+async def test_tls_is_used_where_it_is_offered_and_certificates_count(certified, monkeypatch):
+    context, file = certified
+    inbox = Inbox()
+    trusting = ssl.create_default_context(cafile=file)
+    trusting.check_hostname = False
+    starttls, implicit = inbox.open(tls_context=context, require_starttls=True), inbox.open(implicit=context)
+    async with starttls as first, implicit as second:
+        for url in (f"smtp://{first}", f"smtps://{second}"):
+            async with channel_to(url) as channel:
+                outcome = await channel.send(endpoint("kim@example.com"), message())
+                assert outcome == Outcome("no secure connection to the mail relay", ours=True)
+        monkeypatch.setattr(relay.Relay, "_tls", trusting)
+        for url in (f"smtp://{first}", f"smtps://{second}"):
+            async with channel_to(url) as channel:
+                assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert len(inbox.letters) == 2
