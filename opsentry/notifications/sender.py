@@ -48,8 +48,8 @@ _log = structlog.get_logger()
 
 POLL_SECONDS = 0.5
 LEASE_SECONDS = 60.0
-# Nothing is begun after this part of the lease: what is begun is over before the lease is, in 15 s at most.
-_BEGIN_WITHIN = 0.5
+# Nothing is begun after this part of the lease: what is begun is over before the lease is, in 30 s at most.
+_BEGIN_WITHIN = 0.4
 # An endpoint gets so many rounds of what it takes at once, then others have their turn.
 _ROUNDS = 4
 # One that needs longer for an answer is not given more at once.
