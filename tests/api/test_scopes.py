@@ -48,7 +48,7 @@ async def test_every_endpoint_wants_its_scope_and_no_other(http, base_url, parts
     client = Client(http, base_url, await make_token(parts, acme.id, *held))
     before = await head(parts, acme.id)
     for (method, path), needed in NEEDS.items():
-        where = path.replace("{id}", "987654321").replace("{action}", "start")
+        where = path.replace("{id}", "987654321").replace("{action}", "start").replace("{delivery_id}", f"msg_{1:032x}")
         for how in [method, "HEAD"] if method == "GET" else [method]:
             status, answer = await raw(client, how, where)
             if needed is None or needed in held:
