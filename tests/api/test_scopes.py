@@ -24,6 +24,7 @@ NEEDS = {
     ("GET", "/maintenance/upcoming"): "read:status",
     ("GET", "/maintenance/{id}"): "read:status",
     ("POST", "/maintenance"): "write:maintenance",
+    ("PATCH", "/maintenance/{id}"): "write:maintenance",
     ("POST", "/maintenance/{id}/{action}"): "write:maintenance",
 }
 HELD = [set(scopes) for size in (1, 2, 3) for scopes in combinations(tokens.SCOPES, size)]

@@ -20,15 +20,26 @@ from opsentry.domain.incident import (
 )
 from opsentry.domain.maintenance import (
     CancelMaintenance,
+    ChangeMaintenance,
     CompleteMaintenance,
     MaintenanceRedacted,
     RedactMaintenance,
+    RemindMaintenance,
     ScheduleMaintenance,
     StartMaintenance,
 )
 from opsentry.domain.redaction import Written, plan
 from opsentry.domain.service import ChangeService, RegisterService, RetireService
-from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
+from opsentry.domain.subscription import (
+    ChangeSubscription,
+    ConfirmSubscription,
+    CreateSubscription,
+    DisableSubscription,
+    RemoveSubscription,
+    RequestTest,
+    RotateSecret,
+    SubscriptionRedacted,
+)
 from opsentry.events.codec import Actor, Meta, RecordedEvent, decode, encode
 from opsentry.postgres import Connection
 from opsentry.projections.projection import Projection
@@ -97,7 +108,7 @@ class History:
         gone = {
             (e.kind, e.stream_id, version)
             for e in self.events
-            if isinstance(e.event, IncidentRedacted | MaintenanceRedacted)
+            if isinstance(e.event, IncidentRedacted | MaintenanceRedacted | SubscriptionRedacted)
             for version in e.event.versions
         }
         return [_without_words(e) if (e.kind, e.stream_id, e.version) in gone else e for e in self.events]
@@ -171,13 +182,20 @@ _SCHEDULE = st.builds(
     auto_complete=_FLAG,
 )
 _REGISTER = st.builds(RegisterService, slug=st.sampled_from("abc"), name=_TITLES, visibility=_VISIBILITY)
+_WISH: Mapping[str, st.SearchStrategy[Any]] = {
+    "audience": st.sampled_from(subscription.AUDIENCES),
+    "incidents": st.sampled_from([True, True, False]),
+    "maintenance": st.sampled_from([True, True, False]),
+    "service_ids": st.just(()) | _SERVICES,
+    "lowest_severity": _SEVERITY,
+}
 _SUBSCRIBE = st.builds(
     CreateSubscription,
     channel=st.sampled_from(["webhook", "email", "slack"]),
     target=st.just("x"),
-    audience=st.sampled_from(subscription.AUDIENCES),
-    service_ids=st.just(()) | _SERVICES,
-    lowest_severity=_SEVERITY,
+    sealed=st.just("s"),
+    pending=st.sampled_from([False, False, True]),
+    **_WISH,
 )
 _BEGINNINGS: Mapping[str, st.SearchStrategy[Any]] = {
     incident.KIND: _OPEN,
@@ -200,6 +218,17 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
         st.just(StartMaintenance()),
         st.just(StartMaintenance()),
         st.just(CompleteMaintenance()),
+        st.just(CompleteMaintenance()),
+        st.just(RemindMaintenance()),
+        st.builds(ChangeMaintenance, title=_TITLES, scheduled_end=st.sampled_from([at(12), at(13)])),
+        st.builds(ChangeMaintenance, scheduled_start=st.sampled_from([at(9), at(11)]), auto_start=_FLAG),
+        st.builds(
+            ChangeMaintenance,
+            visibility=_VISIBILITY,
+            service_ids=_SERVICES,
+            suppress_alerts=_FLAG,
+            exclude_from_sla=_FLAG,
+        ),
         st.just(CancelMaintenance()),
         st.sampled_from(maintenance.WORDS),
     ),
@@ -210,11 +239,16 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
     ),
     subscription.KIND: st.one_of(
         _SUBSCRIBE,
-        st.just(RemoveSubscription()),
+        st.sampled_from([ConfirmSubscription(), RequestTest(), DisableSubscription(reason="gone")]),
+        st.just(ChangeSubscription(enabled=True)),
+        st.builds(ChangeSubscription, target=st.just("y"), **_WISH),
+        st.builds(ChangeSubscription, enabled=_FLAG, audience=st.sampled_from(subscription.AUDIENCES)),
+        st.just(RotateSecret(sealed="t", previous_until=at(99))),
+        st.sampled_from([RemoveSubscription(), RemoveSubscription(unsubscribed=True, versions=(1,))]),
     ),
 }
 # Incidents have the longest lives, so they get most of the commands.
-_KINDS = [incident.KIND] * 4 + [maintenance.KIND] * 2 + [service.KIND, subscription.KIND]
+_KINDS = [*[incident.KIND] * 4, *[maintenance.KIND] * 2, service.KIND, *[subscription.KIND] * 2]
 _METAS = st.sampled_from([META, META, msgspec.structs.replace(META, silent=True), Meta(Actor("token", 1))])
 
 
