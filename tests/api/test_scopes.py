@@ -24,6 +24,7 @@ NEEDS = {
     ("GET", "/maintenance/upcoming"): "read:status",
     ("GET", "/maintenance/{id}"): "read:status",
     ("POST", "/maintenance"): "write:maintenance",
+    ("PATCH", "/maintenance/{id}"): "write:maintenance",
     ("POST", "/maintenance/{id}/{action}"): "write:maintenance",
     ("GET", "/subscriptions"): "write:subscriptions",
     ("POST", "/subscriptions"): "write:subscriptions",

@@ -165,6 +165,9 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
     due = await plan_of(app_connection, lambda c: maintenance.due(c, 2.0, 200))
     assert_goes_by(due, "maintenance", "maintenance_due", reads=2 * COUNT // 400)
 
+    remind = await plan_of(app_connection, lambda c: maintenance.to_remind(c, 3600.0, 200))
+    assert_goes_by(remind, "maintenance", "maintenance_to_remind", reads=0)
+
     service = await plan_of(app_connection, lambda c: services.one(c, tenant_id, 7))
     assert_goes_by(service, "services", "services_pkey", reads=1)
     assert most_rows(service, "impact_periods") <= COUNT // 200 + COUNT // 800
