@@ -19,6 +19,7 @@ from opsentry.access import operators, tokens
 from opsentry.config import Settings
 from opsentry.demo import seed
 from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres, EmbeddedValkey
+from opsentry.notifications.sealing import new_key
 from opsentry.postgres import migrate, migrations
 from opsentry.wiring import Core, core, serving, until_stopped, working
 
@@ -58,6 +59,8 @@ def run_demo(settings: Settings) -> None:
                 valkey.start()
                 stack.callback(valkey.stop)
             settings = replace(settings, redis_url=valkey.url)
+        if not settings.secret_keys:
+            settings = replace(settings, secret_keys=(_secret_key(folder / "secret-key"),))
         uvloop.run(_migrate(owner_url))
         uvloop.run(_live(replace(settings, port=int(port)), folder))
         click.echo("\nstopping …")
@@ -119,9 +122,16 @@ async def _live(settings: Settings, folder: Path) -> None:
                 "other": facts["other"],
                 "operator": facts["operator"],
             }
-            _write(note, facts)
+            _write(note, json.dumps(facts, indent=2))
             _welcome(base_url, facts["tokens"]["full"], facts["operator"]["token"], note)
             await stopped
+
+
+def _secret_key(path: Path) -> str:
+    """Return the demo's own key to seal with, the same in every run."""
+    if not path.exists():
+        _write(path, new_key())
+    return path.read_text().strip()
 
 
 def _before(note: Path) -> dict[str, Any]:
@@ -182,12 +192,12 @@ async def _operator(parts: Core, value: object) -> str:
         return await operators.create(connection, name="demo operator")
 
 
-def _write(note: Path, facts: dict[str, Any]) -> None:
-    """Write the file whole or not at all, for the owner's eyes: it holds tokens."""
-    draft = note.with_suffix(".tmp")
+def _write(path: Path, text: str) -> None:
+    """Write the file whole or not at all, for the owner's eyes: it holds secrets."""
+    draft = path.with_suffix(".tmp")
     draft.touch(mode=0o600)
-    draft.write_text(json.dumps(facts, indent=2) + "\n")
-    draft.replace(note)
+    draft.write_text(f"{text}\n")
+    draft.replace(path)
 
 
 def _welcome(base_url: str, token: str, operator: str, note: Path) -> None:
