@@ -47,38 +47,6 @@ ON CONFLICT DO NOTHING
 _CLEAR = "DELETE FROM outbox_intents WHERE tenant_id = $1"
 _CLEAR_STATE = "DELETE FROM outbox_state WHERE tenant_id = $1"
 
-# What readiness asks, of all tenants: intents that wait to be sent, and events that the outbox has not seen yet,
-# be it behind, parked or paused. Counting pending ones stops where the answer no longer changes. Only tenants with
-# events that some projection has not seen are looked at, so it costs the same however many there are. LIMIT keeps them
-# from being joined by scans of whole tables, the ledger's own among them, where statistics are of another time.
-_BACKLOG = """
-SELECT
-    (SELECT count(*) FROM (SELECT FROM outbox_intents WHERE NOT suppressed LIMIT $1) AS waiting) AS pending,
-    (SELECT extract(epoch FROM clock_timestamp() - min(created_at)) FROM outbox_intents WHERE NOT suppressed)::float8
-        AS pending_seconds,
-    coalesce(lag.events, 0)::bigint AS unseen,
-    extract(epoch FROM clock_timestamp() - lag.since)::float8 AS unseen_seconds,
-    lag.parked
-FROM (
-    SELECT sum(h.seq - coalesce(c.position, 0)) AS events, min(e.recorded_at) AS since,
-        count(*) FILTER (WHERE c.parked_seq IS NOT NULL) AS parked
-    FROM (
-        SELECT tenant_id FROM unprojected
-        UNION SELECT tenant_id FROM checkpoints WHERE projection = 'outbox' AND parked_seq IS NOT NULL
-        UNION SELECT c.tenant_id FROM projections p CROSS JOIN LATERAL (
-            SELECT tenant_id FROM checkpoints WHERE projection = p.name OFFSET 0) AS c
-            WHERE p.name = 'outbox' AND p.paused) AS t
-    CROSS JOIN LATERAL (SELECT seq FROM heads WHERE tenant_id = t.tenant_id LIMIT 1) AS h
-    LEFT JOIN LATERAL (
-        SELECT position, parked_seq FROM checkpoints
-        WHERE tenant_id = t.tenant_id AND projection = 'outbox' LIMIT 1) AS c ON true
-    CROSS JOIN LATERAL (
-        SELECT recorded_at FROM events WHERE tenant_id = t.tenant_id AND seq > coalesce(c.position, 0)
-        ORDER BY seq LIMIT 1) AS e
-    WHERE h.seq > coalesce(c.position, 0)
-) AS lag
-"""
-
 _KINDS = (subscription.KIND, maintenance.KIND, incident.KIND)
 INTENTS = Table(
     "outbox_intents",
@@ -162,12 +130,3 @@ async def _load(
 
 def _decode(row: asyncpg.Record, type_: type[_S]) -> _S:
     return msgspec.json.decode(row["state"], type=type_)
-
-
-async def backlog(connection: Connection, at_most: int) -> asyncpg.Record:
-    """Return how much of all tenants waits to be told.
-
-    `pending` intents (counted up to `at_most`) and the age of the oldest, `unseen` events and the age of the oldest,
-    and in how many tenants the outbox is `parked`; ages are in seconds, NULL where nothing waits.
-    """
-    return await connection.fetchrow(_BACKLOG, at_most)

@@ -5,10 +5,8 @@ from opsentry.domain import subscription
 from opsentry.domain.incident import DECIDER, ChangeIncident, OpenIncident, PostUpdate, ResolveIncident
 from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, StartMaintenance
 from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
-from opsentry.projections import outbox
 from opsentry.projections.outbox import Outbox
 from tests.projections.histories import META, apply, schedule
-from tests.projections.planting import plant
 
 
 def wish(**fields):
@@ -242,33 +240,3 @@ async def test_a_subscription_made_by_command_is_told(parts, acme, app_connectio
     (row,) = await app_connection.fetch("SELECT * FROM outbox_intents")
     assert (row["subscription_id"], row["seq"], row["topic"]) == (created.stream_id, opened.seq, "incident.opened")
     assert row["created_at"] == opened.history[-1].recorded_at
-
-
-async def test_the_backlog_counts_what_waits_and_what_was_not_seen(parts, acme, globex, app_connection, owner):
-    for tenant in (acme, globex):
-        await parts.runner.catch_up(tenant.id, 0)
-    assert dict(await outbox.backlog(app_connection, 10)) == {
-        "pending": 0,
-        "pending_seconds": None,
-        "unseen": 0,
-        "unseen_seconds": None,
-        "parked": 0,
-    }
-    created = await parts.commands.create(subscription.DECIDER, acme.id, wish(), META)
-    await parts.runner.catch_up(acme.id, created.seq)
-    for _ in range(3):
-        await parts.commands.create(DECIDER, acme.id, incident(), META)
-    lagging = await outbox.backlog(app_connection, 10)
-    assert (lagging["pending"], lagging["unseen"]) == (0, 3)
-    assert lagging["unseen_seconds"] >= 0
-    await parts.runner.catch_up(acme.id, created.seq + 3)
-    waiting = await outbox.backlog(app_connection, 10)
-    assert (waiting["pending"], waiting["unseen"], waiting["unseen_seconds"]) == (3, 0, None)
-    assert waiting["pending_seconds"] >= 0
-    assert (await outbox.backlog(app_connection, 2))["pending"] == 2
-    await owner.execute("UPDATE outbox_intents SET suppressed = true")
-    assert (await outbox.backlog(app_connection, 10))["pending"] == 0
-    await plant(owner, globex.id, 1, 1, data="{")
-    await parts.runner.catch_up(globex.id, 0)
-    parked = await outbox.backlog(app_connection, 10)
-    assert (parked["unseen"], parked["parked"]) == (1, 1)
