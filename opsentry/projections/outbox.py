@@ -1,25 +1,32 @@
 """Notification intents: who must be told of which event, derived from the log, subscriptions and suppression.
 
-The only projection that looks at more than one stream: at subscriptions and active windows, as of each event. It
-keeps what it has to know of them as its own rows.
+The only projection that looks at more than one stream: at subscriptions and active windows, as of each event, and at
+incidents that a window withheld, when it is over. It keeps what it has to know of them as its own rows.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import asyncpg
 import msgspec
 
 from opsentry.domain import incident, maintenance, subscription
+from opsentry.domain.maintenance import MaintenanceCompleted
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.intents import Derivation, Derived, Intent, Key, Topic, Wish
+from opsentry.projections.intents import Derivation, Derived, Intent
 from opsentry.projections.projection import Rows, Streams, Table, by_stream
+from opsentry.projections.topics import Topic, Wish
 
 # All of a tenant's subscriptions and active windows, which are few.
 _LOAD_FEW = "SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind IN ('subscription', 'active')"
 
-# The incidents and windows that this batch goes on from, each by the index; see the same in incidents.
+# Incidents that a window withheld and that are open: as many as were withheld, found by their index.
+_LOAD_MUTED = """
+SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = 'incident' AND state LIKE '%"muted":%'
+"""
+
+# What is known already of the incidents and windows in this batch, each by the index; see the same in incidents.
 _LOAD = """
 SELECT s.* FROM unnest($2::text[], $3::bigint[]) AS wanted (kind, id) CROSS JOIN LATERAL (
     SELECT kind, id, state FROM outbox_state
@@ -76,11 +83,11 @@ class Outbox:
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write the intents that `events` give rise to, and what has to be known for the next ones."""
-        begun = {(e.kind, e.stream_id) for e in events if e.version == 1}
-        derivation, topics = await _load(connection, tenant_id, {(e.kind, e.stream_id) for e in events} - begun)
+        derivation, topics = await _load(connection, tenant_id, events)
         for kind in self.kinds:
-            streams = by_stream(event for event in events if event.kind == kind)
-            derived = derivation.follow(kind, streams, topics.get(kind, {}))
+            known = topics.get(kind, {})
+            streams = dict.fromkeys(known, ()) | by_stream(event for event in events if event.kind == kind)
+            derived = derivation.follow(kind, streams, known)
             if derived.known:
                 await connection.execute(_STORE, tenant_id, *zip(*_state_rows(derived), strict=True))
             if derived.forgotten:
@@ -112,12 +119,14 @@ def _state_rows(derived: Derived) -> list[tuple[Any, ...]]:
 
 
 async def _load(
-    connection: Connection, tenant_id: int, wanted: Iterable[Key]
+    connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]
 ) -> tuple[Derivation, dict[str, dict[int, Topic]]]:
-    """Return what there is to derive from, and the topics that are `wanted`, by kind and id."""
+    """Return what there is to derive from, and the topics that `events` may tell of, by kind and id."""
     rows = list(await connection.fetch(_LOAD_FEW, tenant_id))
-    if keys := sorted(wanted):
-        rows += await connection.fetch(_LOAD, tenant_id, [kind for kind, _ in keys], [id_ for _, id_ in keys])
+    if keys := sorted({(e.kind, e.stream_id) for e in events if e.kind != subscription.KIND}):
+        rows += await connection.fetch(_LOAD, tenant_id, *zip(*keys, strict=True))
+    if any(isinstance(recorded.event, MaintenanceCompleted) for recorded in events):
+        rows += await connection.fetch(_LOAD_MUTED, tenant_id)
     wishes: dict[int, Wish] = {}
     topics: dict[str, dict[int, Topic]] = {}
     for row in rows:

@@ -189,6 +189,10 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
     remind = await plan_of(app_connection, lambda c: maintenance.to_remind(c, 3600.0, 200))
     assert_goes_by(remind, "maintenance", "maintenance_to_remind", reads=0)
 
+    # Few incidents are withheld, however many there are.
+    muted = await plan_of(app_connection, lambda c: c.fetch(outbox._LOAD_MUTED, tenant_id))
+    assert_goes_by(muted, "outbox_state", "outbox_state_muted", reads=0)
+
     service = await plan_of(app_connection, lambda c: services.one(c, tenant_id, 7))
     assert_goes_by(service, "services", "services_pkey", reads=1)
     assert most_rows(service, "impact_periods") <= COUNT // 200 + COUNT // 800
