@@ -167,6 +167,7 @@ async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[N
         parts.commands,
         parts.runner,
         keys_kept=parts.settings.idempotency_hours * 3600,
+        deliveries_days=parts.settings.deliveries_days,
         reminder_minutes=parts.settings.reminder_minutes,
         heartbeat=heartbeat,
     )

@@ -52,7 +52,7 @@ async def redeliver(call: Call) -> web.Response:
     number, intent_id = call.id(), _intent_id(call)
     row = await _subscription(call, number)
     send = deliveries.redeliver if row["status"] == "active" else deliveries.one
-    async with call.parts.database.connection() as connection:
+    async with call.parts.database.transaction() as connection:
         found = _found(await send(connection, call.tenant_id, number, intent_id))
     if found.state == "merged":
         raise TransitionRefused(f"it was told by {found.merged_into}: have that one sent again")

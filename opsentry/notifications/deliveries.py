@@ -8,6 +8,7 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
+from opsentry.notifications import ledger
 from opsentry.postgres import Connection
 
 STATES = ("waiting", "delivered", "merged", "suppressed", "withheld", "parked", "dropped", "disabled")
@@ -30,19 +31,11 @@ ORDER BY seq DESC, intent_id LIMIT $6
 
 _ONE = f"SELECT {_SHOWN} FROM deliveries d WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3"
 
-# Back to waiting, for another round of attempts; behind what waits of the same thing and is older, whose end makes it
-# due. Whoever holds the endpoint's lease, or takes it when it ends, finds what is due there.
+# Back to waiting, for another round of attempts.
 _REDELIVER = """
-WITH again AS (
-    UPDATE deliveries d
-    SET state = 'waiting', attempts = 0, answer = NULL, error = NULL, settled_at = NULL, due_at = CASE WHEN NOT EXISTS (
-        SELECT FROM deliveries o
-        WHERE o.tenant_id = d.tenant_id AND o.subscription_id = d.subscription_id AND o.stream_kind = d.stream_kind
-            AND o.stream_id = d.stream_id AND o.settled_at IS NULL AND o.seq < d.seq) THEN now() END
-    WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3 AND state NOT IN ('waiting', 'merged')
-    RETURNING tenant_id, subscription_id)
-INSERT INTO endpoints AS e (tenant_id, subscription_id, due_at) SELECT tenant_id, subscription_id, now() FROM again
-ON CONFLICT (tenant_id, subscription_id) DO UPDATE SET due_at = least(e.due_at, excluded.due_at) WHERE e.lease IS NULL
+UPDATE deliveries SET state = 'waiting', attempts = 0, answer = NULL, error = NULL, settled_at = NULL
+WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3 AND state NOT IN ('waiting', 'merged')
+RETURNING stream_kind, stream_id
 """
 
 _LAST = 2**63 - 1
@@ -124,9 +117,16 @@ async def one(connection: Connection, tenant_id: int, subscription_id: int, inte
 async def redeliver(connection: Connection, tenant_id: int, subscription_id: int, intent_id: UUID) -> Delivery | None:
     """Have a delivery that came to its end sent again; return it as it is then, `None` if there is none such.
 
-    One that waits, or that another message told, stays as it is.
+    One that waits, or that another message told, stays as it is. One that is behind an older one of the same thing
+    that waits comes after that. In the caller's transaction.
     """
-    await connection.execute(_REDELIVER, tenant_id, subscription_id, intent_id)
+    endpoint = (tenant_id, subscription_id)
+    await ledger.begin(connection)
+    await ledger.lock(connection, [endpoint])
+    row = await connection.fetchrow(_REDELIVER, tenant_id, subscription_id, intent_id)
+    if row is not None:
+        await ledger.wake(connection, [(*endpoint, row["stream_kind"], row["stream_id"])])
+        await ledger.look(connection, [endpoint])
     return await one(connection, tenant_id, subscription_id, intent_id)
 
 

@@ -106,8 +106,8 @@ WITH head AS MATERIALIZED (
         WHERE tenant_id = lane.tenant_id AND subscription_id = lane.subscription_id AND stream_kind = lane.stream_kind
             AND stream_id = lane.stream_id AND settled_at IS NULL
         ORDER BY created_at, seq LIMIT 1) AS oldest)
-UPDATE deliveries d SET due_at = head.created_at + CASE WHEN head.stream_kind = 'subscription' THEN 0 ELSE $5 END
-    * interval '1 second'
+UPDATE deliveries d SET due_at = greatest(statement_timestamp(), head.created_at
+    + CASE WHEN head.stream_kind = 'subscription' THEN 0 ELSE $5 END * interval '1 second')
 FROM head WHERE head.due_at IS NULL AND d.tenant_id = head.tenant_id AND d.intent_id = head.intent_id
     AND d.state = 'waiting'
 """
@@ -209,6 +209,14 @@ SELECT m.tenant_id, m.intent_id, m.tried, statement_timestamp() - r.milliseconds
     r.milliseconds, r.answer, r.error
 FROM moved m JOIN results r USING (tenant_id, intent_id) WHERE r.milliseconds IS NOT NULL
 ON CONFLICT DO NOTHING
+"""
+
+# Whoever is to be tried again now is looked at now, also where an endpoint was to be left alone for a while.
+_LOOK = """
+UPDATE endpoints e SET due_at = least(e.due_at, statement_timestamp())
+FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS row
+WHERE e.tenant_id = row.tenant_id AND e.subscription_id = row.subscription_id
+    AND (e.lease IS NULL OR e.due_at < statement_timestamp())
 """
 
 # Nothing is sent to a subscription that is off: all that waits there ends.
@@ -349,6 +357,11 @@ async def wake(connection: Connection, lanes: Iterable[tuple[int, int, str, int]
     if columns := _columns(lanes):
         await connection.execute(_WAKE_LANES, *columns, burst)
         await connection.execute(_WAKE_ENDPOINTS, *columns[:2])
+
+
+async def look(connection: Connection, endpoints: Iterable[tuple[int, int]]) -> None:
+    """Have endpoints be looked at now, whenever that was to be; they are locked."""
+    await connection.execute(_LOOK, *_columns(set(endpoints)))
 
 
 async def take_over(connection: Connection, tenant_ids: Sequence[int], burst: float, at_most: int = 5_000) -> int:

@@ -113,22 +113,11 @@ WHERE state = ANY($1) AND ($2::uuid[] IS NULL OR intent_id = ANY($2)) AND ($3::b
     AND ($4::bigint IS NULL OR subscription_id = $4)
 """
 
-# Begins another round of attempts. One that is behind an older one of its lane waits for that.
+# Begins another round of attempts; waking its lane makes it due, unless it is behind an older one.
 _RETRY = """
-UPDATE deliveries d SET state = 'waiting', attempts = 0, settled_at = NULL, due_at = CASE WHEN NOT EXISTS (
-    SELECT FROM deliveries o WHERE o.tenant_id = d.tenant_id AND o.subscription_id = d.subscription_id
-        AND o.stream_kind = d.stream_kind AND o.stream_id = d.stream_id AND o.settled_at IS NULL AND o.seq < d.seq)
-    THEN statement_timestamp() END
+UPDATE deliveries d SET state = 'waiting', attempts = 0, settled_at = NULL, due_at = NULL
 FROM unnest($1::bigint[], $2::uuid[]) AS row (tenant_id, intent_id)
 WHERE d.tenant_id = row.tenant_id AND d.intent_id = row.intent_id AND d.state = ANY($3)
-"""
-
-# Somebody looks at once, also where an endpoint was to be left alone for a while.
-_LOOK = """
-UPDATE endpoints e SET due_at = statement_timestamp()
-FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS row
-WHERE e.tenant_id = row.tenant_id AND e.subscription_id = row.subscription_id
-    AND (e.lease IS NULL OR e.due_at < statement_timestamp())
 """
 
 _DROP = """
@@ -221,7 +210,7 @@ async def _move(
     )
     lanes = {(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in chosen}
     await ledger.wake(connection, lanes)
-    await connection.execute(_LOOK, *(list(column) for column in zip(*endpoints, strict=True)))
+    await ledger.look(connection, endpoints)
     return int(moved.rpartition(" ")[2])
 
 

@@ -20,6 +20,7 @@ from opsentry.events import log
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
 from opsentry.events.writer import TenantBusy
+from opsentry.notifications import ledger as deliveries
 from opsentry.postgres import Database, DatabaseUnavailable
 from opsentry.projections import maintenance as windows
 from opsentry.projections import operations
@@ -63,6 +64,7 @@ class Worker:
         commands: Move windows on.
         runner: Catches projections up.
         keys_kept: Seconds that an idempotency key is kept.
+        deliveries_days: Days that what came of a message is kept.
         reminder_minutes: So long before its start people are reminded of a window; 0: never.
         heartbeat: A file to touch after each round.
     """
@@ -74,10 +76,12 @@ class Worker:
         runner: Runner,
         *,
         keys_kept: int = 48 * 3600,
+        deliveries_days: int = 90,
         reminder_minutes: int = 0,
         heartbeat: Path | None = None,
     ) -> None:
         self._keys_kept = keys_kept
+        self._deliveries_days = deliveries_days
         self._lead = 60.0 * reminder_minutes
         self._heartbeat = heartbeat
         self._database = database
@@ -101,6 +105,7 @@ class Worker:
             self.remind_of_windows: REMIND_SECONDS,
             self.rebuild: REBUILD_SECONDS,
             self.prune_keys: PRUNE_SECONDS,
+            self.prune_deliveries: PRUNE_SECONDS,
         }
         for task, seconds in every.items():
             self._scheduler.add_job(_job, "interval", args=[task], id=task.__name__, seconds=seconds, next_run_time=now)
@@ -191,6 +196,13 @@ class Worker:
         while pruned == _PRUNE_BATCH:
             async with self._database.connection(PRUNE_SECONDS) as connection:
                 pruned = await log.prune_keys(connection, self._keys_kept, _PRUNE_BATCH)
+
+    async def prune_deliveries(self) -> None:
+        """Forget what came of messages that were settled long enough ago, some at a time."""
+        pruned = _PRUNE_BATCH
+        while pruned == _PRUNE_BATCH:
+            async with self._database.transaction(PRUNE_SECONDS) as connection:
+                pruned = await deliveries.prune(connection, self._deliveries_days, _PRUNE_BATCH)
 
     def _wake_up_in(self, seconds: float, due_at: datetime) -> None:
         self._scheduler.add_job(

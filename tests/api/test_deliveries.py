@@ -149,7 +149,7 @@ async def test_missing_malformed_and_others_deliveries_are_the_same_404(api, oth
         assert await raw(api, method, f"/subscriptions/0/deliveries/{called}{more}") == NOT_FOUND
     (theirs,) = await app_connection.fetch("SELECT state FROM deliveries WHERE tenant_id = 999")
     assert theirs["state"] == "delivered"
-    assert await endpoint(app_connection) is None
+    assert (await endpoint(app_connection))["due_at"] is None
 
 
 # ---------------------------------------------------------------------------------------------------- send again
@@ -165,7 +165,7 @@ async def test_what_came_to_its_end_is_sent_again(api, app_connection, put, numb
     assert (await api.get(path))[1] == found
     row = await row_of(app_connection, called)
     assert (row["attempts"], row["tried"], row["answer"], row["error"]) == (0, 9, None, None)
-    assert (await endpoint(app_connection))["due_at"] == row["due_at"]
+    assert abs((await endpoint(app_connection))["due_at"] - row["due_at"]) < timedelta(seconds=1)
     assert (await api.post(f"{path}/redeliver"))[:2] == (202, found)
 
 
@@ -174,7 +174,7 @@ async def test_one_that_waits_goes_on_waiting(api, app_connection, put, number):
     status, found, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
     assert (status, found["next_attempt_at"]) == (202, "2036-01-01T00:00:00Z")
     assert (await row_of(app_connection, called))["attempts"] == 3
-    assert await endpoint(app_connection) is None
+    assert (await endpoint(app_connection))["due_at"] is None
 
 
 async def test_one_that_was_told_by_another_is_not_sent_by_itself(api, app_connection, put, number):
@@ -222,5 +222,8 @@ async def test_whoever_sends_there_is_told_to_look(api, app_connection, acme, pu
     )  # fmt: skip
     await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
     found = await endpoint(app_connection)
-    assert found["due_at"] == ((await row_of(app_connection, called))["due_at"] if moves else due_at)
+    if moves:
+        assert abs(found["due_at"] - (await row_of(app_connection, called))["due_at"]) < timedelta(seconds=1)
+    else:
+        assert found["due_at"] == due_at
     assert found["failures"] == 3

@@ -4,6 +4,7 @@ from opsentry.events.log import Key
 from opsentry.worker import worker
 from opsentry.worker.worker import Worker
 from tests.conftest import META
+from tests.notifications.test_ledger import Desk, delivered
 
 
 async def test_keys_that_were_kept_long_enough_are_forgotten_and_others_are_not(parts, acme, owner, monkeypatch):
@@ -17,3 +18,21 @@ async def test_keys_that_were_kept_long_enough_are_forgotten_and_others_are_not(
     await Worker(parts.database, parts.commands, parts.runner, keys_kept=24 * 3600).prune_keys()
     kept = await owner.fetch("SELECT key FROM idempotency_keys ORDER BY key")
     assert [row["key"] for row in kept] == [b"%032d" % number for number in (7, 8, 9)]
+
+
+async def test_what_came_of_messages_long_ago_is_forgotten_and_what_waits_is_not(parts, acme, owner, monkeypatch):
+    monkeypatch.setattr(worker, "_PRUNE_BATCH", 3)
+    desk = Desk(parts, acme)
+    await desk.subscribe()
+    for _ in range(9):
+        await desk.open()
+    await desk.take_over()
+    (endpoint,), dues = await desk.claim()
+    await desk.record(delivered(endpoint, *dues[:8]))
+    await owner.execute(
+        "UPDATE deliveries SET settled_at = settled_at - interval '31 days' WHERE intent_id = ANY($1)",
+        [due.intent_id for due in dues[:7]],
+    )
+    await Worker(parts.database, parts.commands, parts.runner, deliveries_days=30).prune_deliveries()
+    assert sorted(await desk.states()) == ["delivered", "waiting"]
+    assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 1
