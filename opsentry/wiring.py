@@ -132,7 +132,12 @@ async def serving(
         site = web.TCPSite(web_runner, host or settings.host, settings.port if port is None else port, backlog=1024)
         await site.start()
         bound, number = web_runner.addresses[0][:2]
-        yield f"http://[{bound}]:{number}" if ":" in bound else f"http://{bound}:{number}"
+        yield base_url_of(bound, number)
+
+
+def base_url_of(host: str, port: int) -> str:
+    """Return the base URL of what listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @asynccontextmanager

@@ -18,7 +18,7 @@ SENT = "subscribe/sent"
 
 async def test_whoever_asks_is_pending_until_they_agree(browser, api, parts, acme, portal, links):
     status, text, _ = await browser.get("/status/acme/subscribe")
-    assert (status, heading(text)) == (200, "Be told by e-mail")
+    assert (status, heading(text)) == (200, "Get updates by e-mail")
     assert "Acme" in text
     assert "Customer Portal" in text
 
