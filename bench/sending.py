@@ -24,7 +24,8 @@ from opsentry.notifications.signing import new_secret
 from opsentry.wiring import Core, core
 
 META = Meta(Actor("operator"))
-ENDPOINTS, INCIDENTS = 50, 200
+# An incident with a description is two events.
+ENDPOINTS, INCIDENTS = 50, 100
 AT_ONCE = 64
 # A message each to so many endpoints, so often a second, for so many seconds; of the endpoints so many are bad.
 LOAD_ENDPOINTS, LOAD_BAD = 100, 20
@@ -38,7 +39,7 @@ def measure(servers: Servers) -> list[Figure]:
         rate, bare = sorted(rates, key=lambda pair: pair[0] / pair[1])[ROUNDS // 2]
         good = _p99(servers, url, bad=0)
         among_bad = _p99(servers, url, bad=LOAD_BAD)
-    note = f"{ENDPOINTS} endpoints, {ENDPOINTS * INCIDENTS:,} messages"
+    note = f"{ENDPOINTS} endpoints, {2 * ENDPOINTS * INCIDENTS:,} messages"
     beside = f"p99 {good * 1000:.0f} ms alone, {among_bad * 1000:.0f} ms beside 10 that hang and 10 that answer 500"
     return [
         Figure("sending, one sender", "/s", rate, "goal", 1000, 1.0, note),
@@ -69,15 +70,15 @@ def _rate(servers: Servers, url: str) -> float:
     uvloop.run(_tell(env, [f"{url}/{number}" for number in range(ENDPOINTS)], INCIDENTS, 0.0))
     _ask(url, "clear")
     with running(["opsentry", "worker"], **env):
-        came = _until(url, ENDPOINTS * INCIDENTS)
+        came = _until(url, 2 * ENDPOINTS * INCIDENTS)
     moments = sorted(at for _, at, _ in came)
-    return len(moments) / (moments[-1] - moments[0])
+    return float(len(moments) / (moments[-1] - moments[0]))
 
 
 def _bare(url: str) -> float:
     with urllib.request.urlopen(f"{url}/sample") as answer:
         body = answer.read()
-    command = [sys.executable, "-m", "bench.poster", url, str(ENDPOINTS * INCIDENTS), str(AT_ONCE)]
+    command = [sys.executable, "-m", "bench.poster", url, str(2 * ENDPOINTS * INCIDENTS), str(AT_ONCE)]
     return float(subprocess.run(command, cwd=ROOT, input=body, check=True, capture_output=True).stdout)
 
 
@@ -91,7 +92,7 @@ def _p99(servers: Servers, url: str, *, bad: int) -> float:
     _ask(url, "clear")
     with running(["opsentry", "worker"], **env):
         uvloop.run(_tell(env, names, events, 1 / LOAD_EVENTS))
-        came = _until(url, events * (LOAD_ENDPOINTS - LOAD_BAD), "/well")
+        came = _until(url, 2 * events * (LOAD_ENDPOINTS - LOAD_BAD), "/well")
     waits = sorted(at - recorded for path, at, recorded in came if path.startswith("/well"))
     return float(waits[len(waits) * 99 // 100])
 

@@ -47,7 +47,7 @@ def _idle(servers: Servers, tenants: int) -> float:
     owner = servers.database("idle")
     asyncio.run(_make_idle(owner, tenants))
     with running(["opsentry", "worker"], **environment(servers, "idle")) as worker:
-        asyncio.run(_until(owner, "SELECT count(*) >= 5 FROM projections"))
+        asyncio.run(_until(owner, "SELECT count(*) >= 6 FROM projections"))
         time.sleep(2.0)
         before, began = _seconds(worker, owner), time.perf_counter()
         time.sleep(IDLE_SECONDS)

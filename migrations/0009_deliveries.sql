@@ -124,9 +124,12 @@ CREATE TABLE outbox_paused (
     since     timestamptz NOT NULL DEFAULT now()
 );
 
--- Scheduled windows that nobody has been reminded of yet.
-ALTER TABLE maintenance ADD COLUMN remind boolean NOT NULL DEFAULT false;
-CREATE INDEX maintenance_to_remind ON maintenance (scheduled_start) WHERE remind;
+-- Scheduled windows that nobody has been reminded of yet: since when people know the hour; NULL for all others.
+ALTER TABLE maintenance ADD COLUMN remind_since timestamptz;
+CREATE INDEX maintenance_to_remind ON maintenance (scheduled_start) WHERE remind_since IS NOT NULL;
+
+-- Incidents whose last message was withheld by a window, of which people hear when it is over. States hold no words.
+CREATE INDEX outbox_state_muted ON outbox_state (tenant_id) WHERE kind = 'incident' AND state LIKE '%"muted":%';
 
 DROP INDEX outbox_intents_pending;
 CREATE INDEX outbox_intents_by_seq ON outbox_intents (tenant_id, seq);

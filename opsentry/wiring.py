@@ -176,6 +176,7 @@ async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[N
         parts.commands,
         parts.runner,
         keys_kept=parts.settings.idempotency_hours * 3600,
+        reminder_minutes=parts.settings.reminder_minutes,
         heartbeat=heartbeat,
     )
     worker.start()

@@ -53,6 +53,7 @@ ROUTES: tuple[tuple[str, str, tuple[str, ...], Endpoint], ...] = (
     ("POST", "/maintenance", MAINTENANCE, maintenance.create),
     ("GET", "/maintenance/upcoming", READ, maintenance.upcoming),
     ("GET", "/maintenance/{id}", READ, maintenance.one),
+    ("PATCH", "/maintenance/{id}", MAINTENANCE, maintenance.change),
     ("GET", "/maintenance/{id}/events", READ, maintenance.history),
     ("POST", "/maintenance/{id}/redactions", AUDIT + MAINTENANCE, maintenance.redact),
     ("POST", "/maintenance/{id}/{action}", MAINTENANCE, maintenance.act),

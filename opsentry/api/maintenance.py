@@ -1,9 +1,10 @@
-"""`/maintenance…`: schedule, move and read maintenance windows."""
+"""`/maintenance…`: schedule, change, move and read maintenance windows."""
 
 from collections.abc import Mapping, Sequence
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET, UnsetType
 
 from opsentry.api import commands
 from opsentry.api.answers import list_response, one_as_of, one_response, page_as_of
@@ -14,6 +15,7 @@ from opsentry.domain import maintenance
 from opsentry.domain.maintenance import (
     STATUSES,
     CancelMaintenance,
+    ChangeMaintenance,
     CompleteMaintenance,
     MaintenanceCommand,
     RedactMaintenance,
@@ -44,6 +46,21 @@ class CreateBody(msgspec.Struct):
     suppress_alerts: bool = False
     auto_start: bool = True
     auto_complete: bool = True
+
+
+class ChangeBody(msgspec.Struct):
+    """Body of `PATCH /maintenance/:id`: what is not there stays as it is."""
+
+    title: str | UnsetType = UNSET
+    description: str | None | UnsetType = UNSET
+    scheduled_start: Moment | UnsetType = UNSET
+    scheduled_end: Moment | UnsetType = UNSET
+    visibility: str | UnsetType = UNSET
+    service_ids: tuple[Id, ...] | None | UnsetType = UNSET
+    exclude_from_sla: bool | UnsetType = UNSET
+    suppress_alerts: bool | UnsetType = UNSET
+    auto_start: bool | UnsetType = UNSET
+    auto_complete: bool | UnsetType = UNSET
 
 
 async def listing(call: Call) -> web.Response:
@@ -100,6 +117,22 @@ async def create(call: Call) -> web.Response:
         refs = await call.refs(command.service_ids)
         executed = await commands.create(call, maintenance.DECIDER, command)
     return await commands.answer(call, executed, windows.render, status=201, location="maintenance", refs=refs)
+
+
+async def change(call: Call) -> web.Response:
+    """`PATCH /maintenance/:id`."""
+    call.id()
+    body = await call.body(ChangeBody)
+    executed = await commands.repeated(call, maintenance.DECIDER)
+    if executed is None:
+        wanted = maintenance.set_fields(body)
+        for name in {"scheduled_start", "scheduled_end"} & wanted.keys():
+            wanted[name] = utc(name, wanted[name])
+        if "service_ids" in wanted:
+            wanted["service_ids"] = wanted["service_ids"] or ()
+            await call.refs(wanted["service_ids"])
+        executed = await commands.execute(call, maintenance.DECIDER, ChangeMaintenance(**wanted))
+    return await commands.answer(call, executed, windows.render)
 
 
 async def act(call: Call) -> web.Response:

@@ -66,7 +66,7 @@ def run_demo(settings: Settings) -> None:
         settings = replace(
             settings,
             port=int(port) or _free_port(),
-            secret_keys=(*settings.secret_keys, _key(folder / "secret.key")),
+            secret_keys=(*settings.secret_keys, _secret_key(folder / "secret-key")),
             open_networks=(*settings.open_networks, ip_network("127.0.0.0/8"), ip_network("::1/128")),
         )
         uvloop.run(_live(settings, folder))
@@ -134,7 +134,7 @@ async def _live(settings: Settings, folder: Path) -> None:
                 "operator": facts["operator"],
                 "sink": {"url": arriving.url, "smtp_url": arriving.smtp_url},
             }
-            _write(note, facts)
+            _write(note, json.dumps(facts, indent=2))
             _welcome(facts, note)
             await stopped
 
@@ -151,10 +151,10 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _key(path: Path) -> str:
-    """Return the key in this file; made once, for the owner's eyes."""
+def _secret_key(path: Path) -> str:
+    """Return the demo's own key to seal with, the same in every run."""
     if not path.exists():
-        _write_private(path, new_key())
+        _write(path, new_key())
     return path.read_text().strip()
 
 
@@ -216,13 +216,8 @@ async def _operator(parts: Core, value: object) -> str:
         return await operators.create(connection, name="demo operator")
 
 
-def _write(note: Path, facts: dict[str, Any]) -> None:
-    """Write the facts; tokens are among them."""
-    _write_private(note, json.dumps(facts, indent=2))
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write a file whole or not at all, for the owner's eyes."""
+def _write(path: Path, text: str) -> None:
+    """Write the file whole or not at all, for the owner's eyes: it holds secrets."""
     draft = path.with_suffix(".tmp")
     draft.touch(mode=0o600)
     draft.write_text(f"{text}\n")

@@ -5,7 +5,7 @@ That a window's hour has come is an event like any other: the scheduler starts a
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import ClassVar, TypeAlias, assert_never
+from typing import Any, ClassVar, TypeAlias, assert_never
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -27,6 +27,13 @@ KIND = "maintenance"
 STATUSES = ("scheduled", "active", "completed", "cancelled")
 VISIBILITIES = ("public", "internal")
 WORDS = ("title", "description")
+_TIMES = ("scheduled_start", "scheduled_end")
+# What may be changed while a window has this status: what was promised is kept from its beginning on.
+_CHANGEABLE = {
+    "active": {*WORDS, "scheduled_end", "auto_complete"},
+    "completed": {*WORDS},
+    "cancelled": {*WORDS},
+}
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -48,6 +55,32 @@ class MaintenanceScheduled(Event, frozen=True, kw_only=True):
     auto_start: bool = True
     auto_complete: bool = True
     source: str | None = None
+
+
+class MaintenanceRescheduled(Event, frozen=True, kw_only=True):
+    """Its hours are now these, both in UTC; of an active window only the end may be another one."""
+
+    TYPE: ClassVar[str] = "maintenance.rescheduled"
+    scheduled_start: datetime
+    scheduled_end: datetime
+
+
+class MaintenanceChanged(Event, frozen=True, kw_only=True):
+    """Facts about it changed. Those that are `UNSET` stay as they were."""
+
+    TYPE: ClassVar[str] = "maintenance.changed"
+    visibility: str | UnsetType = UNSET
+    service_ids: tuple[int, ...] | UnsetType = UNSET
+    exclude_from_sla: bool | UnsetType = UNSET
+    suppress_alerts: bool | UnsetType = UNSET
+    auto_start: bool | UnsetType = UNSET
+    auto_complete: bool | UnsetType = UNSET
+
+
+class MaintenanceReminded(Event, frozen=True, kw_only=True):
+    """It begins soon: who is told of it hears so once more."""
+
+    TYPE: ClassVar[str] = "maintenance.reminded"
 
 
 class MaintenanceStarted(Event, frozen=True, kw_only=True):
@@ -103,6 +136,9 @@ class MaintenanceRedacted(Event, frozen=True, kw_only=True):
 
 MaintenanceEvent: TypeAlias = (
     MaintenanceScheduled
+    | MaintenanceRescheduled
+    | MaintenanceChanged
+    | MaintenanceReminded
     | MaintenanceStarted
     | MaintenanceCompleted
     | MaintenanceCancelled
@@ -129,6 +165,7 @@ class Maintenance(msgspec.Struct, frozen=True, kw_only=True):
     suppress_alerts: bool
     auto_start: bool
     auto_complete: bool
+    reminded: bool = False
     sources: frozenset[str] = frozenset()
 
     @property
@@ -162,6 +199,13 @@ def evolve(state: Maintenance | None, event: MaintenanceEvent) -> Maintenance:
         raise ValueError(f"{event.TYPE} before {MaintenanceScheduled.TYPE}")
     change = msgspec.structs.replace
     match event:
+        case MaintenanceRescheduled():
+            start, end = event.scheduled_start, event.scheduled_end
+            return change(state, scheduled_start=start, scheduled_end=end, reminded=False)
+        case MaintenanceChanged() | MaintenanceEdited():
+            return change(state, **set_fields(event))
+        case MaintenanceReminded():
+            return change(state, reminded=True)
         case MaintenanceStarted():
             return change(state, status="active")
         case MaintenanceCompleted():
@@ -170,13 +214,16 @@ def evolve(state: Maintenance | None, event: MaintenanceEvent) -> Maintenance:
             return change(state, status="cancelled")
         case MaintenanceUpdated():
             return state if event.source is None else change(state, sources=state.sources | {event.source})
-        case MaintenanceEdited():
-            words = {name: getattr(event, name) for name in event.WORDS}
-            return change(state, **{name: value for name, value in words.items() if value is not UNSET})
         case MaintenanceRedacted():
             return change(state, **dict.fromkeys(event.fields, REDACTED))
         case _:
             assert_never(event)
+
+
+def set_fields(of: msgspec.Struct) -> dict[str, Any]:
+    """Return the fields of an event or a command that are not `UNSET`, by name."""
+    values = msgspec.structs.asdict(of)
+    return {name: value for name, value in values.items() if value is not UNSET}
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -195,6 +242,25 @@ class ScheduleMaintenance(msgspec.Struct, frozen=True, kw_only=True):
     suppress_alerts: bool = False
     auto_start: bool = True
     auto_complete: bool = True
+
+
+class ChangeMaintenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Change what is set, leave what is `UNSET`."""
+
+    title: str | UnsetType = UNSET
+    description: str | None | UnsetType = UNSET
+    scheduled_start: datetime | UnsetType = UNSET
+    scheduled_end: datetime | UnsetType = UNSET
+    visibility: str | UnsetType = UNSET
+    service_ids: tuple[int, ...] | UnsetType = UNSET
+    exclude_from_sla: bool | UnsetType = UNSET
+    suppress_alerts: bool | UnsetType = UNSET
+    auto_start: bool | UnsetType = UNSET
+    auto_complete: bool | UnsetType = UNSET
+
+
+class RemindMaintenance(msgspec.Struct, frozen=True):
+    """Remind of a scheduled window that begins soon. Once is enough; one that has begun needs no reminder."""
 
 
 class StartMaintenance(msgspec.Struct, frozen=True):
@@ -217,7 +283,13 @@ class RedactMaintenance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 MaintenanceCommand: TypeAlias = (
-    ScheduleMaintenance | StartMaintenance | CompleteMaintenance | CancelMaintenance | RedactMaintenance
+    ScheduleMaintenance
+    | ChangeMaintenance
+    | RemindMaintenance
+    | StartMaintenance
+    | CompleteMaintenance
+    | CancelMaintenance
+    | RedactMaintenance
 )
 
 
@@ -230,6 +302,10 @@ def decide(state: Maintenance | None, command: MaintenanceCommand) -> Sequence[M
     if state is None:
         raise TransitionRefused("the maintenance window does not exist")
     match command:
+        case ChangeMaintenance():
+            return _change(state, command)
+        case RemindMaintenance():
+            return [MaintenanceReminded()] if state.status == "scheduled" and not state.reminded else []
         case StartMaintenance():
             return [_require(state, "scheduled", "started", MaintenanceStarted())]
         case CompleteMaintenance():
@@ -243,8 +319,7 @@ def decide(state: Maintenance | None, command: MaintenanceCommand) -> Sequence[M
 
 
 def _schedule(command: ScheduleMaintenance) -> MaintenanceScheduled:
-    if command.scheduled_end <= command.scheduled_start:
-        raise InvalidField("scheduled_end", "must be after scheduled_start")
+    _check_times(command.scheduled_start, command.scheduled_end)
     return MaintenanceScheduled(
         title=check_title("title", command.title),
         description=check_text("description", command.description),
@@ -257,6 +332,40 @@ def _schedule(command: ScheduleMaintenance) -> MaintenanceScheduled:
         auto_start=command.auto_start,
         auto_complete=command.auto_complete,
     )
+
+
+def _change(state: Maintenance, command: ChangeMaintenance) -> list[MaintenanceEvent]:
+    wanted = set_fields(command)
+    if "title" in wanted:
+        check_title("title", wanted["title"])
+    if "description" in wanted:
+        check_text("description", wanted["description"])
+    if "visibility" in wanted:
+        check_choice("visibility", wanted["visibility"], VISIBILITIES)
+    if "service_ids" in wanted:
+        wanted["service_ids"] = normal_ids(wanted["service_ids"])
+    changes = {name: value for name, value in wanted.items() if value != getattr(state, name)}
+    fixed = changes.keys() - _CHANGEABLE.get(state.status, changes.keys())
+    if fixed:
+        names = ", ".join(name for name in changes if name in fixed)
+        raise TransitionRefused(f"of a window that is {state.status}, {names} can no longer be changed")
+    words = {name: value for name, value in changes.items() if name in WORDS}
+    facts = {name: value for name, value in changes.items() if name not in {*WORDS, *_TIMES}}
+    events: list[MaintenanceEvent] = []
+    if words:
+        events.append(msgspec.convert(words, MaintenanceEdited))
+    if facts:
+        events.append(MaintenanceChanged(**facts))
+    if changes.keys() & set(_TIMES):
+        times = {name: changes.get(name, getattr(state, name)) for name in _TIMES}
+        _check_times(*times.values())
+        events.append(MaintenanceRescheduled(**times))
+    return events
+
+
+def _check_times(start: datetime, end: datetime) -> None:
+    if end <= start:
+        raise InvalidField("scheduled_end", "must be after scheduled_start")
 
 
 def _redact(command: RedactMaintenance) -> list[MaintenanceEvent]:

@@ -19,7 +19,7 @@ _MAX_SAID = 200
 
 
 class Relay:
-    """Sends through the relay at an `smtp://` URL (with STARTTLS where it is offered) or `smtps://` URL."""
+    """Sends through the relay at an `smtp://` URL (STARTTLS where it is offered, or a must with a password) or `smtps://`."""
 
     def __init__(self, url: str, local_name: str) -> None:
         self._url = urlsplit(url)
@@ -83,6 +83,8 @@ class Relay:
             username=None if url.username is None else unquote(url.username),
             password=None if url.password is None else unquote(url.password),
             use_tls=implicit,
+            # A password is never sent in clear, also where somebody on the way hides that TLS is offered.
+            start_tls=None if implicit or url.password is None else True,
             local_hostname=self._local_name,
             timeout=SECONDS,
             tls_context=self._tls,

@@ -48,8 +48,8 @@ _log = structlog.get_logger()
 
 POLL_SECONDS = 0.5
 LEASE_SECONDS = 60.0
-# Nothing is begun after this part of the lease: what is begun is over before the lease is, in 15 s at most.
-_BEGIN_WITHIN = 0.5
+# Nothing is begun after this part of the lease: what is begun is over before the lease is, in 30 s at most.
+_BEGIN_WITHIN = 0.4
 # An endpoint gets so many rounds of what it takes at once, then others have their turn.
 _ROUNDS = 4
 # One that needs longer for an answer is not given more at once.
@@ -109,19 +109,21 @@ class Sender:
 
     def start(self) -> None:
         """Begin to send, on the running loop."""
-        self._loops = [asyncio.create_task(self._surviving(loop)) for loop in (self._claim_all, self._record_all)]
+        loops = (self._take_over_all, self._claim_all, self._record_all)
+        self._loops = [asyncio.create_task(self._surviving(loop)) for loop in loops]
 
     async def stop(self) -> None:
         """Take nothing more, let what is under way end, record it, and give back what is leased; bounded in time."""
         if not self._loops:
             return
-        claiming, recording = self._loops
-        claiming.cancel()
+        *taking, recording = self._loops
+        for loop in taking:
+            loop.cancel()
         try:
             # What takes longer is left to its lease, which runs out by itself.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_STOP_SECONDS):
-                    await asyncio.gather(claiming, *self._serving, return_exceptions=True)
+                    await asyncio.gather(*taking, *self._serving, return_exceptions=True)
                     await self._recorded.wait()
         finally:
             recording.cancel()
@@ -130,22 +132,27 @@ class Sender:
 
     # ---------------------------------------------------------------------------------------- taking
 
+    async def _take_over_all(self) -> None:
+        while True:
+            async with self._database.connection(_TIMEOUT) as connection:
+                found = await ledger.fresh(connection, 0, _FRESH)
+            if not found:
+                await asyncio.sleep(POLL_SECONDS)
+                continue
+            async with self._database.transaction(_TIMEOUT) as connection:
+                lanes = await ledger.take_over(connection, found, self._burst)
+            self._more.set()
+            if not lanes:
+                await asyncio.sleep(POLL_SECONDS / 10)  # another sender is at these, or there was nothing to send
+
     async def _claim_all(self) -> None:
         while True:
             self._more.clear()
-            if not await self._take_over() + await self._claim():
+            if not await self._claim():
                 # Woken by an endpoint that is given back; else whatever is due is found at the next look.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_SECONDS):
                         await self._more.wait()
-
-    async def _take_over(self) -> int:
-        async with self._database.connection(_TIMEOUT) as connection:
-            found = await ledger.fresh(connection, 0, _FRESH)
-        if not found:
-            return 0
-        async with self._database.transaction(_TIMEOUT) as connection:
-            return await ledger.take_over(connection, found, self._burst)
 
     async def _claim(self) -> int:
         used, unproven = self._in_use()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 import msgspec
+from msgspec import UNSET
 
 from opsentry.domain import incident, maintenance
 from opsentry.domain.incident import (
@@ -20,7 +21,12 @@ from opsentry.domain.incident import (
     IncidentSeverityChanged,
     IncidentVisibilityChanged,
 )
-from opsentry.domain.maintenance import MaintenanceCompleted, MaintenanceScheduled, MaintenanceStarted
+from opsentry.domain.maintenance import (
+    MaintenanceChanged,
+    MaintenanceCompleted,
+    MaintenanceScheduled,
+    MaintenanceStarted,
+)
 from opsentry.domain.status import LEVELS, Period
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
@@ -134,6 +140,7 @@ _MOVES = frozenset(
         IncidentServicesChanged,
         IncidentVisibilityChanged,
         MaintenanceScheduled,
+        MaintenanceChanged,
         MaintenanceStarted,
         MaintenanceCompleted,
     }
@@ -176,6 +183,13 @@ def evolve(source: Source | None, recorded: RecordedEvent) -> Source:
             return change(source, service_ids=event.service_ids)
         case IncidentVisibilityChanged():
             return change(source, visibility=event.visibility)
+        case MaintenanceChanged():
+            facts = {
+                "visibility": event.visibility,
+                "service_ids": event.service_ids,
+                "excluded": event.exclude_from_sla,
+            }
+            return change(source, **{name: value for name, value in facts.items() if value is not UNSET})
         case _:
             return source
 

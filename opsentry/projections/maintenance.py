@@ -14,6 +14,9 @@ from opsentry.domain.maintenance import (
     MaintenanceCompleted,
     MaintenanceEvent,
     MaintenanceRedacted,
+    MaintenanceReminded,
+    MaintenanceRescheduled,
+    MaintenanceScheduled,
     MaintenanceStarted,
     MaintenanceUpdated,
 )
@@ -33,22 +36,24 @@ from opsentry.projections.timeline import (
 
 # The rows that this batch goes on from.
 _LOAD = (
-    "SELECT maintenance_id, version, announced_at, body FROM maintenance"
+    "SELECT maintenance_id, version, announced_at, remind_since, body FROM maintenance"
     " WHERE tenant_id = $1 AND maintenance_id = ANY($2)"
 )
 
 # One row for each window, whatever the number of its events in the batch.
 _STORE = """
 INSERT INTO maintenance
-    (tenant_id, maintenance_id, version, status, visibility, service_ids, announced_at, scheduled_start, due_at, body)
-SELECT $1, id, version, status, visibility, service_ids::bigint[], announced_at, scheduled_start, due_at, body
+    (tenant_id, maintenance_id, version, status, visibility, service_ids, announced_at, scheduled_start, due_at,
+    remind_since, body)
+SELECT $1, id, version, status, visibility, service_ids::bigint[], announced_at, scheduled_start, due_at, remind_since,
+    body
 FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::timestamptz[], $8::timestamptz[],
-            $9::timestamptz[], $10::text[])
-    AS row (id, version, status, visibility, service_ids, announced_at, scheduled_start, due_at, body)
+            $9::timestamptz[], $10::timestamptz[], $11::text[])
+    AS row (id, version, status, visibility, service_ids, announced_at, scheduled_start, due_at, remind_since, body)
 ON CONFLICT (tenant_id, maintenance_id) DO UPDATE SET
     version = excluded.version, status = excluded.status, visibility = excluded.visibility,
     service_ids = excluded.service_ids, scheduled_start = excluded.scheduled_start, due_at = excluded.due_at,
-    body = excluded.body
+    remind_since = excluded.remind_since, body = excluded.body
 WHERE maintenance.version < excluded.version
 """
 
@@ -130,6 +135,18 @@ ORDER BY due_at LIMIT $2
 """
 
 
+# What the scheduler has to remind people of, of all tenants: windows that begin within $1 seconds, and whose hour was
+# told before that. Who has heard of it only since needs no reminder at once.
+_TO_REMIND = """
+SELECT tenant_id, maintenance_id FROM maintenance m
+WHERE remind_since < scheduled_start - $1 * interval '1 second' AND scheduled_start > clock_timestamp()
+    AND scheduled_start <= clock_timestamp() + $1 * interval '1 second' AND NOT EXISTS (
+        SELECT FROM checkpoints c
+        WHERE c.tenant_id = m.tenant_id AND c.projection = 'maintenance' AND c.parked_seq IS NOT NULL)
+ORDER BY scheduled_start LIMIT $2
+"""
+
+
 class MaintenanceView(msgspec.Struct, kw_only=True):
     """A window as the API lists it; `services` is filled in when reading."""
 
@@ -185,7 +202,10 @@ class _Moments(NamedTuple):
 
 
 def evolve_view(view: MaintenanceView | None, recorded: RecordedEvent) -> MaintenanceView:
-    """Fold one event into the answer; started_at, completed_at and cancelled_at are the world's time."""
+    """Fold one event into the answer; started_at, completed_at and cancelled_at are the world's time.
+
+    A reminder changes nothing of it.
+    """
     event = cast("MaintenanceEvent", recorded.event)
     after = maintenance.evolve(None if view is None else view.state(), event)
     moment = recorded.occurred_at
@@ -207,7 +227,9 @@ def evolve_view(view: MaintenanceView | None, recorded: RecordedEvent) -> Mainte
         auto_start=after.auto_start,
         auto_complete=after.auto_complete,
         created_at=recorded.recorded_at if view is None else view.created_at,
-        updated_at=recorded.recorded_at,
+        updated_at=view.updated_at
+        if view is not None and isinstance(event, MaintenanceReminded)
+        else recorded.recorded_at,
     )
 
 
@@ -235,6 +257,7 @@ WINDOWS = Table(
         "announced_at",
         "scheduled_start",
         "due_at",
+        "remind_since",
         "body",
     ),
     keys=1,
@@ -249,7 +272,7 @@ class MaintenanceWindows:
     """The projection `maintenance`."""
 
     name = "maintenance"
-    version = 1
+    version = 2
     kinds = (maintenance.KIND,)
     tables = (WINDOWS, UPDATES)
 
@@ -259,7 +282,10 @@ class MaintenanceWindows:
         stored, announced = {}, {}
         if ids := continued(streams):
             rows = await connection.fetch(_LOAD, tenant_id, ids)
-            stored = {row["maintenance_id"]: (row["version"], _decode(row["body"])) for row in rows}
+            stored = {
+                row["maintenance_id"]: (row["version"], _Window(_decode(row["body"]), row["remind_since"]))
+                for row in rows
+            }
             announced = {row["maintenance_id"]: row["announced_at"] for row in rows}
         columns = list(zip(*_rows(streams, stored, announced), strict=True))
         columns[4] = tuple(map(id_array, columns[4]))
@@ -286,8 +312,25 @@ class MaintenanceWindows:
         await connection.execute(_CLEAR_UPDATES, tenant_id)
 
 
+class _Window(NamedTuple):
+    """What a row holds: the answer, and since when people know the hour that they are to be reminded of, if any."""
+
+    view: MaintenanceView
+    remind_since: datetime | None
+
+
+def _evolve(window: _Window | None, recorded: RecordedEvent) -> _Window:
+    view = evolve_view(None if window is None else window.view, recorded)
+    remind_since = None if window is None else window.remind_since
+    if isinstance(recorded.event, MaintenanceScheduled | MaintenanceRescheduled):
+        remind_since = recorded.recorded_at
+    if view.status != "scheduled" or isinstance(recorded.event, MaintenanceReminded):
+        remind_since = None
+    return _Window(view, remind_since)
+
+
 def _rows(
-    streams: Streams, stored: Mapping[int, tuple[int, MaintenanceView]], announced: Mapping[int, datetime]
+    streams: Streams, stored: Mapping[int, tuple[int, _Window]], announced: Mapping[int, datetime]
 ) -> list[tuple[Any, ...]]:
     return [
         (
@@ -299,9 +342,10 @@ def _rows(
             announced[view.id] if view.id in announced else streams[view.id][0].occurred_at,
             view.scheduled_start,
             view.state().due_at,
+            remind_since,
             msgspec.json.encode(view).decode(),
         )
-        for view, version in fold(streams, stored, evolve_view)
+        for (view, remind_since), version in fold(streams, stored, _evolve)
     ]
 
 
@@ -328,3 +372,11 @@ async def due(connection: Connection, within: float, limit: int) -> list[asyncpg
     The one query that spans tenants here: the scheduler serves them all.
     """
     return list(await connection.fetch(_DUE, within, limit))
+
+
+async def to_remind(connection: Connection, lead: float, limit: int) -> list[asyncpg.Record]:
+    """Return windows of all tenants that people must be reminded of, `lead` seconds before they begin or less.
+
+    Those whose hour was told later than that are left out, as are those that should have begun by now.
+    """
+    return list(await connection.fetch(_TO_REMIND, lead, limit))

@@ -15,7 +15,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from opsentry.domain import maintenance
 from opsentry.domain.decider import TransitionRefused
-from opsentry.domain.maintenance import CompleteMaintenance, MaintenanceCommand, StartMaintenance
+from opsentry.domain.maintenance import CompleteMaintenance, MaintenanceCommand, RemindMaintenance, StartMaintenance
 from opsentry.events import log
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
@@ -31,6 +31,7 @@ _log = structlog.get_logger()
 # Whatever is left behind is found within this, with no hint from anybody: half of the second that a lag may last.
 POLL_SECONDS = 0.5
 REBUILD_SECONDS = 1.0
+REMIND_SECONDS = 5.0
 PRUNE_SECONDS = 60.0
 _PRUNE_BATCH = 5_000
 _HORIZON_SECONDS = 2.0
@@ -52,10 +53,18 @@ _MOVES: dict[str, MaintenanceCommand] = {"scheduled": StartMaintenance(), "activ
 
 
 class Worker:
-    """Catches projections up and rebuilds them, moves windows on and forgets old idempotency keys, until stopped.
+    """Catches projections up and rebuilds them, moves windows on, reminds of them, forgets old keys, until stopped.
 
     Workers need no leader: a checkpoint's lock makes an event be applied once, and the stream's version makes a
     window be started once, whoever tries.
+
+    Args:
+        database: Where the work stands.
+        commands: Move windows on.
+        runner: Catches projections up.
+        keys_kept: Seconds that an idempotency key is kept.
+        reminder_minutes: So long before its start people are reminded of a window; 0: never.
+        heartbeat: A file to touch after each round.
     """
 
     def __init__(
@@ -65,9 +74,11 @@ class Worker:
         runner: Runner,
         *,
         keys_kept: int = 48 * 3600,
+        reminder_minutes: int = 0,
         heartbeat: Path | None = None,
     ) -> None:
         self._keys_kept = keys_kept
+        self._lead = 60.0 * reminder_minutes
         self._heartbeat = heartbeat
         self._database = database
         self._commands = commands
@@ -87,6 +98,7 @@ class Worker:
         every = {
             self.catch_up: POLL_SECONDS,
             self.move_windows: POLL_SECONDS,
+            self.remind_of_windows: REMIND_SECONDS,
             self.rebuild: REBUILD_SECONDS,
             self.prune_keys: PRUNE_SECONDS,
         }
@@ -158,11 +170,20 @@ class Worker:
                 self._wake_up_in(row["seconds"], row["due_at"])
             else:
                 # One by one: a tenant that is busy, or whose window cannot be read, must not hold up the others'.
-                await _surviving(self._move, row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
+                await _surviving(self._command, row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
         if len(rows) == _BATCH and rows[-1]["seconds"] <= 0:
             self._wake_up_in(0, datetime.now(UTC))
         if self._heartbeat is not None:
             self._heartbeat.touch()
+
+    async def remind_of_windows(self) -> None:
+        """Remind of windows that begin soon, some at a time, those that begin first before the others."""
+        if not self._lead:
+            return
+        async with self._database.connection() as connection:
+            rows = await windows.to_remind(connection, self._lead, _BATCH)
+        for row in rows:
+            await _surviving(self._command, row["tenant_id"], row["maintenance_id"], RemindMaintenance())
 
     async def prune_keys(self) -> None:
         """Forget idempotency keys that were kept long enough, some at a time."""
@@ -183,20 +204,16 @@ class Worker:
             max_instances=10,
         )
 
-    async def _move(self, tenant_id: int, maintenance_id: int, command: MaintenanceCommand) -> None:
+    async def _command(self, tenant_id: int, maintenance_id: int, command: MaintenanceCommand) -> None:
         try:
             executed = await self._commands.execute(maintenance.DECIDER, tenant_id, maintenance_id, command, _META)
         except (TransitionRefused, ConcurrentChange, NoSuchStream):
-            # Somebody else moved it first; the row is old, and the next poll finds it brought up to date.
+            # Somebody else was first; the row is old, and the next poll finds it brought up to date.
             await self._runner.catch_up(tenant_id, 0)
             return
         await self._runner.catch_up(tenant_id, executed.seq)
-        _log.info(
-            "maintenance window moved",
-            tenant_id=tenant_id,
-            maintenance_id=maintenance_id,
-            status=executed.state.status,
-        )
+        for recorded in executed.history[len(executed.history) - executed.appended :]:
+            _log.info(recorded.event.TYPE, tenant_id=tenant_id, maintenance_id=maintenance_id)
 
 
 class _Rest:

@@ -7,7 +7,7 @@ import json
 import pytest
 import structlog
 
-from tests.api.conftest import head
+from tests.api.conftest import DRILL, head
 
 JSON = {"Content-Type": "application/json"}
 
@@ -40,12 +40,14 @@ JSON = {"Content-Type": "application/json"}
 )
 async def test_what_is_no_json_is_a_bad_request(api, parts, acme, octets):
     _, created, _ = await api.post("/incidents", {"title": "A"})
+    _, window, _ = await api.post("/maintenance", DRILL)
     before = await head(parts, acme.id)
     for method, path in (
         ("POST", "/incidents"),
         ("PATCH", f"/incidents/{created['id']}"),
         ("POST", f"/incidents/{created['id']}/updates"),
         ("POST", "/maintenance"),
+        ("PATCH", f"/maintenance/{window['id']}"),
     ):
         status, answer, headers = await api.send(method, f"/api/v1{path}", data=octets, headers=JSON)
         assert (status, set(answer)) == (400, {"error"})

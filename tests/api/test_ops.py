@@ -124,7 +124,7 @@ async def test_every_bad_token_is_the_same_401(anonymous, parts, acme):
 
 async def test_an_operators_token_opens_nothing_of_a_tenants(operator, things):
     for method, path, _, _ in ROUTES:
-        where = path.replace("{id}", "1").replace("{action}", "start")
+        where = path.replace("{id}", "1").replace("{action}", "start").replace("{delivery_id}", f"msg_{1:032x}")
         assert await raw(operator, method, where) == (401, b'{"error":"%s"}' % MESSAGE.encode()), (method, path)
     assert (await operator.get("/ops/projections"))[0] == 404
 

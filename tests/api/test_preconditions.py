@@ -19,6 +19,7 @@ COMMANDS: tuple[tuple[str, str, Any], ...] = (
     ("POST", "/incidents/{incident}/updates", {"message": "M"}),
     ("POST", "/incidents/{incident}/resolve", {}),
     ("POST", "/incidents/{incident}/redactions", {"fields": ["title"], "reason": "R"}),
+    ("PATCH", "/maintenance/{scheduled}", {"title": "B", "scheduled_end": "2036-06-01T05:00:00Z"}),
     ("POST", "/maintenance/{scheduled}/start", None),
     ("POST", "/maintenance/{active}/complete", None),
     ("POST", "/maintenance/{scheduled}/cancel", None),

@@ -23,6 +23,11 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "resolve": ("POST", "/incidents/{incident}/resolve", {"root_cause": "DNS"}),
     "redact incident": ("POST", "/incidents/{incident}/redactions", {"fields": ["description"], "reason": "Name"}),
     "schedule": ("POST", "/maintenance", {**DRILL, "title": "New", "description": "Told"}),
+    "change window": (
+        "PATCH",
+        "/maintenance/{scheduled}",
+        {"title": "Changed", "suppress_alerts": True, "scheduled_start": "2036-06-01T01:00:00Z"},
+    ),
     "start": ("POST", "/maintenance/{scheduled}/start", {}),
     "complete": ("POST", "/maintenance/{active}/complete", {}),
     "cancel": ("POST", "/maintenance/{scheduled}/cancel", {}),
@@ -31,7 +36,7 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 CREATING = {"declare", "schedule"}
 ACTIONS = {"start", "complete", "cancel"}
 # How many events they are, if not one: what stood with the erased words is said again.
-EVENTS = {"declare": 2, "change": 2, "update": 2, "redact incident": 2, "redact window": 2}
+EVENTS = {"declare": 2, "change": 2, "update": 2, "change window": 3, "redact incident": 2, "redact window": 2}
 
 each_command = pytest.mark.parametrize("name", REQUESTS)
 

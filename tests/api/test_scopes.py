@@ -24,6 +24,7 @@ NEEDS = {
     ("GET", "/maintenance/upcoming"): "read:status",
     ("GET", "/maintenance/{id}"): "read:status",
     ("POST", "/maintenance"): "write:maintenance",
+    ("PATCH", "/maintenance/{id}"): "write:maintenance",
     ("POST", "/maintenance/{id}/{action}"): "write:maintenance",
     ("GET", "/subscriptions"): "write:subscriptions",
     ("POST", "/subscriptions"): "write:subscriptions",
@@ -48,7 +49,7 @@ async def test_every_endpoint_wants_its_scope_and_no_other(http, base_url, parts
     client = Client(http, base_url, await make_token(parts, acme.id, *held))
     before = await head(parts, acme.id)
     for (method, path), needed in NEEDS.items():
-        where = path.replace("{id}", "987654321").replace("{action}", "start")
+        where = path.replace("{id}", "987654321").replace("{action}", "start").replace("{delivery_id}", f"msg_{1:032x}")
         for how in [method, "HEAD"] if method == "GET" else [method]:
             status, answer = await raw(client, how, where)
             if needed is None or needed in held:

@@ -22,6 +22,7 @@ BODIES = {
     "/maintenance": DRILL,
     "/subscriptions": HOOK,
     "/subscriptions/{id}": {"target": "https://example.com/other", "enabled": False},
+    "/maintenance/{id}": {"title": "T", "scheduled_end": "2036-06-02T04:00:00Z"},
 }
 
 
@@ -75,10 +76,12 @@ async def test_totals_and_status_count_the_tenants_own_alone(api, other_api, par
 async def test_services_of_another_tenant_are_as_unknown_as_those_that_never_were(api, other_api, parts, acme, things):
     (number,) = {things["services"]}
     _, created, _ = await other_api.post("/incidents", {"title": "T"})
+    _, window, _ = await other_api.post("/maintenance", DRILL)
     for method, path, body in (
         ("POST", "/incidents", {"title": "T"}),
         ("PATCH", f"/incidents/{created['id']}", {}),
         ("POST", "/maintenance", DRILL),
+        ("PATCH", f"/maintenance/{window['id']}", {}),
     ):
         for ids, words in (
             ([number, 987654321], f"{number}, 987654321"),
@@ -89,6 +92,7 @@ async def test_services_of_another_tenant_are_as_unknown_as_those_that_never_wer
             assert (status, answer) == (400, {"error": f"service_ids: no such service: {words}"})
     assert (await other_api.get("/incidents"))[1]["total"] == 1
     assert (await other_api.get(f"/incidents/{created['id']}"))[1] == created
+    assert (await other_api.get(f"/maintenance/{window['id']}"))[1] == window
 
 
 async def test_the_tenant_is_the_tokens_whatever_the_body_or_query_says(api, other_api, acme, globex):

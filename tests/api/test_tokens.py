@@ -42,7 +42,7 @@ async def test_every_bad_token_is_the_same_401_on_every_route(http, base_url, pa
     client = Client(http, base_url, None)
     for sent in headers:
         for method, path, _, _ in ROUTES:
-            where = path.replace("{id}", "1").replace("{action}", "start")
+            where = path.replace("{id}", "1").replace("{action}", "start").replace("{delivery_id}", f"msg_{1:032x}")
             status, body, answered = await client.send(method, f"/api/v1{where}", headers=sent)
             assert (status, body) == (401, {"error": MESSAGE}), (method, path, sent)
             assert answered["WWW-Authenticate"] == 'Bearer realm="opsentry"'

@@ -8,11 +8,17 @@ from opsentry.domain.maintenance import (
     DECIDER,
     STATUSES,
     CancelMaintenance,
+    ChangeMaintenance,
     CompleteMaintenance,
     MaintenanceCancelled,
+    MaintenanceChanged,
     MaintenanceCompleted,
+    MaintenanceEdited,
+    MaintenanceReminded,
+    MaintenanceRescheduled,
     MaintenanceScheduled,
     MaintenanceStarted,
+    RemindMaintenance,
     ScheduleMaintenance,
     StartMaintenance,
 )
@@ -44,7 +50,9 @@ def test_every_action_from_every_status(status, action):
         attempt.refused(TransitionRefused, f"this one is {status}")
 
 
-@pytest.mark.parametrize("action", [StartMaintenance, CompleteMaintenance, CancelMaintenance])
+@pytest.mark.parametrize(
+    "action", [StartMaintenance, CompleteMaintenance, CancelMaintenance, ChangeMaintenance, RemindMaintenance]
+)
 def test_no_action_on_a_window_that_does_not_exist(action):
     given(DECIDER).when(action()).refused(TransitionRefused, "does not exist")
 
@@ -109,3 +117,107 @@ def test_when_the_scheduler_has_to_move_a_window(status, auto, due):
     state = DECIDER.fold([scheduled, *HISTORIES[status][1:]])
     assert state is not None
     assert (state.status, state.due_at) == (status, due)
+
+
+LATER = END + timedelta(hours=1)
+CHANGES = {
+    "title": MaintenanceEdited(title="Move"),
+    "description": MaintenanceEdited(description="Words"),
+    "scheduled_start": MaintenanceRescheduled(scheduled_start=START - timedelta(hours=1), scheduled_end=END),
+    "scheduled_end": MaintenanceRescheduled(scheduled_start=START, scheduled_end=LATER),
+    "visibility": MaintenanceChanged(visibility="internal"),
+    "service_ids": MaintenanceChanged(service_ids=(1, 2)),
+    "exclude_from_sla": MaintenanceChanged(exclude_from_sla=True),
+    "suppress_alerts": MaintenanceChanged(suppress_alerts=True),
+    "auto_start": MaintenanceChanged(auto_start=False),
+    "auto_complete": MaintenanceChanged(auto_complete=False),
+}
+WORDS = {"title", "description"}
+MAY_CHANGE = {
+    "scheduled": set(CHANGES),
+    "active": {*WORDS, "scheduled_end", "auto_complete"},
+    "completed": WORDS,
+    "cancelled": WORDS,
+}
+
+
+@pytest.mark.parametrize("status", STATUSES)
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_change_in_every_status(status, field):
+    event = CHANGES[field]
+    attempt = given(DECIDER, *HISTORIES[status]).when(ChangeMaintenance(**{field: getattr(event, field)}))
+    if field in MAY_CHANGE[status]:
+        attempt.then(event)
+    else:
+        attempt.refused(TransitionRefused, f"of a window that is {status}, {field} can no longer be changed")
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_what_is_so_already_is_no_change(status):
+    same = {name: getattr(SCHEDULED, name) for name in CHANGES}
+    given(DECIDER, *HISTORIES[status]).when(ChangeMaintenance(**same)).then()
+    given(DECIDER, *HISTORIES[status]).when(ChangeMaintenance()).then()
+
+
+def test_changes_are_told_apart_by_what_they_are():
+    command = ChangeMaintenance(title="Move", service_ids=(2, 1, 2), auto_start=False, scheduled_end=LATER)
+    given(DECIDER, SCHEDULED).when(command).then(
+        MaintenanceEdited(title="Move"),
+        MaintenanceChanged(service_ids=(1, 2), auto_start=False),
+        MaintenanceRescheduled(scheduled_start=START, scheduled_end=LATER),
+    )
+
+
+def test_the_end_comes_after_the_start_whichever_of_them_is_changed():
+    for change in (
+        ChangeMaintenance(scheduled_start=END),
+        ChangeMaintenance(scheduled_end=START),
+        ChangeMaintenance(scheduled_start=LATER),
+    ):
+        given(DECIDER, SCHEDULED).when(change).refused(InvalidField, "scheduled_end: must be after scheduled_start")
+    both = MaintenanceRescheduled(scheduled_start=LATER, scheduled_end=LATER + timedelta(seconds=1))
+    given(DECIDER, SCHEDULED).when(
+        ChangeMaintenance(scheduled_start=both.scheduled_start, scheduled_end=both.scheduled_end)
+    ).then(both)
+
+
+def test_words_about_a_window_whose_imported_hours_make_no_sense_can_be_changed():
+    odd = msgspec.structs.replace(SCHEDULED, scheduled_end=START)
+    given(DECIDER, odd).when(ChangeMaintenance(title="Move")).then(MaintenanceEdited(title="Move"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"title": ""}, "title: must not be blank"),
+        ({"description": "\x00"}, "description: must not contain"),
+        ({"visibility": "x"}, "visibility: must be one of public, internal"),
+    ],
+)
+@pytest.mark.parametrize("status", STATUSES)
+def test_a_change_with_something_wrong_names_the_field(status, change, message):
+    given(DECIDER, *HISTORIES[status]).when(ChangeMaintenance(**change)).refused(InvalidField, message)
+
+
+def test_a_window_that_lasts_longer_is_completed_later():
+    extended = MaintenanceRescheduled(scheduled_start=START, scheduled_end=LATER)
+    state = DECIDER.fold([*HISTORIES["active"], extended])
+    assert state is not None
+    assert state.due_at == LATER
+    state = DECIDER.fold([*HISTORIES["active"], MaintenanceChanged(auto_complete=False)])
+    assert state is not None
+    assert state.due_at is None
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_only_of_a_scheduled_window_is_anybody_reminded(status):
+    reminded = [MaintenanceReminded()] if status == "scheduled" else []
+    given(DECIDER, *HISTORIES[status]).when(RemindMaintenance()).then(*reminded)
+
+
+def test_nobody_is_reminded_twice_of_the_same_hour():
+    given(DECIDER, SCHEDULED, MaintenanceReminded()).when(RemindMaintenance()).then()
+    since = (MaintenanceEdited(title="T"), MaintenanceChanged(auto_start=False))
+    given(DECIDER, SCHEDULED, MaintenanceReminded(), *since).when(RemindMaintenance()).then()
+    moved = MaintenanceRescheduled(scheduled_start=START, scheduled_end=LATER)
+    given(DECIDER, SCHEDULED, MaintenanceReminded(), moved).when(RemindMaintenance()).then(MaintenanceReminded())

@@ -408,18 +408,31 @@ async def test_no_key_is_ours():
 
 
 @pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS", "ignore:Session.login_data")
-async def test_it_logs_in_and_says_so_where_the_password_is_wrong():
+async def test_it_logs_in_where_that_is_safe_and_says_so_where_the_password_is_wrong(certified, monkeypatch):
+    asked = []
+
     def check(server, session, envelope, mechanism, data):
+        asked.append(data.login)
         return AuthResult(success=(data.login, data.password) == (b"user@acme", b"p:ss/w@rd"), handled=False)
 
+    context, file = certified
+    trusting = ssl.create_default_context(cafile=file)
+    trusting.check_hostname = False
+    monkeypatch.setattr(relay.Relay, "_tls", trusting)
     inbox = Inbox()
     options = {"authenticator": check, "auth_required": True, "auth_require_tls": False}
-    async with inbox.open(**options) as address:
+    async with inbox.open(**options, tls_context=context) as address:
         async with channel_to(f"smtp://user%40acme:p%3Ass%2Fw%40rd@{address}") as channel:
             assert (await channel.send(endpoint("kim@example.com"), message())).error is None
         async with channel_to(f"smtp://user%40acme:wrong@{address}") as channel:
             outcome = await channel.send(endpoint("kim@example.com"), message())
             assert outcome == Outcome("the mail relay refuses our password", 535, ours=True)
+    assert asked.pop() == b"user@acme"
+    asked.clear()
+    async with inbox.open(**options) as address, channel_to(f"smtp://user%40acme:p%3Ass%2Fw%40rd@{address}") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+    assert outcome == Outcome("the mail relay cannot be used", ours=True)
+    assert asked == []
 
 
 async def test_tls_is_used_where_it_is_offered_and_certificates_count(certified, monkeypatch):

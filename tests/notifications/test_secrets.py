@@ -52,12 +52,12 @@ def test_a_new_secret_is_32_bytes_and_never_the_same():
 def test_a_token_says_whose_it_is(tenant_id, subscription_id, purpose):
     token = Links(SETTINGS).token(purpose, tenant_id, subscription_id)
     assert set(token) <= set(string.ascii_letters + string.digits + "-_")
-    for keys in ((OLD,), (NEW, OLD)):
-        assert Links(replace(SETTINGS, secret_keys=keys)).read(purpose, token) == (tenant_id, subscription_id)
+    assert Links(SETTINGS).read(purpose, token) == (tenant_id, subscription_id)
+    assert Links(replace(SETTINGS, secret_keys=(NEW, OLD))).read(purpose, token) == (tenant_id, subscription_id)
     other = CONFIRM if purpose == UNSUBSCRIBE else UNSUBSCRIBE
     assert Links(SETTINGS).read(other, token) is None
-    for keys in ((), (NEW, FOREIGN)):
-        assert Links(replace(SETTINGS, secret_keys=keys)).read(purpose, token) is None
+    assert Links(replace(SETTINGS, secret_keys=())).read(purpose, token) is None
+    assert Links(replace(SETTINGS, secret_keys=(NEW, FOREIGN))).read(purpose, token) is None
 
 
 @given(st.integers(0, 63), st.sampled_from(string.ascii_letters + string.digits + "-_=+/%\u00e9 \n"))

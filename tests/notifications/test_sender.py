@@ -169,9 +169,10 @@ async def test_ten_failures_in_a_row_leave_one_probe_at_a_time_until_it_answers(
     for _ in range(30):
         await desk.open()
     async with sending():
+        await settled()
         while len(channel.sent) < 10:
-            await settled()
             await hurry(owner, 300)
+            await settled()
         await settled()
         assert len(channel.sent) == 10
         for probe in range(1, 4):
@@ -192,9 +193,10 @@ async def test_five_days_of_failing_disable_and_the_ledger_says_so(desk, channel
     for _ in range(12):
         await desk.open()
     async with sending():
+        await settled()
         while len(channel.sent) < 10:
-            await settled()
             await hurry(owner, 300)
+            await settled()
         await hurry(owner, 5 * 86400)
         await until(lambda: owner.fetchval("SELECT EXISTS (SELECT FROM events WHERE type = 'subscription.disabled')"))
         await settled()

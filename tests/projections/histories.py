@@ -20,9 +20,11 @@ from opsentry.domain.incident import (
 )
 from opsentry.domain.maintenance import (
     CancelMaintenance,
+    ChangeMaintenance,
     CompleteMaintenance,
     MaintenanceRedacted,
     RedactMaintenance,
+    RemindMaintenance,
     ScheduleMaintenance,
     StartMaintenance,
 )
@@ -216,6 +218,17 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
         st.just(StartMaintenance()),
         st.just(StartMaintenance()),
         st.just(CompleteMaintenance()),
+        st.just(CompleteMaintenance()),
+        st.just(RemindMaintenance()),
+        st.builds(ChangeMaintenance, title=_TITLES, scheduled_end=st.sampled_from([at(12), at(13)])),
+        st.builds(ChangeMaintenance, scheduled_start=st.sampled_from([at(9), at(11)]), auto_start=_FLAG),
+        st.builds(
+            ChangeMaintenance,
+            visibility=_VISIBILITY,
+            service_ids=_SERVICES,
+            suppress_alerts=_FLAG,
+            exclude_from_sla=_FLAG,
+        ),
         st.just(CancelMaintenance()),
         st.sampled_from(maintenance.WORDS),
     ),
@@ -233,12 +246,13 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
         st.builds(DisableSubscription, reason=st.sampled_from(subscription.REASONS)),
         st.just(RotateSecret(sealed="rotated", previous_until=at(24))),
         st.just(RequestTest()),
+        st.just(ChangeSubscription(enabled=True)),
         st.just(RemoveSubscription()),
         st.just(_REMOVE),
     ),
 }
 # Incidents have the longest lives, so they get most of the commands.
-_KINDS = [incident.KIND] * 4 + [maintenance.KIND] * 2 + [service.KIND, subscription.KIND]
+_KINDS = [*[incident.KIND] * 4, *[maintenance.KIND] * 2, service.KIND, *[subscription.KIND] * 2]
 _METAS = st.sampled_from([META, META, msgspec.structs.replace(META, silent=True), Meta(Actor("token", 1))])
 
 

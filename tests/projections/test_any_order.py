@@ -152,6 +152,7 @@ async def test_rows_show_the_state_that_the_domain_gives(app_connection, made):
             assert tuple(row["service_ids"]) == state.service_ids
         if kind == maintenance.KIND:
             assert row["due_at"] == state.due_at
+            assert (row["remind_since"] is not None) == (state.status == "scheduled" and not state.reminded)
 
 
 @with_a_database

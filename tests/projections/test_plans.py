@@ -12,6 +12,7 @@ from opsentry.domain.maintenance import CompleteMaintenance, StartMaintenance
 from opsentry.domain.service import RegisterService
 from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
 from opsentry.events import log
+from opsentry.notifications import deliveries
 from opsentry.projections import impact, incidents, maintenance, outbox, services, subscriptions
 from opsentry.projections.incidents import Incidents
 from opsentry.projections.rebuild import Rebuilder
@@ -149,6 +150,24 @@ async def test_subscriptions_are_found_by_id_and_by_target(app_connection, owner
         assert_goes_by(plan, "subscriptions", "subscriptions_by_target", reads=1)
 
 
+@pytest.mark.parametrize("how", [Explained, ExplainedOnce])
+async def test_a_page_of_deliveries_reads_the_rows_it_shows(app_connection, owner, how):
+    await owner.execute(
+        "INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id, seq, channel, topic,"
+        " created_at, state, settled_at) SELECT 1, gen_random_uuid(), n % 20, 'incident', n, n, 'webhook', 't', now(),"
+        " 'delivered', now() FROM generate_series(1, $1) AS n",
+        5 * COUNT,
+    )
+    await owner.execute("VACUUM ANALYZE deliveries")
+
+    async def page(connection):
+        return await deliveries.page(connection, 1, 7, state=None, before=None, limit=50)
+
+    plan = await plan_of(app_connection, page, how)
+    assert_goes_by(plan, "deliveries", "deliveries_of_subscription", reads=51)
+    assert not [n for n in plan if n["Node Type"] == "Sort" and n["Actual Rows"] > 51]
+
+
 async def test_hot_queries_go_by_their_indexes(app_connection, full):
     tenant_id = full.tenant_id
 
@@ -164,6 +183,9 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
 
     due = await plan_of(app_connection, lambda c: maintenance.due(c, 2.0, 200))
     assert_goes_by(due, "maintenance", "maintenance_due", reads=2 * COUNT // 400)
+
+    remind = await plan_of(app_connection, lambda c: maintenance.to_remind(c, 3600.0, 200))
+    assert_goes_by(remind, "maintenance", "maintenance_to_remind", reads=0)
 
     service = await plan_of(app_connection, lambda c: services.one(c, tenant_id, 7))
     assert_goes_by(service, "services", "services_pkey", reads=1)

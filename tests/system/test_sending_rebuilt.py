@@ -5,6 +5,7 @@ from dataclasses import replace
 from ipaddress import ip_network
 
 import pytest
+from rich.console import Console
 
 from opsentry.domain import incident
 from opsentry.domain.incident import ChangeIncident, IncidentEdited, OpenIncident, ResolveIncident
@@ -22,7 +23,7 @@ SUBSCRIBERS = 5
 INTENTS = "SELECT count(*) FROM outbox_intents"
 
 
-async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):
+async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa: PLR0915 - one story
     key = new_key()
     settings = replace(settings, secret_keys=(key,), open_networks=(ip_network("127.0.0.0/8"),), burst_seconds=0)
     told = 0
@@ -94,4 +95,4 @@ async def test_rebuilds_during_sending_send_nothing_again(settings, owner, monke
 @pytest.mark.faults
 async def test_twenty_rebuilds_during_sending_send_nothing_again(settings, owner, monkeypatch):
     sent = await rebuild_again_and_again(settings, owner, monkeypatch, rounds=20)
-    print(f"\n20 rebuilds while {sent:,} messages were sent: none again")
+    Console().print(f"20 rebuilds while {sent:,} messages were sent: none again")

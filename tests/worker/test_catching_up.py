@@ -13,7 +13,7 @@ UP_TO_DATE = (
     "SELECT NOT EXISTS (SELECT FROM heads h WHERE (SELECT count(*) FROM checkpoints c"
     " WHERE c.tenant_id = h.tenant_id AND c.position = h.seq) < $1)"
 )
-PROJECTIONS = 5
+PROJECTIONS = 6
 
 
 async def leave_behind(parts, tenants, incidents):
