@@ -36,9 +36,7 @@ class Agreeing:
         tenant_id, number = self._read(request, CONFIRM)
         tenant = await self._tenant(tenant_id)
         status = await self._status(tenant_id, number)
-        if status is None:
-            return _too_late(tenant)
-        return page("confirm.html" if status == "pending" else "confirmed.html", tenant=tenant)
+        return page("confirm.html", tenant=tenant) if status == "pending" else _confirmed(tenant, status)
 
     async def confirm(self, request: web.Request) -> web.Response:
         """`POST /confirm/{token}`: the button was pressed. Pressing it again changes nothing."""
@@ -49,9 +47,9 @@ class Agreeing:
                 subscription.DECIDER, tenant_id, number, ConfirmSubscription(), _meta(request)
             )
         except TransitionRefused:
-            return _too_late(tenant)
+            return _confirmed(tenant, None)
         await catch_up(self._parts.runner, tenant_id, executed.seq, request[REQUEST_ID])
-        return page("confirmed.html", tenant=tenant)
+        return _confirmed(tenant, executed.state.status)
 
     async def farewell(self, request: web.Request) -> web.Response:
         """`GET /unsubscribe/{token}`: a button, while there is something to unsubscribe from."""
@@ -107,7 +105,10 @@ class Agreeing:
         return status
 
 
-def _too_late(tenant: str) -> web.Response:
+def _confirmed(tenant: str, status: str | None) -> web.Response:
+    """Return the page of a subscription that waits for nobody: told, or disabled or removed since."""
+    if status == "active":
+        return page("confirmed.html", tenant=tenant)
     return page("removed.html", status=HTTPStatus.GONE, tenant=tenant)
 
 

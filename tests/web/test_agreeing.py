@@ -52,6 +52,14 @@ async def test_the_page_of_what_was_removed(browser, api, acme, wish, links):
         assert (status, heading(text)) == (200, "You are not subscribed any more")
 
 
+async def test_confirming_what_the_tenant_has_disabled_since(browser, api, acme, wish, links):
+    confirm = f"/confirm/{links.token('confirm', acme.id, wish)}"
+    assert (await browser.post(confirm))[0] == 200
+    await api.patch(f"/subscriptions/{wish}", {"enabled": False})
+    for status, text, _ in (await browser.get(confirm), await browser.post(confirm)):
+        assert (status, heading(text)) == (410, "This link is no longer good")
+
+
 async def test_tokens_of_others_open_nothing(browser, parts, acme, globex, wish, links):
     before = await head(parts, acme.id)
     confirm, unsubscribe = (links.token(purpose, acme.id, wish) for purpose in ("confirm", "unsubscribe"))

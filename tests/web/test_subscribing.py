@@ -18,7 +18,7 @@ SENT = "subscribe/sent"
 
 async def test_whoever_asks_is_pending_until_they_agree(browser, api, parts, acme, portal, links):
     status, text, _ = await browser.get("/status/acme/subscribe")
-    assert (status, heading(text)) == (200, "Get updates by e-mail")
+    assert (status, heading(text)) == (200, "Get e-mail updates")
     assert "Acme" in text
     assert "Customer Portal" in text
 
@@ -170,10 +170,28 @@ async def test_where_no_email_is_set_up_there_is_no_form(http, settings, parts, 
     assert await head(parts, acme.id) == 2
 
 
-async def test_too_many_wishes_from_one_address(http, settings, parts, valkey, acme):
+@pytest.fixture
+async def _empty_buckets(valkey):
+    """All tests come from one address."""
     client = connect(valkey.url)
     await client.flushdb()
     await client.aclose()
+
+
+@pytest.mark.usefixtures("_empty_buckets")
+async def test_too_many_pages_opened_from_one_address(http, settings, parts, acme, links):
+    async with serving(replace(settings, rate_limit="3/minute"), parts) as url:
+        browser = Browser(http, url)
+        answers = [await browser.get("/status/acme/subscribe") for _ in range(4)]
+        assert [status for status, _, _ in answers] == [200, 200, 200, 429]
+        assert int(answers[-1][2]["Retry-After"]) <= 60
+        # Mail programs unsubscribe many people from few addresses.
+        unsubscribe = f"/unsubscribe/{links.token('unsubscribe', acme.id, 1)}"
+        assert [(await browser.post(unsubscribe))[0] for _ in range(5)] == [404] * 5
+
+
+@pytest.mark.usefixtures("_empty_buckets")
+async def test_too_many_wishes_from_one_address(http, settings, parts, acme):
     own = replace(settings, subscribe_limit="3/hour", trusted_proxies=(ip_network("127.0.0.0/8"),))
     async with serving(own, parts) as url:
         browser = Browser(http, url)
