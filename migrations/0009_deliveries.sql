@@ -89,6 +89,7 @@ CREATE INDEX deliveries_due ON deliveries (tenant_id, subscription_id, due_at) W
 CREATE INDEX deliveries_waiting ON deliveries (tenant_id, subscription_id, stream_kind, stream_id, created_at, seq)
     WHERE settled_at IS NULL;
 CREATE INDEX deliveries_of_subscription ON deliveries (tenant_id, subscription_id, seq DESC, intent_id);
+CREATE INDEX deliveries_parked ON deliveries (tenant_id) WHERE state = 'parked';
 CREATE INDEX deliveries_settled ON deliveries (settled_at) WHERE settled_at IS NOT NULL;
 
 -- Each time something was sent, and what came of it.

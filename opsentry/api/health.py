@@ -13,8 +13,8 @@ from redis.exceptions import RedisError
 
 from opsentry.api.answers import object_response
 from opsentry.api.http import Call
+from opsentry.notifications import operations
 from opsentry.postgres import Database, DatabaseUnavailable
-from opsentry.projections import outbox
 
 CHECK_TIMEOUT = 0.5
 CACHE_SECONDS = 1.0
@@ -117,14 +117,18 @@ class Readiness:
         return {}
 
     async def _outbox(self) -> dict[str, float]:
-        async with self._database.connection(CHECK_TIMEOUT) as connection:
-            row = await outbox.backlog(connection, MAX_PENDING + 1)
+        async with self._database.transaction(CHECK_TIMEOUT) as connection:
+            row = await operations.backlog(connection, MAX_PENDING + 1)
         details = {
             "pending": row["pending"],
             "oldest_pending_seconds": round(row["pending_seconds"] or 0.0, 3),
             "lag_events": row["unseen"],
             "lag_seconds": round(row["unseen_seconds"] or 0.0, 3),
             "parked": row["parked"],
+            # What need not drain the fleet: it waits for its hour, or for an operator.
+            "waiting": max(0, row["waiting"] - row["due"]),
+            "parked_deliveries": row["parked_deliveries"],
+            "paused": row["paused"],
         }
         if details["pending"] + details["lag_events"] > MAX_PENDING:
             raise Unhealthy(f"more than {MAX_PENDING} notifications wait", **details)

@@ -12,6 +12,7 @@ from opsentry.api.errors import NotFound
 from opsentry.api.http import Call, Id, Moment, utc
 from opsentry.api.ledger import RedactionBody, erasure, stream_history
 from opsentry.domain import maintenance
+from opsentry.domain.decider import set_fields
 from opsentry.domain.maintenance import (
     STATUSES,
     CancelMaintenance,
@@ -125,7 +126,7 @@ async def change(call: Call) -> web.Response:
     body = await call.body(ChangeBody)
     executed = await commands.repeated(call, maintenance.DECIDER)
     if executed is None:
-        wanted = maintenance.set_fields(body)
+        wanted = set_fields(body)
         for name in {"scheduled_start", "scheduled_end"} & wanted.keys():
             wanted[name] = utc(name, wanted[name])
         if "service_ids" in wanted:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
+from msgspec import UNSET
 
 REDACTED = "[redacted]"
 MAX_TITLE = 300
@@ -101,3 +102,9 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> str:
 def normal_ids(service_ids: Iterable[int]) -> tuple[int, ...]:
     """Return ids in ascending order, each once: the order in which answers show them."""
     return tuple(sorted(set(service_ids)))
+
+
+def set_fields(of: msgspec.Struct) -> dict[str, Any]:
+    """Return the fields of an event or a command that are not `UNSET`, by name."""
+    values = msgspec.structs.asdict(of)
+    return {name: value for name, value in values.items() if value is not UNSET}

@@ -5,7 +5,7 @@ That a window's hour has come is an event like any other: the scheduler starts a
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, ClassVar, TypeAlias, assert_never
+from typing import ClassVar, TypeAlias, assert_never
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -20,6 +20,7 @@ from opsentry.domain.decider import (
     check_text,
     check_title,
     normal_ids,
+    set_fields,
 )
 from opsentry.domain.redaction import Erasure, check_reason
 
@@ -218,12 +219,6 @@ def evolve(state: Maintenance | None, event: MaintenanceEvent) -> Maintenance:
             return change(state, **dict.fromkeys(event.fields, REDACTED))
         case _:
             assert_never(event)
-
-
-def set_fields(of: msgspec.Struct) -> dict[str, Any]:
-    """Return the fields of an event or a command that are not `UNSET`, by name."""
-    values = msgspec.structs.asdict(of)
-    return {name: value for name, value in values.items() if value is not UNSET}
 
 
 # ---------------------------------------------------------------------------------------------------- commands

@@ -126,18 +126,17 @@ WHERE e.tenant_id = woken.tenant_id AND e.subscription_id = woken.subscription_i
     AND (e.failures < {PROBE_AFTER} OR e.due_at IS NULL)
 """
 
-# Leases endpoints where something is due, the one that has waited longest first. Tenants that have their share are
-# passed over ($3), and endpoints that have not shown that they answer well where those have theirs: all of them ($4),
-# or a tenant's ($6).
+# Leases endpoints where something is due, the one that has waited longest first, found by where they lie: one that was
+# moved while it was being locked is left for the next time. Tenants that have their share are passed over ($3), and
+# endpoints that have not shown that they answer well where those have theirs: all of them ($4), or a tenant's ($6).
 _CLAIM = """
-WITH due AS (
-    SELECT e.tenant_id, e.subscription_id FROM endpoints e
-    WHERE e.due_at <= statement_timestamp() AND e.tenant_id <> ALL($3)
-        AND (e.width > 1 OR (NOT $4 AND e.tenant_id <> ALL($6)))
-        AND NOT EXISTS (SELECT FROM outbox_paused p WHERE p.tenant_id = 0 OR p.tenant_id = e.tenant_id)
-    ORDER BY e.due_at LIMIT $2 FOR UPDATE SKIP LOCKED)
 UPDATE endpoints e SET lease = $1, due_at = statement_timestamp() + $5 * interval '1 second'
-FROM due WHERE e.tenant_id = due.tenant_id AND e.subscription_id = due.subscription_id
+WHERE e.ctid = ANY(ARRAY(
+    SELECT due.ctid FROM endpoints due
+    WHERE due.due_at <= statement_timestamp() AND due.tenant_id <> ALL($3)
+        AND (due.width > 1 OR (NOT $4 AND due.tenant_id <> ALL($6)))
+        AND NOT EXISTS (SELECT FROM outbox_paused p WHERE p.tenant_id = 0 OR p.tenant_id = due.tenant_id)
+    ORDER BY due.due_at LIMIT $2 FOR UPDATE SKIP LOCKED))
 RETURNING e.tenant_id, e.subscription_id, e.failures, e.width,
     (SELECT s.state FROM subscriptions s
      WHERE s.tenant_id = e.tenant_id AND s.subscription_id = e.subscription_id LIMIT 1) AS state
@@ -220,13 +219,12 @@ FROM unnest($1::bigint[], $2::bigint[]) AS off (tenant_id, subscription_id)
 WHERE d.tenant_id = off.tenant_id AND d.subscription_id = off.subscription_id AND d.settled_at IS NULL
 """
 
-# Gives endpoints back. One that fails again and again is looked at after a while only, whatever is due there.
+# Gives endpoints back, to the end of the line. One that fails again and again is looked at after a while only.
 _RELEASE = f"""
 UPDATE endpoints e SET lease = NULL, failures = r.failures, width = r.width,
     failing_since = CASE WHEN r.failures > 0 THEN coalesce(e.failing_since, statement_timestamp()) END,
-    due_at = CASE WHEN r.hold IS NULL THEN next.due_at
-        WHEN next.due_at IS NOT NULL THEN greatest(next.due_at, statement_timestamp() + r.hold * interval '1 second')
-        END
+    due_at = CASE WHEN next.due_at IS NOT NULL
+        THEN greatest(next.due_at, statement_timestamp() + coalesce(r.hold, 0) * interval '1 second') END
 FROM unnest($1::bigint[], $2::bigint[], $3::int[], $4::int[], $5::float8[])
     AS r (tenant_id, subscription_id, failures, width, hold)
 CROSS JOIN LATERAL (
@@ -334,6 +332,25 @@ async def fresh(connection: Connection, after: int, limit: int) -> list[int]:
     return [row["tenant_id"] for row in await connection.fetch(_FRESH, after, limit)]
 
 
+async def begin(connection: Connection) -> None:
+    """Set what all work on the ledger needs, for the caller's transaction."""
+    await connection.execute(_BEGIN)
+
+
+async def lock(connection: Connection, endpoints: Iterable[tuple[int, int]]) -> None:
+    """Lock endpoints, (tenant, subscription), for the caller's transaction: whoever moves their deliveries does."""
+    if columns := _columns(set(endpoints)):
+        await connection.execute(_MAKE_ENDPOINTS, *columns)
+        await connection.fetch(_LOCK_ENDPOINTS, *columns)
+
+
+async def wake(connection: Connection, lanes: Iterable[tuple[int, int, str, int]], burst: float = 0.0) -> None:
+    """Make the oldest delivery of each lane due, and its endpoint be looked at; the endpoints are locked."""
+    if columns := _columns(lanes):
+        await connection.execute(_WAKE_LANES, *columns, burst)
+        await connection.execute(_WAKE_ENDPOINTS, *columns[:2])
+
+
 async def take_over(connection: Connection, tenant_ids: Sequence[int], burst: float, at_most: int = 5_000) -> int:
     """Take tenants' intents over, in the caller's transaction; return how many lanes that gave something new.
 
@@ -343,16 +360,13 @@ async def take_over(connection: Connection, tenant_ids: Sequence[int], burst: fl
         burst: For so many seconds after the first change of a thing its message waits for more.
         at_most: About so many intents of one tenant, the others later.
     """
-    await connection.execute(_BEGIN)
+    await begin(connection)
     await connection.execute(_MAKE_SETTLED, tenant_ids)
     mine = [row["tenant_id"] for row in await connection.fetch(_TAKE_SETTLED, tenant_ids)]
-    lanes = [tuple(row) for row in await connection.fetch(_TAKE_OVER, mine, at_most)]
-    if lanes:
-        tenants, subscriptions, kinds, streams = map(list, zip(*lanes, strict=True))
-        await connection.execute(_MAKE_ENDPOINTS, tenants, subscriptions)
-        await connection.fetch(_LOCK_ENDPOINTS, tenants, subscriptions)
-        await connection.execute(_WAKE_LANES, tenants, subscriptions, kinds, streams, burst)
-        await connection.execute(_WAKE_ENDPOINTS, tenants, subscriptions)
+    rows = await connection.fetch(_TAKE_OVER, mine, at_most)
+    lanes = [(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in rows]
+    await lock(connection, ((tenant_id, subscription_id) for tenant_id, subscription_id, _, _ in lanes))
+    await wake(connection, lanes, burst)
     return len(lanes)
 
 
@@ -377,7 +391,7 @@ async def claim(
         proven: Only those that have answered well before.
         proven_of: The same, of these tenants.
     """
-    await connection.execute(_BEGIN)
+    await begin(connection)
     rows = await connection.fetch(_CLAIM, lease, at_most, list(passing_over), proven, seconds, list(proven_of))
     return [
         Claimed(
@@ -421,7 +435,7 @@ async def record(connection: Connection, work: Sequence[Work], burst: float) -> 
     Returns:
         The endpoints given back that have failed for so long that they are to be disabled.
     """
-    await connection.execute(_BEGIN)
+    await begin(connection)
     leases = {(w.endpoint.tenant_id, w.endpoint.subscription_id, w.endpoint.lease) for w in work}
     held = {tuple(row) for row in await connection.fetch(_HELD, *_columns(leases))}
     work = [w for w in work if (w.endpoint.tenant_id, w.endpoint.subscription_id, w.endpoint.lease) in held]
@@ -442,8 +456,8 @@ async def record(connection: Connection, work: Sequence[Work], burst: float) -> 
 
 async def turn_off(connection: Connection, tenant_id: int, subscription_id: int) -> None:
     """End all that waits for a subscription that was disabled, in the caller's transaction."""
-    await connection.execute(_BEGIN)
-    await connection.fetch(_LOCK_ENDPOINTS, [tenant_id], [subscription_id])
+    await begin(connection)
+    await lock(connection, [(tenant_id, subscription_id)])
     await connection.execute(_TURN_OFF, [tenant_id], [subscription_id])
     await connection.execute(_REST, tenant_id, subscription_id)
 

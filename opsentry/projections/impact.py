@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET
 
 from opsentry.domain import incident, maintenance
+from opsentry.domain.decider import set_fields
 from opsentry.domain.incident import (
     IncidentOpened,
     IncidentReopened,
@@ -184,12 +185,9 @@ def evolve(source: Source | None, recorded: RecordedEvent) -> Source:
         case IncidentVisibilityChanged():
             return change(source, visibility=event.visibility)
         case MaintenanceChanged():
-            facts = {
-                "visibility": event.visibility,
-                "service_ids": event.service_ids,
-                "excluded": event.exclude_from_sla,
-            }
-            return change(source, **{name: value for name, value in facts.items() if value is not UNSET})
+            excluded = source.excluded if event.exclude_from_sla is UNSET else event.exclude_from_sla
+            facts = {name: value for name, value in set_fields(event).items() if name in Source.__struct_fields__}
+            return change(source, excluded=excluded, **facts)
         case _:
             return source
 

@@ -1,9 +1,10 @@
 """Notification intents, derived: who must be told of which event. Pure; `outbox` keeps what comes of it as rows."""
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right, insort
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
+from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -14,23 +15,26 @@ from opsentry.domain.incident import (
     IncidentOpened,
     IncidentReopened,
     IncidentResolved,
-    IncidentServicesChanged,
     IncidentSeverityChanged,
     IncidentStatusChanged,
     IncidentUpdated,
-    IncidentVisibilityChanged,
 )
 from opsentry.domain.maintenance import (
     MaintenanceCancelled,
     MaintenanceCompleted,
+    MaintenanceReminded,
+    MaintenanceRescheduled,
     MaintenanceScheduled,
     MaintenanceStarted,
     MaintenanceUpdated,
 )
-from opsentry.domain.status import LEVELS
-from opsentry.domain.subscription import Subscription, SubscriptionCreated, SubscriptionRemoved
+from opsentry.domain.subscription import SubscriptionCreated, SubscriptionTestRequested
 from opsentry.events.codec import RecordedEvent
 from opsentry.projections.projection import Streams
+from opsentry.projections.topics import Topic, Wish, evolve, evolve_wish, wants
+
+# What is told once about an incident that was withheld by a window, when the window is over and the incident is not.
+STILL_OPEN = "incident.still_open"
 
 _TOLD = frozenset(
     {
@@ -41,49 +45,14 @@ _TOLD = frozenset(
         IncidentResolved,
         IncidentReopened,
         MaintenanceScheduled,
+        MaintenanceRescheduled,
+        MaintenanceReminded,
         MaintenanceUpdated,
         MaintenanceStarted,
         MaintenanceCompleted,
         MaintenanceCancelled,
     }
 )
-
-
-_CHANGES = frozenset(
-    {
-        IncidentOpened,
-        MaintenanceScheduled,
-        IncidentVisibilityChanged,
-        IncidentServicesChanged,
-        IncidentSeverityChanged,
-    }
-)
-
-
-class Topic(msgspec.Struct, kw_only=True, gc=False):
-    """What the outbox has to know of an incident or a window: none of its words."""
-
-    visibility: str
-    service_ids: tuple[int, ...]
-    severity: str | None = None
-    suppress_alerts: bool = False
-
-
-class Wish(msgspec.Struct, frozen=True):
-    """A subscription and the position since which it holds: it is not told of what came before."""
-
-    since: int
-    channel: str
-    audience: str
-    incidents: bool
-    maintenance: bool
-    service_ids: tuple[int, ...]
-    lowest_severity: str
-
-    @classmethod
-    def of(cls, since: int, state: Subscription) -> "Wish":
-        """Return what a subscription wants, without its words."""
-        return cls(since, *(getattr(state, name) for name in cls.__struct_fields__[1:]))
 
 
 class Intent(NamedTuple):
@@ -103,6 +72,7 @@ class Intent(NamedTuple):
 Key = tuple[str, int]
 
 _FOR_EVER = 2**63
+_seq = attrgetter("seq")
 
 _T = TypeVar("_T")
 
@@ -127,7 +97,8 @@ class Derivation:
     """Derives intents from streams, kind by kind: subscriptions, then windows, then incidents.
 
     In this order all that an event of a stream depends on is known, as of that event's own position, however the
-    streams interleave in the ledger. So they may be read one after the other, as a rebuild does.
+    streams interleave in the ledger. So they may be read one after the other, as a rebuild does. Of what is known
+    already, events that were seen before are passed over.
 
     Args:
         wishes: Subscriptions that there are before the events to come, by id.
@@ -135,83 +106,115 @@ class Derivation:
     """
 
     def __init__(self, wishes: Mapping[int, Wish], active: Mapping[int, Topic]) -> None:
-        self._wishes = {number: _Span(wish.since, _FOR_EVER, wish) for number, wish in wishes.items()}
-        self._windows = {number: _Span(0, _FOR_EVER, frozenset(topic.service_ids)) for number, topic in active.items()}
+        self._wishes = dict(wishes)
+        self._spans = {n: [_Span(wish.since, _FOR_EVER, wish)] for n, wish in wishes.items() if wish.active}
+        self._windows = {n: _Span(topic.since, _FOR_EVER, frozenset(topic.service_ids)) for n, topic in active.items()}
+        self._ends: list[RecordedEvent] = []
         self._steps: tuple[list[int], list[tuple[frozenset[int], ...]]] | None = None
 
     def follow(self, kind: str, streams: Streams, topics: Mapping[int, Topic]) -> Derived:
-        """Fold the streams' events; `topics` is what is known of those that do not begin here."""
+        """Fold the streams' events; `topics` is what is known already of some of them.
+
+        A stream without events is an incident that nothing happened to, but perhaps to the window that withheld it.
+        """
         derived = Derived([], {}, set())
         for number, stream in streams.items():
             if kind == subscription.KIND:
                 self._follow_subscription(number, stream, derived)
                 continue
-            before = topic = topics.get(number)
+            topic = before = topics.get(number)
             for recorded in stream:
-                topic = _evolve(topic, recorded)
-                if kind == maintenance.KIND:
-                    self._follow_window(number, recorded, topic, derived)
-                if self._wishes and not recorded.meta.silent and type(recorded.event) in _TOLD:
-                    derived.intents.extend(self._intents(recorded, topic))
+                topic = self._sum_up(number, topic, recorded.seq, derived)
+                if topic is None or recorded.seq > topic.since:
+                    topic = self._follow_event(evolve(topic, recorded), recorded, derived)
+            topic = self._sum_up(number, topic, _FOR_EVER, derived)
             if topic is not None and topic is not before:
                 derived.known[kind, number] = topic
         return derived
 
     def _follow_subscription(self, number: int, stream: Sequence[RecordedEvent], derived: Derived) -> None:
-        key = (subscription.KIND, number)
+        wish = before = self._wishes.get(number)
         for recorded in stream:
+            if wish is not None and recorded.seq <= wish.since:
+                continue
+            earlier, wish = wish, evolve_wish(wish, recorded)
+            if wish is not earlier:
+                spans = self._spans.setdefault(number, [])
+                if earlier is not None and earlier.active:
+                    spans[-1] = spans[-1]._replace(until=recorded.seq)
+                if wish is not None and wish.active:
+                    spans.append(_Span(recorded.seq, _FOR_EVER, wish))
             match recorded.event:
-                case SubscriptionCreated() as created:
-                    wish = Wish.of(recorded.seq, subscription.evolve(None, created))
-                    self._wishes[number] = _Span(recorded.seq, _FOR_EVER, wish)
-                    derived.known[key] = wish
-                case SubscriptionRemoved():
-                    _end(self._wishes, number, recorded.seq)
-                    derived.known.pop(key, None)
-                    derived.forgotten.add(key)
+                # A pending one is asked whether it wants to be told; a test is for the one that asked for it.
+                case SubscriptionCreated(pending=True) | SubscriptionTestRequested():
+                    if wish is not None and not recorded.meta.silent:
+                        derived.intents.append(_intent(recorded, number, wish.channel))
+        if wish is None:
+            self._wishes.pop(number, None)
+            derived.forgotten.add((subscription.KIND, number))
+        elif wish is not before:
+            self._wishes[number] = wish
+            derived.known[subscription.KIND, number] = wish
 
-    def _follow_window(self, number: int, recorded: RecordedEvent, topic: Topic, derived: Derived) -> None:
+    def _follow_event(self, topic: Topic, recorded: RecordedEvent, derived: Derived) -> Topic:
+        """Note what a window does to others, tell what is worth telling; return the topic as that leaves it."""
+        if recorded.kind == maintenance.KIND:
+            self._follow_window(recorded, topic, derived)
+        if recorded.meta.silent or type(recorded.event) not in _TOLD:
+            return topic
+        suppressed = recorded.kind == incident.KIND and self._withheld(topic, recorded.seq)
+        for number, channel in self._wanting(recorded.kind, topic, recorded):
+            derived.intents.append(_intent(recorded, number, channel, suppressed=suppressed))
+        muted = suppressed and not isinstance(recorded.event, IncidentResolved)
+        if muted or topic.muted:
+            return msgspec.structs.replace(topic, since=recorded.seq, muted=muted)
+        return topic
+
+    def _follow_window(self, recorded: RecordedEvent, topic: Topic, derived: Derived) -> None:
+        number = recorded.stream_id
         key = ("active", number)
         match recorded.event:
             case MaintenanceStarted() if topic.suppress_alerts:
                 self._windows[number] = _Span(recorded.seq, _FOR_EVER, frozenset(topic.service_ids))
                 derived.known[key] = topic
-            case MaintenanceCompleted():
-                _end(self._windows, number, recorded.seq)
+            case MaintenanceCompleted() if number in self._windows:
+                self._windows[number] = self._windows[number]._replace(until=recorded.seq)
+                if not recorded.meta.silent:
+                    insort(self._ends, recorded, key=_seq)
                 derived.known.pop(key, None)
                 derived.forgotten.add(key)
             case _:
                 return
         self._steps = None
 
-    def _intents(self, recorded: RecordedEvent, topic: Topic) -> list[Intent]:
+    def _sum_up(self, number: int, topic: Topic | None, before: int, derived: Derived) -> Topic | None:
+        """Tell that an incident is still open, at the first end of a window before this position that lets it be told.
+
+        Whoever missed what was withheld hears of it once, then.
+        """
+        if topic is None or not topic.muted:
+            return topic
+        for end in self._ends[bisect_right(self._ends, topic.since, key=_seq) :]:
+            if end.seq >= before:
+                break
+            if not self._withheld(topic, end.seq):
+                for subscription_id, channel in self._wanting(incident.KIND, topic, end):
+                    derived.intents.append(_intent(end, subscription_id, channel, still_open=number))
+                return msgspec.structs.replace(topic, since=end.seq, muted=False)
+        return topic
+
+    def _wanting(self, kind: str, topic: Topic, recorded: RecordedEvent) -> Iterator[tuple[int, str]]:
+        """Yield each subscription that wants to be told as of the event, and its channel."""
         seq = recorded.seq
-        told = [
-            (number, wish.channel)
-            for number, (since, until, wish) in self._wishes.items()
-            if since < seq < until and _wants(wish, recorded, topic)
-        ]
-        if not told:
-            return []
-        suppressed = (
-            recorded.kind == incident.KIND
-            and bool(topic.service_ids)
-            and any(services.issuperset(topic.service_ids) for services in self._suppressing(seq))
-        )
-        return [
-            Intent(
-                intent_id=intent_id(recorded, number, channel),
-                seq=seq,
-                subscription_id=number,
-                channel=channel,
-                topic=recorded.event.TYPE,
-                stream_kind=recorded.kind,
-                stream_id=recorded.stream_id,
-                suppressed=suppressed,
-                created_at=recorded.recorded_at,
-            )
-            for number, channel in told
-        ]
+        for number, spans in self._spans.items():
+            for since, until, wish in spans:
+                if since < seq < until and wants(wish, kind, topic, recorded):
+                    yield number, wish.channel
+
+    def _withheld(self, topic: Topic, seq: int) -> bool:
+        """Return whether a window suppresses what is told of an incident at this position."""
+        services = topic.service_ids
+        return bool(services) and any(covered.issuperset(services) for covered in self._suppressing(seq))
 
     def _suppressing(self, seq: int) -> Sequence[frozenset[int]]:
         """Return the services of each window that suppresses alerts at this position."""
@@ -232,52 +235,40 @@ class Derivation:
         return steps[bisect_right(positions, seq)]
 
 
-def _end(spans: dict[int, _Span[_T]], number: int, seq: int) -> None:
-    if number in spans:
-        spans[number] = spans[number]._replace(until=seq)
+def _intent(
+    recorded: RecordedEvent,
+    subscription_id: int,
+    channel: str,
+    *,
+    suppressed: bool = False,
+    still_open: int | None = None,
+) -> Intent:
+    """Return the intent that tells of an event, or, at the end of a window, of the incident that is `still_open`."""
+    kind, stream_id, topic = recorded.kind, recorded.stream_id, recorded.event.TYPE
+    if still_open is not None:
+        kind, stream_id, topic = incident.KIND, still_open, STILL_OPEN
+    return Intent(
+        intent_id=intent_id(recorded, subscription_id, channel, still_open),
+        seq=recorded.seq,
+        subscription_id=subscription_id,
+        channel=channel,
+        topic=topic,
+        stream_kind=kind,
+        stream_id=stream_id,
+        suppressed=suppressed,
+        created_at=recorded.recorded_at,
+    )
 
 
-def intent_id(recorded: RecordedEvent, subscription_id: int, channel: str) -> UUID:
-    """Return the id that this event, subscription and channel always get (an RFC 9562 version 8 UUID)."""
+def intent_id(recorded: RecordedEvent, subscription_id: int, channel: str, still_open: int | None = None) -> UUID:
+    """Return the id that this event, subscription and channel always get (an RFC 9562 version 8 UUID).
+
+    The end of a window may tell of several incidents that are `still_open`, each with an id of its own.
+    """
     name = f"{recorded.tenant_id}:{recorded.seq}:{subscription_id}:{channel}"
+    if still_open is not None:
+        name += f":{incident.KIND}:{still_open}"
     digest = bytearray(sha256(name.encode()).digest()[:16])
     digest[6] = digest[6] & 0x0F | 0x80
     digest[8] = digest[8] & 0x3F | 0x80
     return UUID(bytes=bytes(digest))
-
-
-def _evolve(topic: Topic | None, recorded: RecordedEvent) -> Topic:
-    """Fold one event of an incident or a window."""
-    if topic is not None and type(recorded.event) not in _CHANGES:
-        return topic
-    match recorded.event:
-        case IncidentOpened() as event:
-            return Topic(visibility=event.visibility, service_ids=event.service_ids, severity=event.severity)
-        case MaintenanceScheduled() as event:
-            return Topic(
-                visibility=event.visibility, service_ids=event.service_ids, suppress_alerts=event.suppress_alerts
-            )
-    if topic is None:
-        raise ValueError(f"{recorded.event.TYPE} without a beginning")
-    match recorded.event:
-        case IncidentVisibilityChanged(visibility=visibility):
-            return msgspec.structs.replace(topic, visibility=visibility)
-        case IncidentServicesChanged(service_ids=service_ids):
-            return msgspec.structs.replace(topic, service_ids=service_ids)
-        case IncidentSeverityChanged(severity=severity):
-            return msgspec.structs.replace(topic, severity=severity)
-    return topic
-
-
-def _wants(wish: Wish, recorded: RecordedEvent, topic: Topic) -> bool:
-    if not (wish.incidents if recorded.kind == incident.KIND else wish.maintenance):
-        return False
-    event = recorded.event
-    public = topic.visibility == "public" and not (
-        isinstance(event, IncidentUpdated | MaintenanceUpdated) and not event.is_public
-    )
-    if wish.audience == "public" and not public:
-        return False
-    if wish.service_ids and not set(wish.service_ids) & set(topic.service_ids):
-        return False
-    return topic.severity is None or LEVELS[topic.severity] >= LEVELS[wish.lowest_severity]

@@ -1,25 +1,32 @@
 """Notification intents: who must be told of which event, derived from the log, subscriptions and suppression.
 
-The only projection that looks at more than one stream: at subscriptions and active windows, as of each event. It
-keeps what it has to know of them as its own rows.
+The only projection that looks at more than one stream: at subscriptions and active windows, as of each event, and at
+incidents that a window withheld, when it is over. It keeps what it has to know of them as its own rows.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import asyncpg
 import msgspec
 
 from opsentry.domain import incident, maintenance, subscription
+from opsentry.domain.maintenance import MaintenanceCompleted
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.intents import Derivation, Derived, Intent, Key, Topic, Wish
+from opsentry.projections.intents import Derivation, Derived, Intent
 from opsentry.projections.projection import Rows, Streams, Table, by_stream
+from opsentry.projections.topics import Topic, Wish
 
 # All of a tenant's subscriptions and active windows, which are few.
 _LOAD_FEW = "SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind IN ('subscription', 'active')"
 
-# The incidents and windows that this batch goes on from, each by the index; see the same in incidents.
+# Incidents that a window withheld and that are open: as many as were withheld, found by their index.
+_LOAD_MUTED = """
+SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = 'incident' AND state LIKE '%"muted":%'
+"""
+
+# What is known already of the incidents and windows in this batch, each by the index; see the same in incidents.
 _LOAD = """
 SELECT s.* FROM unnest($2::text[], $3::bigint[]) AS wanted (kind, id) CROSS JOIN LATERAL (
     SELECT kind, id, state FROM outbox_state
@@ -46,38 +53,6 @@ ON CONFLICT DO NOTHING
 
 _CLEAR = "DELETE FROM outbox_intents WHERE tenant_id = $1"
 _CLEAR_STATE = "DELETE FROM outbox_state WHERE tenant_id = $1"
-
-# What readiness asks, of all tenants: intents that wait to be sent, and events that the outbox has not seen yet,
-# be it behind, parked or paused. Counting pending ones stops where the answer no longer changes. Only tenants with
-# events that some projection has not seen are looked at, so it costs the same however many there are. LIMIT keeps them
-# from being joined by scans of whole tables, the ledger's own among them, where statistics are of another time.
-_BACKLOG = """
-SELECT
-    (SELECT count(*) FROM (SELECT FROM outbox_intents WHERE NOT suppressed LIMIT $1) AS waiting) AS pending,
-    (SELECT extract(epoch FROM clock_timestamp() - min(created_at)) FROM outbox_intents WHERE NOT suppressed)::float8
-        AS pending_seconds,
-    coalesce(lag.events, 0)::bigint AS unseen,
-    extract(epoch FROM clock_timestamp() - lag.since)::float8 AS unseen_seconds,
-    lag.parked
-FROM (
-    SELECT sum(h.seq - coalesce(c.position, 0)) AS events, min(e.recorded_at) AS since,
-        count(*) FILTER (WHERE c.parked_seq IS NOT NULL) AS parked
-    FROM (
-        SELECT tenant_id FROM unprojected
-        UNION SELECT tenant_id FROM checkpoints WHERE projection = 'outbox' AND parked_seq IS NOT NULL
-        UNION SELECT c.tenant_id FROM projections p CROSS JOIN LATERAL (
-            SELECT tenant_id FROM checkpoints WHERE projection = p.name OFFSET 0) AS c
-            WHERE p.name = 'outbox' AND p.paused) AS t
-    CROSS JOIN LATERAL (SELECT seq FROM heads WHERE tenant_id = t.tenant_id LIMIT 1) AS h
-    LEFT JOIN LATERAL (
-        SELECT position, parked_seq FROM checkpoints
-        WHERE tenant_id = t.tenant_id AND projection = 'outbox' LIMIT 1) AS c ON true
-    CROSS JOIN LATERAL (
-        SELECT recorded_at FROM events WHERE tenant_id = t.tenant_id AND seq > coalesce(c.position, 0)
-        ORDER BY seq LIMIT 1) AS e
-    WHERE h.seq > coalesce(c.position, 0)
-) AS lag
-"""
 
 _KINDS = (subscription.KIND, maintenance.KIND, incident.KIND)
 INTENTS = Table(
@@ -108,11 +83,11 @@ class Outbox:
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
         """Write the intents that `events` give rise to, and what has to be known for the next ones."""
-        begun = {(e.kind, e.stream_id) for e in events if e.version == 1}
-        derivation, topics = await _load(connection, tenant_id, {(e.kind, e.stream_id) for e in events} - begun)
+        derivation, topics = await _load(connection, tenant_id, events)
         for kind in self.kinds:
-            streams = by_stream(event for event in events if event.kind == kind)
-            derived = derivation.follow(kind, streams, topics.get(kind, {}))
+            known = topics.get(kind, {})
+            streams = dict.fromkeys(known, ()) | by_stream(event for event in events if event.kind == kind)
+            derived = derivation.follow(kind, streams, known)
             if derived.known:
                 await connection.execute(_STORE, tenant_id, *zip(*_state_rows(derived), strict=True))
             if derived.forgotten:
@@ -144,12 +119,14 @@ def _state_rows(derived: Derived) -> list[tuple[Any, ...]]:
 
 
 async def _load(
-    connection: Connection, tenant_id: int, wanted: Iterable[Key]
+    connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]
 ) -> tuple[Derivation, dict[str, dict[int, Topic]]]:
-    """Return what there is to derive from, and the topics that are `wanted`, by kind and id."""
+    """Return what there is to derive from, and the topics that `events` may tell of, by kind and id."""
     rows = list(await connection.fetch(_LOAD_FEW, tenant_id))
-    if keys := sorted(wanted):
-        rows += await connection.fetch(_LOAD, tenant_id, [kind for kind, _ in keys], [id_ for _, id_ in keys])
+    if keys := sorted({(e.kind, e.stream_id) for e in events if e.kind != subscription.KIND}):
+        rows += await connection.fetch(_LOAD, tenant_id, *zip(*keys, strict=True))
+    if any(isinstance(recorded.event, MaintenanceCompleted) for recorded in events):
+        rows += await connection.fetch(_LOAD_MUTED, tenant_id)
     wishes: dict[int, Wish] = {}
     topics: dict[str, dict[int, Topic]] = {}
     for row in rows:
@@ -162,12 +139,3 @@ async def _load(
 
 def _decode(row: asyncpg.Record, type_: type[_S]) -> _S:
     return msgspec.json.decode(row["state"], type=type_)
-
-
-async def backlog(connection: Connection, at_most: int) -> asyncpg.Record:
-    """Return how much of all tenants waits to be told.
-
-    `pending` intents (counted up to `at_most`) and the age of the oldest, `unseen` events and the age of the oldest,
-    and in how many tenants the outbox is `parked`; ages are in seconds, NULL where nothing waits.
-    """
-    return await connection.fetchrow(_BACKLOG, at_most)

@@ -5,8 +5,9 @@ import pytest
 from opsentry.domain import incident
 from opsentry.domain.incident import OpenIncident, PostUpdate, RedactIncident
 from opsentry.domain.redaction import Written, plan
+from opsentry.notifications.operations import backlog
 from opsentry.postgres import DatabaseUnavailable
-from opsentry.projections import operations, outbox
+from opsentry.projections import operations
 from opsentry.projections.folding import NoRoom
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
@@ -90,10 +91,10 @@ async def test_a_pass_that_began_before_a_resume_hides_nothing_from_it(parts, ac
     await parts.runner.catch_up(acme.id, 0)
     monkeypatch.undo()
     assert await parts.runner.behind() == [acme.id]
-    assert (await outbox.backlog(app_connection, 10))["unseen"] == 1
+    assert (await backlog(app_connection, 10))["unseen"] == 1
     await parts.runner.catch_up(acme.id, 0)
     assert await parts.runner.behind() == []
-    assert (await outbox.backlog(app_connection, 10))["unseen"] == 0
+    assert (await backlog(app_connection, 10))["unseen"] == 0
 
 
 async def test_a_paused_outbox_is_in_the_backlog(parts, acme, app_connection):
@@ -102,7 +103,7 @@ async def test_a_paused_outbox_is_in_the_backlog(parts, acme, app_connection):
     await operations.pause(app_connection, ["outbox"])
     await shown(parts, acme)
     assert await parts.runner.behind() == []
-    assert (await outbox.backlog(app_connection, 10))["unseen"] == 1
+    assert (await backlog(app_connection, 10))["unseen"] == 1
 
 
 async def test_code_that_lacks_a_projection_does_not_hide_that_it_lags(parts, acme):

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -12,8 +13,9 @@ from opsentry.domain.maintenance import CompleteMaintenance, StartMaintenance
 from opsentry.domain.service import RegisterService
 from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
 from opsentry.events import log
-from opsentry.notifications import deliveries
-from opsentry.projections import impact, incidents, maintenance, outbox, services, subscriptions
+from opsentry.notifications import deliveries, ledger
+from opsentry.notifications.operations import backlog
+from opsentry.projections import impact, incidents, maintenance, services, subscriptions
 from opsentry.projections.incidents import Incidents
 from opsentry.projections.rebuild import Rebuilder
 from opsentry.projections.runner import Runner
@@ -187,6 +189,10 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
     remind = await plan_of(app_connection, lambda c: maintenance.to_remind(c, 3600.0, 200))
     assert_goes_by(remind, "maintenance", "maintenance_to_remind", reads=0)
 
+    # Few incidents are withheld, however many there are.
+    muted = await plan_of(app_connection, lambda c: c.fetch(outbox._LOAD_MUTED, tenant_id))
+    assert_goes_by(muted, "outbox_state", "outbox_state_muted", reads=0)
+
     service = await plan_of(app_connection, lambda c: services.one(c, tenant_id, 7))
     assert_goes_by(service, "services", "services_pkey", reads=1)
     assert most_rows(service, "impact_periods") <= COUNT // 200 + COUNT // 800
@@ -274,18 +280,33 @@ GROW = (
     "UPDATE heads SET seq = 2 WHERE seq = 0 AND tenant_id <= $1",
     """INSERT INTO checkpoints (tenant_id, projection, position) SELECT tenant_id, p.name, 2 FROM tenants, projections p
     WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
+    "INSERT INTO outbox_settled SELECT tenant_id, 2 FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
+    """INSERT INTO outbox_intents SELECT tenant_id, md5(tenant_id::text)::uuid, 1, 1, 'webhook', 'incident.opened',
+    'incident', 1, false, now() FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
+    """INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id, seq, channel, topic,
+    created_at, state, settled_at) SELECT tenant_id, intent_id, 1, stream_kind, 1, 1, channel, topic, created_at,
+    'delivered', now() FROM outbox_intents WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
+    "INSERT INTO endpoints SELECT tenant_id, 1 FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
 )
-GROWING = ("events", "heads", "checkpoints")
+GROWING = ("events", "heads", "checkpoints", "outbox_intents", "outbox_settled", "deliveries", "endpoints")
 # Of all these, so many: behind, still to be rebuilt, and one whose outbox is parked.
 LAGGING = 3
 LAG = (
     "INSERT INTO unprojected SELECT tenant_id, 2 FROM heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
     "UPDATE checkpoints SET position = 1, generation = -1 WHERE tenant_id <= $1",
     "UPDATE checkpoints SET parked_seq = 2 WHERE tenant_id = $1 AND projection = 'outbox'",
+    "UPDATE deliveries SET state = 'waiting', settled_at = NULL, due_at = now() WHERE tenant_id <= $1",
+    "UPDATE endpoints SET due_at = now() WHERE tenant_id <= $1",
+    "UPDATE outbox_settled SET position = 0 WHERE tenant_id <= $1",
+    "INSERT INTO outbox_fresh SELECT tenant_id, 1 FROM heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
 )
 CATCH_UP = (
     "UPDATE checkpoints SET position = 2, generation = 0, parked_seq = NULL WHERE tenant_id > $1",
     "DELETE FROM unprojected WHERE tenant_id > $1",
+    "UPDATE deliveries SET state = 'delivered', settled_at = now(), due_at = NULL WHERE tenant_id > $1",
+    "UPDATE endpoints SET due_at = NULL WHERE tenant_id > $1",
+    "UPDATE outbox_settled SET position = 2 WHERE tenant_id > $1",
+    "DELETE FROM outbox_fresh WHERE tenant_id > $1",
 )
 
 
@@ -314,10 +335,14 @@ class Polled(Explained):
     async def fetchrow(self, query: str, *values: Any) -> dict[str, Any]:
         mode = "force_generic_plan" if self._generic else "force_custom_plan"
         await self._connection.execute(f"SET plan_cache_mode = {mode}; PREPARE polled AS {query}")
-        given = ", ".join(str(v) if isinstance(v, int | float) else "'{" + ",".join(map(str, v)) + "}'" for v in values)
+        given = ", ".join(map(_literal, values))
         text = await self._connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE polled({given})")
         await self._connection.execute("DEALLOCATE polled")
         self.plans.append(msgspec.json.decode(text)[0]["Plan"])
+        return {}
+
+    async def execute(self, query: str, *_: Any) -> dict[str, Any]:
+        await self._connection.execute(query)
         return {}
 
     def cost(self) -> Cost:
@@ -326,19 +351,36 @@ class Polled(Explained):
         return Cost(sum(most_rows([node], node["Relation Name"]) for node in found), pages)
 
 
+def _literal(value: Any) -> str:
+    match value:
+        case int() | float():
+            return str(value)
+        case UUID():
+            return f"'{value}'"
+    return "'{" + ",".join(map(str, value)) + "}'"
+
+
 async def polls(connection: Any) -> dict[str, Cost]:
     """What each of the polls costs that run all the time, with either kind of plan."""
     found = {}
     for generic in (False, True):
-        for name in ("behind", "left", "backlog"):
+        for name in ("behind", "left", "backlog", "fresh", "claim"):
             polled: Any = Polled(connection, generic=generic)
+            # What a poll sets, and what it changes, is undone.
+            transaction = connection.transaction()
+            await transaction.start()
             match name:
                 case "behind":
                     await Runner(polled, projections()).behind()
                 case "left":
                     await Rebuilder(polled, projections()).left(20, 300.0)
+                case "backlog":
+                    await backlog(polled, 1001)
+                case "fresh":
+                    await ledger.fresh(polled, 0, 50)
                 case _:
-                    await outbox.backlog(polled, 1001)
+                    await ledger.claim(polled, UUID(int=1), seconds=60, at_most=10)
+            await transaction.rollback()
             found[f"{name}, {'any' if generic else 'these'} values"] = polled.cost()
     return found
 

@@ -1,17 +1,34 @@
 """Who must be told of what, worked out once more from a ledger's rows alone, one event after the other."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 LEVELS = ("informational", "degraded", "partial_outage", "major_outage", "critical")
 TOLD = {
     "incident.opened",
     "incident.updated",
+    "incident.status_changed",
+    "incident.severity_changed",
     "incident.resolved",
+    "incident.reopened",
     "maintenance.scheduled",
+    "maintenance.rescheduled",
+    "maintenance.reminded",
+    "maintenance.updated",
     "maintenance.started",
     "maintenance.completed",
+    "maintenance.cancelled",
+}
+# What changes nothing for anybody who is told.
+REST = {
+    "incident.edited",
+    "incident.redacted",
+    "maintenance.edited",
+    "maintenance.redacted",
+    "subscription.secret_rotated",
+    "subscription.redacted",
+    *TOLD,
 }
 
 
@@ -21,49 +38,99 @@ class Told(NamedTuple):
     seq: int
     subscription_id: int
     channel: str
+    topic: str
+    stream_kind: str
+    stream_id: int
     suppressed: bool
 
 
-def told(ledger: Iterable[Mapping[str, Any]]) -> list[Told]:
-    """Return what a tenant's whole ledger gives; it has no events but those that are named here."""
-    wishes: dict[int, Any] = {}
-    topics: dict[tuple[str, int], Any] = {}
-    silencing: dict[int, set[int]] = {}
-    found = []
-    for row in ledger:
-        kind, number, data = row["stream_kind"], row["stream_id"], json.loads(row["data"])
-        match row["type"]:
+class Teller:
+    """What is the case after the events that it has read."""
+
+    def __init__(self) -> None:
+        self.wishes: dict[int, Any] = {}
+        self.things: dict[tuple[str, int], Any] = {}
+        self.silencing: dict[int, set[int]] = {}
+        # Open incidents whose last message was withheld.
+        self.unheard: set[int] = set()
+
+    def read(self, row: Mapping[str, Any]) -> Iterator[Told]:
+        """Take in one event; yield what must be told of it."""
+        kind, number, name = row["stream_kind"], row["stream_id"], row["type"]
+        data = json.loads(row["data"])
+        loud = not json.loads(row["meta"]).get("silent", False)
+        thing: Any = self.things.get((kind, number))
+        over = name == "maintenance.completed" and self.silencing.pop(number, None) is not None
+        match name:
             case "subscription.created":
-                wishes[number] = data
+                self.wishes[number] = {**data, "active": not data.get("pending", False)}
+                if data.get("pending", False) and loud:
+                    yield Told(row["seq"], number, data["channel"], name, kind, number, suppressed=False)
+            case "subscription.confirmed" | "subscription.enabled":
+                self.wishes[number]["active"] = True
+            case "subscription.disabled":
+                self.wishes[number]["active"] = False
+            case "subscription.changed":
+                self.wishes[number] |= data
+            case "subscription.removed":
+                del self.wishes[number]
+            case "subscription.test_requested":
+                if loud:
+                    channel = self.wishes[number]["channel"]
+                    yield Told(row["seq"], number, channel, name, kind, number, suppressed=False)
             case "incident.opened" | "maintenance.scheduled":
-                topics[kind, number] = data
-            case "maintenance.started" if topics[kind, number]["suppress_alerts"]:
-                silencing[number] = set(topics[kind, number]["service_ids"])
-            case "maintenance.completed":
-                silencing.pop(number, None)
-            case "incident.updated" | "incident.resolved" | "maintenance.started":
-                pass
-            case other:
-                assert not other.startswith(("subscription.", "incident.", "maintenance.")), other
-        if row["type"] not in TOLD:
-            continue
-        topic = topics[kind, number]
-        services = set(topic["service_ids"])
-        suppressed = kind == "incident" and bool(services) and any(services <= each for each in silencing.values())
-        for wish_id, wish in wishes.items():
-            public = topic["visibility"] == "public" and data.get("is_public", True)
+                self.things[kind, number] = thing = {**data, "worst": data.get("severity", "critical")}
+            case "incident.visibility_changed" | "incident.services_changed" | "maintenance.changed":
+                thing |= data
+            case "incident.severity_changed":
+                thing["severity"] = data["severity"]
+                thing["worst"] = max(thing["worst"], data["severity"], key=LEVELS.index)
+            case "incident.reopened":
+                thing["worst"] = thing["severity"]
+            case "maintenance.started":
+                if thing["suppress_alerts"]:
+                    self.silencing[number] = set(thing["service_ids"])
+            case _:
+                assert name in REST or not name.startswith(("subscription.", "incident.", "maintenance.")), name
+        if name in TOLD and loud:
+            withheld = kind == "incident" and self.withheld(thing)
+            for wish_id, channel in self.who(kind, thing, public=data.get("is_public", True)):
+                yield Told(row["seq"], wish_id, channel, name, kind, number, withheld)
+            if kind == "incident":
+                (self.unheard.add if withheld else self.unheard.discard)(number)
+        if name == "incident.resolved":
+            self.unheard.discard(number)
+        if over and loud:
+            for unheard in sorted(self.unheard):
+                topic = self.things["incident", unheard]
+                if not self.withheld(topic):
+                    self.unheard.remove(unheard)
+                    for wish_id, channel in self.who("incident", topic, public=True):
+                        yield Told(
+                            row["seq"], wish_id, channel, "incident.still_open", "incident", unheard, suppressed=False
+                        )
+
+    def withheld(self, thing: Mapping[str, Any]) -> bool:
+        services = set(thing["service_ids"])
+        return bool(services) and any(services <= each for each in self.silencing.values())
+
+    def who(self, kind: str, thing: Mapping[str, Any], *, public: bool) -> Iterator[tuple[int, str]]:
+        public = public and thing["visibility"] == "public"
+        for wish_id, wish in self.wishes.items():
             if (
-                wish["incidents" if kind == "incident" else "maintenance"]
+                wish["active"]
+                and wish["incidents" if kind == "incident" else "maintenance"]
                 and (public or wish["audience"] == "internal")
-                and (not wish["service_ids"] or services & set(wish["service_ids"]))
-                and ("severity" not in topic or _severe(topic, wish))
+                and (not wish["service_ids"] or set(thing["service_ids"]) & set(wish["service_ids"]))
+                and LEVELS.index(thing["worst"]) >= LEVELS.index(wish["lowest_severity"])
             ):
-                found.append(Told(row["seq"], wish_id, wish["channel"], suppressed))
-    return found
+                yield wish_id, wish["channel"]
 
 
-def _severe(topic: Mapping[str, Any], wish: Mapping[str, Any]) -> bool:
-    return LEVELS.index(topic["severity"]) >= LEVELS.index(wish["lowest_severity"])
+def told(ledger: Iterable[Mapping[str, Any]]) -> list[Told]:
+    """Return what a tenant's whole ledger gives."""
+    teller = Teller()
+    return [each for row in ledger for each in teller.read(row)]
 
 
 async def check_intents(owner: Any, tenant_id: int) -> int:
@@ -73,17 +140,21 @@ async def check_intents(owner: Any, tenant_id: int) -> int:
             "SELECT position FROM checkpoints WHERE tenant_id = $1 AND projection = 'outbox'", tenant_id
         )
         ledger = await owner.fetch(
-            "SELECT seq, stream_kind, stream_id, type, data FROM events WHERE tenant_id = $1 AND seq <= $2"
+            "SELECT seq, stream_kind, stream_id, type, data, meta FROM events WHERE tenant_id = $1 AND seq <= $2"
             " ORDER BY seq",
             tenant_id,
             position,
         )
-        rows = await owner.fetch(
-            "SELECT intent_id, seq, subscription_id, channel, suppressed FROM outbox_intents WHERE tenant_id = $1",
-            tenant_id,
-        )
-    assert len({row["intent_id"] for row in rows}) == len(rows)
-    assert len({(row["seq"], row["subscription_id"], row["channel"]) for row in rows}) == len(rows)
+        rows = await intents(owner, tenant_id)
     expected = told(ledger)
-    assert sorted(Told(*tuple(row)[1:]) for row in rows) == sorted(expected)
+    assert rows == sorted(expected)
     return len(expected)
+
+
+async def intents(connection: Any, tenant_id: int) -> list[Told]:
+    """Return what the outbox holds, in order; its ids are all different."""
+    rows = await connection.fetch(
+        f"SELECT intent_id, {', '.join(Told._fields)} FROM outbox_intents WHERE tenant_id = $1", tenant_id
+    )
+    assert len({row["intent_id"] for row in rows}) == len(rows)
+    return sorted(Told(*tuple(row)[1:]) for row in rows)

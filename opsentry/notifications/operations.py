@@ -1,0 +1,237 @@
+"""What operators do with the outbox and see of it, and what readiness asks."""
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from opsentry.notifications import ledger
+from opsentry.notifications.ledger import PROBE_AFTER
+from opsentry.postgres import Connection
+
+# Counting stops here: more makes no difference to whoever looks.
+_MANY = 10_000
+
+_PAUSED = "EXISTS (SELECT FROM outbox_paused p WHERE p.tenant_id = 0 OR p.tenant_id = {tenant})"
+
+# What readiness asks, of all tenants. Due is what somebody should be sending just now: deliveries whose time has come
+# at endpoints whose time has come, and intents that no sender has taken over. How long it has waited is told by the
+# endpoint, which moves to the end of the line whenever a sender has been there; where one died there, by the delivery.
+# What waits for a retry, for a probe or for an operator is counted beside it. Each part goes by a small index and stops
+# where the answer no longer changes, so it costs the same however many tenants there are and however long they have
+# been sent to. Unseen is what the outbox projection has not seen, be it behind, parked or paused: only tenants are
+# looked at with events that some projection has not seen. LIMIT keeps tables from being joined by scans of all of them.
+_BACKLOG = f"""
+WITH due AS (
+    SELECT CASE WHEN e.lease IS NULL THEN greatest(e.due_at, d.due_at) ELSE d.due_at END AS since
+    FROM endpoints e CROSS JOIN LATERAL (
+        SELECT due_at FROM deliveries
+        WHERE tenant_id = e.tenant_id AND subscription_id = e.subscription_id AND due_at <= statement_timestamp()
+        ORDER BY due_at LIMIT $1) AS d
+    WHERE e.due_at <= statement_timestamp() AND NOT {_PAUSED.format(tenant="e.tenant_id")}
+    LIMIT $1),
+untaken AS (
+    SELECT i.created_at AS since FROM (SELECT DISTINCT tenant_id FROM outbox_fresh) AS f
+    CROSS JOIN LATERAL (
+        SELECT created_at FROM outbox_intents
+        WHERE tenant_id = f.tenant_id AND NOT suppressed AND seq > coalesce((
+            SELECT position FROM outbox_settled s WHERE s.tenant_id = f.tenant_id LIMIT 1), 0)
+        ORDER BY seq LIMIT $1) AS i
+    WHERE NOT {_PAUSED.format(tenant="f.tenant_id")}
+    LIMIT $1),
+pending AS (SELECT since FROM due UNION ALL SELECT since FROM untaken)
+SELECT
+    (SELECT count(*) FROM pending) AS pending,
+    (SELECT count(*) FROM due) AS due,
+    (SELECT extract(epoch FROM clock_timestamp() - min(since)) FROM pending)::float8 AS pending_seconds,
+    (SELECT count(*) FROM (SELECT FROM deliveries WHERE settled_at IS NULL LIMIT {_MANY}) AS w) AS waiting,
+    (SELECT count(*) FROM (SELECT FROM deliveries WHERE state = 'parked' LIMIT {_MANY}) AS k) AS parked_deliveries,
+    EXISTS (SELECT FROM outbox_paused) AS paused,
+    coalesce(lag.events, 0)::bigint AS unseen,
+    extract(epoch FROM clock_timestamp() - lag.since)::float8 AS unseen_seconds,
+    lag.parked
+FROM (
+    SELECT sum(h.seq - coalesce(c.position, 0)) AS events, min(e.recorded_at) AS since,
+        count(*) FILTER (WHERE c.parked_seq IS NOT NULL) AS parked
+    FROM (
+        SELECT tenant_id FROM unprojected
+        UNION SELECT tenant_id FROM checkpoints WHERE projection = 'outbox' AND parked_seq IS NOT NULL
+        UNION SELECT c.tenant_id FROM projections p CROSS JOIN LATERAL (
+            SELECT tenant_id FROM checkpoints WHERE projection = p.name OFFSET 0) AS c
+            WHERE p.name = 'outbox' AND p.paused) AS t
+    CROSS JOIN LATERAL (SELECT seq FROM heads WHERE tenant_id = t.tenant_id LIMIT 1) AS h
+    LEFT JOIN LATERAL (
+        SELECT position, parked_seq FROM checkpoints
+        WHERE tenant_id = t.tenant_id AND projection = 'outbox' LIMIT 1) AS c ON true
+    CROSS JOIN LATERAL (
+        SELECT recorded_at FROM events WHERE tenant_id = t.tenant_id AND seq > coalesce(c.position, 0)
+        ORDER BY seq LIMIT 1) AS e
+    WHERE h.seq > coalesce(c.position, 0)
+) AS lag
+"""
+
+# How sending stands, for each tenant that anything waits for, or is parked, or where sending is paused.
+_STATUS = f"""
+SELECT t.slug, w.*, {_PAUSED.format(tenant="t.tenant_id")} AS paused,
+    (SELECT count(*) FROM outbox_intents i WHERE i.tenant_id = t.tenant_id AND NOT i.suppressed AND i.seq > coalesce((
+        SELECT position FROM outbox_settled s WHERE s.tenant_id = t.tenant_id), 0)) AS untaken,
+    (SELECT count(*) FROM deliveries d WHERE d.tenant_id = t.tenant_id AND d.state = 'parked') AS parked,
+    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = t.tenant_id AND e.lease IS NOT NULL
+        AND e.due_at > statement_timestamp()) AS leased,
+    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = t.tenant_id AND e.failures > 0) AS failing,
+    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = t.tenant_id AND e.failures >= {PROBE_AFTER}) AS probed,
+    (SELECT position FROM outbox_settled s WHERE s.tenant_id = t.tenant_id) AS settled
+FROM (
+    SELECT tenant_id FROM deliveries WHERE settled_at IS NULL OR state = 'parked'
+    UNION SELECT tenant_id FROM outbox_fresh
+    UNION SELECT tenant_id FROM outbox_paused) AS some
+JOIN tenants t ON t.tenant_id = some.tenant_id
+CROSS JOIN LATERAL (
+    SELECT count(*) FILTER (WHERE d.due_at <= statement_timestamp()) AS due,
+        count(*) FILTER (WHERE d.due_at > statement_timestamp() OR d.due_at IS NULL) AS waiting,
+        extract(epoch FROM statement_timestamp() - min(d.due_at))::float8 AS oldest_due_seconds,
+        min(d.due_at) FILTER (WHERE d.due_at > statement_timestamp()) AS next_attempt_at
+    FROM deliveries d WHERE d.tenant_id = t.tenant_id AND d.settled_at IS NULL) AS w
+WHERE $1::bigint IS NULL OR t.tenant_id = $1
+ORDER BY t.slug
+"""
+
+_LIST = """
+SELECT t.slug, 'msg_' || replace(d.intent_id::text, '-', '') AS id, d.subscription_id, d.channel, d.topic,
+    d.stream_kind, d.stream_id, d.seq, d.state, d.tried, d.due_at, d.answer, d.error, d.created_at
+FROM deliveries d JOIN tenants t ON t.tenant_id = d.tenant_id
+WHERE ($1::bigint IS NULL OR d.tenant_id = $1) AND ($2::bigint IS NULL OR d.subscription_id = $2)
+    AND ($3::text[] IS NULL OR d.state = ANY($3))
+ORDER BY d.created_at DESC, d.tenant_id, d.intent_id LIMIT $4
+"""
+
+# Which deliveries are meant: those with these ids, or all of a tenant, a subscription, in these states.
+_CHOSEN = """
+SELECT tenant_id, intent_id, subscription_id, stream_kind, stream_id FROM deliveries
+WHERE state = ANY($1) AND ($2::uuid[] IS NULL OR intent_id = ANY($2)) AND ($3::bigint IS NULL OR tenant_id = $3)
+    AND ($4::bigint IS NULL OR subscription_id = $4)
+"""
+
+# Begins another round of attempts. One that is behind an older one of its lane waits for that.
+_RETRY = """
+UPDATE deliveries d SET state = 'waiting', attempts = 0, settled_at = NULL, due_at = CASE WHEN NOT EXISTS (
+    SELECT FROM deliveries o WHERE o.tenant_id = d.tenant_id AND o.subscription_id = d.subscription_id
+        AND o.stream_kind = d.stream_kind AND o.stream_id = d.stream_id AND o.settled_at IS NULL AND o.seq < d.seq)
+    THEN statement_timestamp() END
+FROM unnest($1::bigint[], $2::uuid[]) AS row (tenant_id, intent_id)
+WHERE d.tenant_id = row.tenant_id AND d.intent_id = row.intent_id AND d.state = ANY($3)
+"""
+
+# Somebody looks at once, also where an endpoint was to be left alone for a while.
+_LOOK = """
+UPDATE endpoints e SET due_at = statement_timestamp()
+FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS row
+WHERE e.tenant_id = row.tenant_id AND e.subscription_id = row.subscription_id
+    AND (e.lease IS NULL OR e.due_at < statement_timestamp())
+"""
+
+_DROP = """
+UPDATE deliveries d SET state = 'dropped', due_at = NULL, settled_at = statement_timestamp(),
+    error = coalesce(d.error, 'dropped by an operator')
+FROM unnest($1::bigint[], $2::uuid[]) AS row (tenant_id, intent_id)
+WHERE d.tenant_id = row.tenant_id AND d.intent_id = row.intent_id AND d.state = ANY($3)
+"""
+
+_PAUSE = "INSERT INTO outbox_paused (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+_RESUME = "DELETE FROM outbox_paused WHERE tenant_id = $1"
+
+RETRIED = ("parked", "dropped", "disabled", "withheld", "waiting")
+ALL_TENANTS = 0
+
+
+async def backlog(connection: Connection, at_most: int) -> asyncpg.Record:
+    """Return how much of all tenants waits to be told; in the caller's transaction.
+
+    `pending` intents that are due (counted up to `at_most`) and the age of the oldest, how many of them are `due` in
+    the ledger of deliveries, all that are `waiting` there, due or not, `parked_deliveries`, whether sending is `paused`
+    somewhere, `unseen` events and the age of the oldest, and in how many tenants the outbox projection is `parked`;
+    ages are in seconds, NULL where nothing waits.
+    """
+    await ledger.begin(connection)
+    return await connection.fetchrow(_BACKLOG, at_most)
+
+
+async def status(connection: Connection, tenant_id: int | None = None) -> Sequence[asyncpg.Record]:
+    """Return how sending stands, a row for each tenant that anything is to be said of.
+
+    `due` and `waiting` deliveries, the age of the oldest due in seconds, when the next is tried, intents that are
+    `untaken`, `parked` deliveries, endpoints that are `leased` by a sender, `failing` or only `probed`, whether it is
+    `paused`, and up to which position it is `settled` what is sent.
+    """
+    return list(await connection.fetch(_STATUS, tenant_id))
+
+
+async def listing(
+    connection: Connection,
+    tenant_id: int | None,
+    *,
+    subscription_id: int | None = None,
+    states: Sequence[str] | None = None,
+    limit: int = 50,
+) -> Sequence[asyncpg.Record]:
+    """Return deliveries, the newest first."""
+    return list(await connection.fetch(_LIST, tenant_id, subscription_id, states, limit))
+
+
+async def retry(
+    connection: Connection,
+    *,
+    states: Sequence[str],
+    ids: Sequence[UUID] | None = None,
+    tenant_id: int | None = None,
+    subscription_id: int | None = None,
+) -> int:
+    """Have deliveries be tried again, now, in the caller's transaction; return how many."""
+    return await _move(connection, _RETRY, states, ids, tenant_id, subscription_id)
+
+
+async def drop(
+    connection: Connection,
+    *,
+    ids: Sequence[UUID] | None = None,
+    tenant_id: int | None = None,
+    subscription_id: int | None = None,
+) -> int:
+    """Give up deliveries that wait or are parked, in the caller's transaction; return how many. The next follow."""
+    return await _move(connection, _DROP, ("waiting", "parked"), ids, tenant_id, subscription_id)
+
+
+async def _move(
+    connection: Connection,
+    change: str,
+    states: Sequence[str],
+    ids: Sequence[UUID] | None,
+    tenant_id: int | None,
+    subscription_id: int | None,
+) -> int:
+    chosen = await connection.fetch(_CHOSEN, list(states), ids, tenant_id, subscription_id)
+    if not chosen:
+        return 0
+    await ledger.begin(connection)
+    endpoints = [(row["tenant_id"], row["subscription_id"]) for row in chosen]
+    await ledger.lock(connection, endpoints)
+    moved: str = await connection.execute(
+        change, [row["tenant_id"] for row in chosen], [row["intent_id"] for row in chosen], list(states)
+    )
+    lanes = {(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in chosen}
+    await ledger.wake(connection, lanes)
+    await connection.execute(_LOOK, *(list(column) for column in zip(*endpoints, strict=True)))
+    return int(moved.rpartition(" ")[2])
+
+
+async def pause(connection: Connection, tenant_id: int) -> bool:
+    """Send nothing more to a tenant's subscriptions, or with `ALL_TENANTS` to any; return whether that is new."""
+    done: Any = await connection.execute(_PAUSE, tenant_id)
+    return str(done).endswith(" 1")
+
+
+async def resume(connection: Connection, tenant_id: int) -> bool:
+    """Send again; return whether it was paused."""
+    done: Any = await connection.execute(_RESUME, tenant_id)
+    return str(done).endswith(" 1")
