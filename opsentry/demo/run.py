@@ -119,8 +119,7 @@ async def _live(settings: Settings, folder: Path) -> None:
     async with sink(mailbox=not settings.smtp_url) as arriving, core(_told(settings, arriving)) as parts:
         settings = parts.settings
         note = folder / "demo.json"
-        facts = await _prepare(parts, _before(note))
-        await subscribers.seed(parts, facts["tenant_id"], arriving)
+        facts = await _prepare(parts, _before(note), arriving)
         async with working(parts), serving(settings, parts) as base_url:
             facts = {
                 "base_url": base_url,
@@ -166,10 +165,11 @@ def _before(note: Path) -> dict[str, Any]:
     return before if isinstance(before, dict) else {}
 
 
-async def _prepare(parts: Core, before: dict[str, Any]) -> dict[str, Any]:
+async def _prepare(parts: Core, before: dict[str, Any], arriving: Sink) -> dict[str, Any]:
     """Make sure of tenants, what is in them, and tokens; those of an earlier run are kept where they still work."""
     tenant_id = await seed.tenant(parts, seed.SLUG, seed.NAME)
     await seed.seed(parts, tenant_id)
+    await subscribers.seed(parts, tenant_id, arriving)
     other_id = await seed.tenant(parts, seed.OTHER_SLUG, seed.OTHER_NAME)
     await seed.seed_other(parts, other_id)
     for tenant in (tenant_id, other_id):

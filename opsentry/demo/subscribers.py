@@ -37,7 +37,6 @@ async def seed(parts: Core, tenant_id: int, sink: Sink) -> None:
             executed = await parts.commands.execute(subscription.DECIDER, tenant_id, number, command, META)
         except TransitionRefused:
             return None
-        await parts.runner.catch_up(tenant_id, executed.seq)
         return executed.state
 
     hook = f"{sink.url}/hook"

@@ -173,6 +173,43 @@ async def test_an_incident_arrives_as_webhook_slack_message_and_email(folder):
         assert await process.ended() == 0
 
 
+async def test_whoever_subscribes_on_the_page_confirms_by_email_and_is_told(folder):
+    async with demo(folder) as (process, facts), aiohttp.ClientSession() as http:
+        api = Client(http, facts["base_url"], facts["tokens"]["full"])
+
+        async def letters():
+            found = [each for each in (await arrived(http, facts))["emails"] if each["to"] == "jo@example.org"]
+            return found[::-1]
+
+        async with http.post(f"{facts['base_url']}/status/acme/subscribe", data={"email": "jo@example.org"}) as answer:
+            assert (answer.status, answer.url.path) == (200, "/status/acme/subscribe/sent")
+        (asked,) = await until(letters)
+        (confirm,) = [word for word in asked["text"].split() if "/confirm/" in word]
+        assert "List-Unsubscribe" not in asked["headers"]
+        async with http.get(confirm) as answer:
+            assert answer.status == 200
+        assert [
+            each["status"]
+            for each in (await api.get("/subscriptions?channel=email&status=pending"))[1]["subscriptions"]
+        ] == ["pending"]
+        async with http.post(confirm) as answer:
+            assert answer.status == 200
+        await api.post("/incidents", {"title": "Mail queue stuck"})
+
+        async def told():
+            return (await letters())[1:]
+
+        (letter,) = await until(told)
+        assert "Mail queue stuck" in letter["subject"]
+        async with http.post(letter["headers"]["List-Unsubscribe"].strip("<>")) as answer:
+            assert answer.status == 200
+        assert [each["target"] for each in (await api.get("/subscriptions?channel=email"))[1]["subscriptions"]] == [
+            "ops@acme.example"
+        ]
+        interrupt(process)
+        assert await process.ended() == 0
+
+
 async def test_what_was_subscribed_follows_the_sink_and_what_was_removed_stays_so(tmp_path):
     async with demo(tmp_path) as (process, facts), aiohttp.ClientSession() as http:
         api = Client(http, facts["base_url"], facts["tokens"]["full"])
