@@ -92,6 +92,7 @@ def create_app(
         "/health": {"GET": health.probe},
         "/health/live": {"GET": health.live},
         "/health/ready": {"GET": readiness.ready},
+        "/ops/outbox": {"GET": _for_operators(parts, ops.outbox)},
         "/ops/projections": {"GET": _for_operators(parts, ops.projections)},
         "/ops/projections/parked": {"GET": _for_operators(parts, ops.parked)},
     }

@@ -1,4 +1,4 @@
-"""`/ops/…`: how the read models of all tenants stand, for operators. Reads, and changes nothing."""
+"""`/ops/…`: how read models and sending stand, of all tenants, for operators. Reads, and changes nothing."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -9,6 +9,7 @@ from aiohttp import web
 
 from opsentry.api.answers import object_response
 from opsentry.api.health import NO_STORE, Shared
+from opsentry.notifications import operations as sending
 from opsentry.postgres import Connection, Database
 from opsentry.projections import operations
 from opsentry.projections.projection import Projection
@@ -28,6 +29,7 @@ class Ops:
         self._standing = Shared(
             partial(self._encoded, "projections", lambda connection: operations.standing(connection, projections))
         )
+        self._outbox = Shared(partial(self._encoded, "outbox", sending.status))
         self._parked = Shared(
             partial(self._encoded, "parked", lambda connection: operations.parked(connection, limit=_MOST))
         )
@@ -39,6 +41,10 @@ class Ops:
     async def parked(self, _: web.Request) -> web.Response:
         """`GET /ops/projections/parked`: what stopped at an event that it cannot apply, and why."""
         return _answer(await self._parked.get())
+
+    async def outbox(self, _: web.Request) -> web.Response:
+        """`GET /ops/outbox`: for each tenant that anything waits for, what is due, waits, is parked or paused."""
+        return _answer(await self._outbox.get())
 
     async def _encoded(self, name: str, query: Query) -> bytes:
         async with self._database.connection(_PATIENCE) as connection:

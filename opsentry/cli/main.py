@@ -13,6 +13,7 @@ from opsentry.cli.history import history, redact
 from opsentry.cli.import_ import import_group
 from opsentry.cli.ledger import events_group, verify
 from opsentry.cli.operators import operator_group
+from opsentry.cli.outbox import outbox_group, secret_key
 from opsentry.cli.projections import projections_group
 from opsentry.cli.tenants import service_group, tenant_group, token_group
 from opsentry.config import Settings
@@ -51,7 +52,7 @@ def serve(host: str | None, port: int | None) -> None:
     help="A file to touch whenever all work was gone through, for a container's health check.",
 )
 def worker(heartbeat: Path | None) -> None:
-    """Catch projections up and move maintenance windows on, until SIGINT or SIGTERM."""
+    """Catch projections up, send notifications and move maintenance windows on, until SIGINT or SIGTERM."""
     found = settings()
 
     async def work() -> None:
@@ -117,3 +118,5 @@ cli.add_command(events_group)
 cli.add_command(verify)
 cli.add_command(projections_group)
 cli.add_command(operator_group)
+cli.add_command(outbox_group)
+cli.add_command(secret_key)

@@ -85,8 +85,8 @@ SELECT t.slug, w.*, {_PAUSED.format(tenant="t.tenant_id")} AS paused,
 FROM (
     SELECT tenant_id FROM deliveries WHERE settled_at IS NULL OR state = 'parked'
     UNION SELECT tenant_id FROM outbox_fresh
-    UNION SELECT tenant_id FROM outbox_paused) AS some
-JOIN tenants t ON t.tenant_id = some.tenant_id
+    UNION SELECT tenant_id FROM outbox_paused) AS found
+JOIN tenants t ON t.tenant_id = found.tenant_id
 CROSS JOIN LATERAL (
     SELECT count(*) FILTER (WHERE d.due_at <= statement_timestamp()) AS due,
         count(*) FILTER (WHERE d.due_at > statement_timestamp() OR d.due_at IS NULL) AS waiting,

@@ -15,7 +15,7 @@ from tests.api.conftest import make_operator, raw
 from tests.conftest import Client
 from tests.projections.planting import plant
 
-PATHS = ("/ops/projections", "/ops/projections/parked")
+PATHS = ("/ops/projections", "/ops/projections/parked", "/ops/outbox")
 NAMES = ["impact", "incidents", "maintenance", "outbox", "services", "subscriptions"]
 MESSAGE = "missing, unknown, expired or revoked API token"
 

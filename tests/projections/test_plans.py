@@ -15,7 +15,7 @@ from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
 from opsentry.events import log
 from opsentry.notifications import deliveries, ledger
 from opsentry.notifications.operations import backlog
-from opsentry.projections import impact, incidents, maintenance, services, subscriptions
+from opsentry.projections import impact, incidents, maintenance, outbox, services, subscriptions
 from opsentry.projections.incidents import Incidents
 from opsentry.projections.rebuild import Rebuilder
 from opsentry.projections.runner import Runner
