@@ -97,6 +97,7 @@ class Settings:
     database_pool: int = _setting(16, _number(2, 1000), "PostgreSQL connections of one process, at most")
     rate_limit: str = _setting("600/minute", _rate, "requests of one token from one address")
     auth_failure_limit: str = _setting("60/minute", _rate, "failed authentications from one address")
+    subscribe_limit: str = _setting("10/hour", _rate, "subscriptions by e-mail asked for from one address, on its page")
     trusted_proxies: tuple[Network, ...] = _setting(
         (), _networks, "networks whose X-Forwarded-For is believed, separated by commas"
     )

@@ -39,6 +39,7 @@ from opsentry.projections.runner import Runner
 from opsentry.projections.services import RefsReader, Services
 from opsentry.projections.subscriptions import Subscriptions
 from opsentry.redis import connect
+from opsentry.web.routes import pages
 from opsentry.worker.worker import Worker
 
 KEEPALIVE_SECONDS = 75
@@ -90,30 +91,33 @@ async def serving(
         stack.push_async_callback(probe.close)
         limiter = RateLimiter(client, settings.rate_limit, "requests")
         failures = RateLimiter(client, settings.auth_failure_limit, "failures")
-        stack.push_async_callback(limiter.close)
-        stack.push_async_callback(failures.close)
+        asking = RateLimiter(client, settings.subscribe_limit, "asking")
+        for counts in (limiter, failures, asking):
+            stack.push_async_callback(counts.close)
         http = await stack.enter_async_context(http_session(settings.open_networks, settings.sender_sockets))
         # They check targets here and send nothing.
         known = channels(ChannelParts(settings, http))
         for channel in known.values():
             stack.push_async_callback(channel.close)
+        handling = Parts(
+            settings=settings,
+            database=parts.database,
+            commands=parts.commands,
+            runner=parts.runner,
+            moments=Moments(parts.database, parts.runner),
+            refs=RefsReader(parts.runner),
+            tokens=Tokens(parts.database),
+            operators=OperatorTokens(parts.database),
+            channels=known,
+            sealing=Sealing(settings.secret_keys),
+            limiter=limiter,
+            failures=failures,
+        )
         app = create_app(
-            Parts(
-                settings=settings,
-                database=parts.database,
-                commands=parts.commands,
-                runner=parts.runner,
-                moments=Moments(parts.database, parts.runner),
-                refs=RefsReader(parts.runner),
-                tokens=Tokens(parts.database),
-                operators=OperatorTokens(parts.database),
-                channels=known,
-                sealing=Sealing(settings.secret_keys),
-                limiter=limiter,
-                failures=failures,
-            ),
+            handling,
             Readiness(probe, client),
             Ops(parts.database, parts.runner.projections),
+            pages(handling, asking),
         )
         web_runner = web.AppRunner(
             app,
@@ -128,7 +132,12 @@ async def serving(
         site = web.TCPSite(web_runner, host or settings.host, settings.port if port is None else port, backlog=1024)
         await site.start()
         bound, number = web_runner.addresses[0][:2]
-        yield f"http://[{bound}]:{number}" if ":" in bound else f"http://{bound}:{number}"
+        yield base_url_of(bound, number)
+
+
+def base_url_of(host: str, port: int) -> str:
+    """Return the base URL of what listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @asynccontextmanager

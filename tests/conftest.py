@@ -100,6 +100,7 @@ def settings_for(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_na
         port=0,
         rate_limit="1000000/minute",
         auth_failure_limit="1000000/minute",
+        subscribe_limit="1000000/minute",
         secret_keys=(SECRET_KEY,),
         log_level="error",
     )

@@ -14,8 +14,9 @@ from opsentry.postgres import Connection
 
 _SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
-# These two find the tenant itself, so they are the only ones that cannot name it.
+# These find the tenant itself, so they are the only ones that cannot name it.
 _BY_SLUG = "SELECT tenant_id, slug, name, created_at FROM tenants WHERE slug = $1"
+_BY_ID = "SELECT tenant_id, slug, name, created_at FROM tenants WHERE tenant_id = $1"
 _ALL = "SELECT tenant_id, slug, name, created_at FROM tenants ORDER BY slug"
 
 _CREATE = "INSERT INTO tenants (slug, name) VALUES ($1, $2) RETURNING tenant_id"
@@ -61,11 +62,23 @@ async def find(connection: Connection, slug: str) -> asyncpg.Record:
     """Return the tenant's row.
 
     Raises:
-        NoSuchTenant: There is none with this slug.
+        NoSuchTenant: There is none with this slug, which may be no slug at all.
     """
-    row = await connection.fetchrow(_BY_SLUG, slug)
+    row = await connection.fetchrow(_BY_SLUG, slug) if _SLUG.fullmatch(slug) else None
     if row is None:
         raise NoSuchTenant(f"no tenant has the slug {slug}")
+    return row
+
+
+async def with_id(connection: Connection, tenant_id: int) -> asyncpg.Record:
+    """Return the row of the tenant with this id.
+
+    Raises:
+        NoSuchTenant: There is none.
+    """
+    row = await connection.fetchrow(_BY_ID, tenant_id)
+    if row is None:
+        raise NoSuchTenant(f"there is no tenant {tenant_id}")
     return row
 
 

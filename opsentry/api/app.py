@@ -10,13 +10,14 @@ from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from opsentry.access.operators import OperatorToken
-from opsentry.access.rate_limit import RateLimiter, source
+from opsentry.access.rate_limit import RateLimiter
 from opsentry.access.tokens import AnyToken, BadToken, Lookup, Token
 from opsentry.api import deliveries, errors, health, incidents, ledger, maintenance, services, subscriptions, uptime
 from opsentry.api.answers import unless_known
 from opsentry.api.errors import MissingScope, NotFound, RateLimited, rate_headers
 from opsentry.api.health import Readiness
-from opsentry.api.http import MAX_BODY, Call, Parts
+from opsentry.api.http import Call, Parts
+from opsentry.api.incoming import MAX_BODY, REQUEST_ID, address
 from opsentry.api.ops import Ops
 
 _log = structlog.get_logger()
@@ -76,17 +77,18 @@ ROUTES: tuple[tuple[str, str, tuple[str, ...], Endpoint], ...] = (
 _PROCESS = os.urandom(6).hex()
 _requests = count(1)
 
-_REQUEST_ID = web.RequestKey("request_id", str)
 
-
-def create_app(parts: Parts, readiness: Readiness, ops: Ops) -> web.Application:
-    """Return the HTTP application.
+def create_app(
+    parts: Parts, readiness: Readiness, ops: Ops, pages: Mapping[str, Mapping[str, Handler]]
+) -> web.Application:
+    """Return the HTTP application; `pages` are handlers for people, by path and method.
 
     Handlers are wrapped where they are registered: a middleware of aiohttp costs every request, probes above all, more
     than the wrapping itself.
     """
     app = web.Application(client_max_size=MAX_BODY)
     routes: dict[str, dict[str, Handler]] = {
+        **{path: dict(handlers) for path, handlers in pages.items()},
         "/health": {"GET": health.probe},
         "/health/live": {"GET": health.live},
         "/health/ready": {"GET": readiness.ready},
@@ -113,7 +115,7 @@ def _bounded(handler: Handler) -> Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         request_id = f"{_PROCESS}{next(_requests):08x}"
-        request[_REQUEST_ID] = request_id
+        request[REQUEST_ID] = request_id
         try:
             response = await handler(request)
         except Exception as error:  # noqa: BLE001 - the outermost place, where all of them end
@@ -151,7 +153,7 @@ def _for_tenants(parts: Parts, scopes: Sequence[str], endpoint: Endpoint) -> Han
 
     async def respond(request: web.Request, token: Token, rate: Mapping[str, str]) -> web.StreamResponse:
         _require(token, scopes)
-        request_id = request[_REQUEST_ID]
+        request_id = request[REQUEST_ID]
         return await endpoint(Call(request, request_id, token, parts, {**rate, "X-Request-ID": request_id}))
 
     return _guarded(parts, parts.tokens, respond)
@@ -161,7 +163,7 @@ def _for_operators(parts: Parts, handler: Handler) -> Handler:
     """Return a handler that lets in operators' tokens, and logs which one asked."""
 
     async def respond(request: web.Request, token: OperatorToken, _: Mapping[str, str]) -> web.StreamResponse:
-        _log.info("operator asked", request_id=request[_REQUEST_ID], path=request.path, token_prefix=token.prefix)
+        _log.info("operator asked", request_id=request[REQUEST_ID], path=request.path, token_prefix=token.prefix)
         return await handler(request)
 
     return _guarded(parts, parts.operators, respond)
@@ -175,18 +177,16 @@ def _guarded(
     """Return a handler that lets in who may: a working token of the kind, within its rate, as `respond` decides."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        # A proxy may add its address in a line of its own, after whatever line the client made up.
-        forwarded_for = ",".join(request.headers.getall("X-Forwarded-For", ()))
-        address = source(request.remote, forwarded_for, parts.settings.trusted_proxies)
-        token = await _authenticate(tokens, parts.failures, request, address)
-        standing = parts.limiter.hit(tokens.mark, token.token_id, address)
+        sender = address(request, parts.settings.trusted_proxies)
+        token = await _authenticate(tokens, parts.failures, request, sender)
+        standing = parts.limiter.hit(tokens.mark, token.token_id, sender)
         if not standing.allowed:
             raise RateLimited(standing)
         rate = rate_headers(standing)
         try:
             response = unless_known(request, await respond(request, token, rate))
         except Exception as error:  # noqa: BLE001 - answered here, so that the answer shows the rate as well
-            response = errors.answer(error, request, request[_REQUEST_ID])
+            response = errors.answer(error, request, request[REQUEST_ID])
         response.headers.update(rate)
         return response
 
@@ -199,13 +199,13 @@ def _require(token: Token, scopes: Sequence[str]) -> None:
             raise MissingScope(scope)
 
 
-async def _authenticate(tokens: Lookup[T], failures: RateLimiter, request: web.Request, address: str) -> T:
+async def _authenticate(tokens: Lookup[T], failures: RateLimiter, request: web.Request, sender: str) -> T:
     kind, _, value = request.headers.get("Authorization", "").partition(" ")
     try:
         return await tokens.authenticate(value.strip() if kind.lower() == "bearer" else "")
     except BadToken:
         # Counted after the fact: a token that works is let in however many others failed from the same address.
-        standing = failures.hit(address)
+        standing = failures.hit(sender)
         if not standing.allowed:
             raise RateLimited(standing) from None
         raise

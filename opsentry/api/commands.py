@@ -27,6 +27,7 @@ from opsentry.postgres import DatabaseUnavailable, OutcomeUnknown
 from opsentry.projections import incidents, services, subscriptions
 from opsentry.projections import maintenance as windows
 from opsentry.projections.projection import UNANSWERED_SECONDS
+from opsentry.projections.runner import Runner
 from opsentry.projections.services import Links
 from opsentry.projections.timeline import etag
 
@@ -144,7 +145,7 @@ async def answer(
         location: The collection that the object is in, where its address is to be told.
         refs: The links to its services, where they are known already.
     """
-    await _catch_up(call, executed.seq)
+    await catch_up(call.parts.runner, call.tenant_id, executed.seq, call.request_id)
     if refs is None or "Idempotency-Key" in call.request.headers:
         refs = await _refs(call, executed)
     names = await _token_names(call, executed.history)
@@ -158,7 +159,7 @@ async def answer_alone(
     call: Call, executed: Executed[L], body: bytes, *, status: int = 200, location: str | None = None
 ) -> web.Response:
     """Return the same of an object that names no other things, or, with status 204, that it is gone."""
-    await _catch_up(call, executed.seq)
+    await catch_up(call.parts.runner, call.tenant_id, executed.seq, call.request_id)
     if status == HTTPStatus.NO_CONTENT:
         return _told(web.Response(status=status), executed, None)
     return _told(object_response(body, status=status, etag=etag(executed.version, ())), executed, location)
@@ -211,7 +212,7 @@ def _precondition(call: Call) -> Callable[[int], None] | None:
     return check
 
 
-async def _catch_up(call: Call, seq: int) -> None:
+async def catch_up(runner: Runner, tenant_id: int, seq: int, request_id: str) -> None:
     """Bring the read models up to an event that was appended.
 
     It is durable, so nothing that goes wrong here makes the command fail: whoever reads next, or the worker,
@@ -220,9 +221,9 @@ async def _catch_up(call: Call, seq: int) -> None:
     began = time.monotonic()
     try:
         async with asyncio.timeout(CATCH_UP_TIMEOUT):
-            await call.parts.runner.catch_up(call.tenant_id, seq)
+            await runner.catch_up(tenant_id, seq)
     except Exception as error:  # noqa: BLE001 - whatever it is, the command was carried out
-        _log.warning("answered before projecting", request_id=call.request_id, error=type(error).__name__)
+        _log.warning("answered before projecting", request_id=request_id, error=type(error).__name__)
         await asyncio.sleep(max(0.0, began + 1.1 * UNANSWERED_SECONDS - time.monotonic()))
 
 

@@ -15,7 +15,8 @@ from aiohttp import web
 from opsentry.access.operators import OperatorTokens
 from opsentry.access.rate_limit import RateLimiter
 from opsentry.access.tokens import Token, Tokens
-from opsentry.api.errors import BadRequest, BodyBroken, BodyTooLarge, BodyTooSlow, NotFound, NotJson
+from opsentry.api import incoming
+from opsentry.api.errors import BadRequest, NotFound, NotJson
 from opsentry.config import Settings
 from opsentry.events import ledger
 from opsentry.events.execute import Commands
@@ -28,7 +29,6 @@ from opsentry.projections.moments import Moments
 from opsentry.projections.runner import NotThereYet, Runner
 from opsentry.projections.services import Links, RefsReader
 
-MAX_BODY = 64 * 1024
 MAX_ID = 2**63 - 1
 POLL_SECONDS = 0.05
 
@@ -227,7 +227,7 @@ class Call:
         Raises:
             BodyTooLarge, BodyTooSlow, BodyBroken, NotJson, BadRequest: It is not what it should be.
         """
-        octets = self.octets = await self._octets()
+        octets = self.octets = await incoming.octets(self.request, self.parts.settings.body_timeout)
         if not octets.strip() and optional:
             octets = b"{}"
         else:
@@ -242,19 +242,6 @@ class Call:
             raise BadRequest("body: not well-formed JSON") from None
         except RecursionError:
             raise BadRequest("body: nested too deeply") from None
-
-    async def _octets(self) -> bytes:
-        if (self.request.content_length or 0) > MAX_BODY:
-            raise BodyTooLarge
-        try:
-            async with asyncio.timeout(self.parts.settings.body_timeout):
-                return await self.request.read()
-        except TimeoutError:
-            raise BodyTooSlow from None
-        except web.HTTPRequestEntityTooLarge:
-            raise BodyTooLarge from None
-        except (web.RequestPayloadError, ConnectionResetError):
-            raise BodyBroken from None
 
 
 _DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {}

@@ -133,8 +133,13 @@ async def change(call: Call) -> web.Response:
 
 async def remove(call: Call) -> web.Response:
     """`DELETE /subscriptions/:id`: whom it was for is forgotten."""
-    executed = await _execute(call, lambda _, history: RemoveSubscription(versions=worded(written(history))))
+    executed = await _execute(call, lambda _, history: removal(history))
     return await commands.answer_alone(call, executed, b"", status=204)
+
+
+def removal(history: Sequence[RecordedEvent], *, unsubscribed: bool = False) -> RemoveSubscription:
+    """Return the command that removes the subscription with these events, and with it their words."""
+    return RemoveSubscription(unsubscribed=unsubscribed, versions=worded(written(history)))
 
 
 async def test(call: Call) -> web.Response:

@@ -5,9 +5,11 @@ import fcntl
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ import uvloop
 
 from opsentry.access import operators, tokens
 from opsentry.config import Settings
-from opsentry.demo import seed
+from opsentry.demo import seed, subscribers
 from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres, EmbeddedValkey
+from opsentry.demo.sink import Sink, sink
 from opsentry.notifications.sealing import new_key
 from opsentry.postgres import migrate, migrations
-from opsentry.wiring import Core, core, serving, until_stopped, working
+from opsentry.wiring import Core, base_url_of, core, serving, until_stopped, working
 
 
 def run_demo(settings: Settings) -> None:
@@ -59,10 +62,14 @@ def run_demo(settings: Settings) -> None:
                 valkey.start()
                 stack.callback(valkey.stop)
             settings = replace(settings, redis_url=valkey.url)
-        if not settings.secret_keys:
-            settings = replace(settings, secret_keys=(_secret_key(folder / "secret-key"),))
         uvloop.run(_migrate(owner_url))
-        uvloop.run(_live(replace(settings, port=int(port)), folder))
+        settings = replace(
+            settings,
+            port=int(port) or _free_port(),
+            secret_keys=(*settings.secret_keys, _secret_key(folder / "secret-key")),
+            open_networks=(*settings.open_networks, ip_network("127.0.0.0/8"), ip_network("::1/128")),
+        )
+        uvloop.run(_live(settings, folder))
         click.echo("\nstopping …")
     click.echo("stopped")
 
@@ -107,9 +114,12 @@ async def _migrate(url: str) -> None:
 
 async def _live(settings: Settings, folder: Path) -> None:
     stopped = asyncio.create_task(until_stopped())
-    async with core(settings) as parts:
+    if "OPSENTRY_PUBLIC_URL" not in os.environ:
+        settings = replace(settings, public_url=base_url_of(settings.host, settings.port))
+    async with sink(mailbox=not settings.smtp_url) as arriving, core(_told(settings, arriving)) as parts:
+        settings = parts.settings
         note = folder / "demo.json"
-        facts = await _prepare(parts, _before(note))
+        facts = await _prepare(parts, _before(note), arriving)
         async with working(parts), serving(settings, parts) as base_url:
             facts = {
                 "base_url": base_url,
@@ -121,10 +131,23 @@ async def _live(settings: Settings, folder: Path) -> None:
                 "tokens": facts["tokens"],
                 "other": facts["other"],
                 "operator": facts["operator"],
+                "sink": {"url": arriving.url, "smtp_url": arriving.smtp_url},
             }
             _write(note, json.dumps(facts, indent=2))
-            _welcome(base_url, facts["tokens"]["full"], facts["operator"]["token"], note)
+            _welcome(facts, note)
             await stopped
+
+
+def _told(settings: Settings, arriving: Sink) -> Settings:
+    """Return the settings with which e-mails go to the sink, if it takes them."""
+    return replace(settings, smtp_url=arriving.smtp_url or settings.smtp_url)
+
+
+def _free_port() -> int:
+    """Return a port that is free: links in e-mails need its number before anything listens there."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def _secret_key(path: Path) -> str:
@@ -142,10 +165,11 @@ def _before(note: Path) -> dict[str, Any]:
     return before if isinstance(before, dict) else {}
 
 
-async def _prepare(parts: Core, before: dict[str, Any]) -> dict[str, Any]:
+async def _prepare(parts: Core, before: dict[str, Any], arriving: Sink) -> dict[str, Any]:
     """Make sure of tenants, what is in them, and tokens; those of an earlier run are kept where they still work."""
     tenant_id = await seed.tenant(parts, seed.SLUG, seed.NAME)
     await seed.seed(parts, tenant_id)
+    await subscribers.seed(parts, tenant_id, arriving)
     other_id = await seed.tenant(parts, seed.OTHER_SLUG, seed.OTHER_NAME)
     await seed.seed_other(parts, other_id)
     for tenant in (tenant_id, other_id):
@@ -200,20 +224,26 @@ def _write(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def _welcome(base_url: str, token: str, operator: str, note: Path) -> None:
+def _welcome(facts: dict[str, Any], note: Path) -> None:
+    base_url, tokens_, arrived = facts["base_url"], facts["tokens"], facts["sink"]["url"]
     click.echo(f"""
 Opsentry runs at {base_url}   (Ctrl-C stops it)
 
 Try, in another terminal:
 
   curl {base_url}/health/ready
-  export TOKEN={token}
+  export TOKEN={tokens_["full"]}
   curl -H "Authorization: Bearer $TOKEN" {base_url}/api/v1/services
   curl -H "Authorization: Bearer $TOKEN" {base_url}/api/v1/incidents/active
+  export OPERATOR={facts["operator"]["token"]}
+  curl -H "Authorization: Bearer $OPERATOR" {base_url}/ops/projections
+
+Open an incident, and see the webhook, the Slack message and the e-mail arrive at {arrived}
+
   curl -X POST {base_url}/api/v1/incidents -H "Authorization: Bearer $TOKEN" \\
     -H "Content-Type: application/json" -d '{{"title": "Deploy failed", "severity": "degraded"}}'
-  export OPERATOR={operator}
-  curl -H "Authorization: Bearer $OPERATOR" {base_url}/ops/projections
+
+Subscribe by e-mail, and find the link to confirm there too: {base_url}/status/{facts["tenant_slug"]}/subscribe
 
 All tokens, and where the servers are: {note}
 """)

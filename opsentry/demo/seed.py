@@ -53,7 +53,7 @@ async def seed(parts: Core, tenant_id: int) -> None:
 
     What is there already stays as it is; after an end half-way, what lacks is added.
     """
-    story = _Story(parts, tenant_id)
+    story = Story(parts, tenant_id)
     api = await story.service("main-api", "Main API", "The public REST API.", tags=("prod", "customer-facing"))
     portal = await story.service("customer-portal", "Customer Portal", "Where customers sign in.", tags=("prod",))
     hooks = await story.service("webhooks", "Webhooks", "Deliveries to customers' endpoints.", tags=("prod",))
@@ -103,13 +103,13 @@ async def seed(parts: Core, tenant_id: int) -> None:
 
 async def seed_other(parts: Core, tenant_id: int) -> None:
     """Give the second tenant something that the first must never see."""
-    story = _Story(parts, tenant_id)
+    story = Story(parts, tenant_id)
     shop = await story.service("shop", "Globex Shop", "Checkout and catalogue.")
     opened = OpenIncident(title="Globex checkout is down", severity="critical", service_ids=(shop,))
     await story.incident(timedelta(hours=1), opened)
 
 
-class _Story:
+class Story:
     """Writes history as commands that happened in the past, each stream whole or not at all."""
 
     def __init__(self, parts: Core, tenant_id: int) -> None:
@@ -120,20 +120,22 @@ class _Story:
     async def service(
         self, slug: str, name: str, description: str, *, visibility: str = "public", tags: tuple[str, ...] = ()
     ) -> int:
+        """Tell of a service that came under watch two months ago."""
         command = RegisterService(slug=slug, name=name, description=description, visibility=visibility, tags=tags)
         moment = self._now - timedelta(days=60)
-        return await self._tell(service.DECIDER, service.claim(slug), [(command, moment)])
+        return await self.tell(service.DECIDER, service.claim(slug), [(command, moment)])
 
     async def incident(self, ago: timedelta, command: OpenIncident, *later: tuple[int, IncidentCommand]) -> int:
         """Tell of an incident that began `ago`; `later` are minutes after that, and what was done then."""
         began = self._now - ago
         commands: list[tuple[IncidentCommand, datetime]] = [(command, began)]
         commands += [(change, began + timedelta(minutes=minutes)) for minutes, change in later]
-        return await self._tell(incident.DECIDER, f"demo:incident:{command.title}", commands)
+        return await self.tell(incident.DECIDER, f"demo:incident:{command.title}", commands)
 
     async def window(
         self, ago: timedelta, length: timedelta, title: str, service_ids: tuple[int, ...], *, over: bool = False
     ) -> int:
+        """Tell of a window that began `ago`, or begins then; one that is `over` was completed on time."""
         start = (self._now - ago).replace(microsecond=0)
         command = ScheduleMaintenance(
             title=title,
@@ -148,9 +150,9 @@ class _Story:
             commands.append((StartMaintenance(), start))
         if over:
             commands.append((CompleteMaintenance(), start + length))
-        return await self._tell(maintenance.DECIDER, f"demo:maintenance:{title}", commands)
+        return await self.tell(maintenance.DECIDER, f"demo:maintenance:{title}", commands)
 
-    async def _tell(self, decider: Decider[S, C, E], claim: str, commands: Sequence[tuple[C, datetime]]) -> int:
+    async def tell(self, decider: Decider[S, C, E], claim: str, commands: Sequence[tuple[C, datetime]]) -> int:
         """Return the id of the stream that holds `claim`; write it with the outcome of `commands` if there is none."""
         events: list[NewEvent] = []
         state: S | None = None

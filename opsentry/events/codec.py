@@ -18,7 +18,10 @@ _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class Actor(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """Who did it: `token`, `scheduler`, `import`, `operator` (the command line), with the id of the row if any."""
+    """Who did it, with the id of the row if any.
+
+    `token`, `scheduler`, `import`, `operator` (the command line) or `visitor` (a page that anyone may open).
+    """
 
     kind: str
     id: int | None = None

@@ -12,7 +12,18 @@ from opsentry.access import tokens
 from tests.conftest import Client
 from tests.system.processes import environment, free_port, opsentry, running, until
 
-FACTS = {"base_url", "pid", "tenant_id", "tenant_slug", "database_url", "redis_url", "tokens", "other", "operator"}
+FACTS = {
+    "base_url",
+    "pid",
+    "tenant_id",
+    "tenant_slug",
+    "database_url",
+    "redis_url",
+    "tokens",
+    "other",
+    "operator",
+    "sink",
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +115,137 @@ async def test_there_is_something_to_look_at(folder):
         for path in (f"/incidents/{active['incidents'][0]['id']}", f"/services/{services['services'][0]['id']}"):
             assert (await api.get(path))[0] == 200
             assert (await other.get(path))[0] == 404
+
+
+async def arrived(http, facts):
+    async with http.get(f"{facts['sink']['url']}/arrived.json") as answer:
+        return await answer.json()
+
+
+async def test_an_incident_arrives_as_webhook_slack_message_and_email(folder):
+    async with demo(folder) as (process, facts), aiohttp.ClientSession() as http:
+        api = Client(http, facts["base_url"], facts["tokens"]["full"])
+        _, found, _ = await api.get("/subscriptions")
+        subscribed = {each["channel"]: each for each in found["subscriptions"]}
+        assert {channel: (each["audience"], each["status"]) for channel, each in subscribed.items()} == {
+            "webhook": ("internal", "active"),
+            "slack": ("internal", "active"),
+            "email": ("public", "active"),
+        }
+        assert len(found["subscriptions"]) == 3
+        own = {"channel": "webhook", "target": f"{facts['sink']['url']}/hook/own"}
+        _, mine, _ = await api.post("/subscriptions", own)
+        _, made, _ = await api.post("/incidents", {"title": "<b>Deploy</b> failed", "severity": "degraded"})
+
+        async def three_came():
+            came = await arrived(http, facts)
+            hooks = [hook for hook in came["webhooks"] if hook["body"]["data"]["incident"]["id"] == made["id"]]
+            return came if len(hooks) == 2 and came["slack"] and came["emails"] else None
+
+        came = await until(three_came)
+        hooks = {hook["path"]: hook for hook in came["webhooks"]}
+        hook = hooks["/hook"]
+        assert (hook["type"], hook["verified"]) == ("incident.opened", True)
+        assert hook["id"] == hook["headers"]["webhook-id"]
+        assert datetime.fromisoformat(hook["at"])
+        # The sink knows no other secret than that of its own subscription.
+        assert not hooks["/hook/own"]["verified"]
+        assert mine["secret"].startswith("whsec_")
+        assert "&lt;b&gt;Deploy" in came["slack"][0]["body"]["text"]
+        letter = came["emails"][0]
+        assert letter["to"] == "ops@acme.example"
+        assert "Deploy" in letter["subject"]
+        assert letter["references"].startswith("<")
+        assert letter["headers"]["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
+        unsubscribe = letter["headers"]["List-Unsubscribe"].strip("<>")
+        assert unsubscribe.startswith(f"{facts['base_url']}/unsubscribe/")
+        assert unsubscribe in letter["text"]
+        assert unsubscribe in letter["html"]
+
+        async with http.get(f"{facts['sink']['url']}/") as answer:
+            shown = await answer.text()
+        assert "The signature verifies." in shown
+        assert f'href="{unsubscribe}"' in shown
+        assert "<b>" not in shown
+
+        await api.delete(f"/subscriptions/{mine['id']}")
+        interrupt(process)
+        assert await process.ended() == 0
+
+
+async def test_whoever_subscribes_on_the_page_confirms_by_email_and_is_told(folder):
+    async with demo(folder) as (process, facts), aiohttp.ClientSession() as http:
+        api = Client(http, facts["base_url"], facts["tokens"]["full"])
+
+        async def letters():
+            found = [each for each in (await arrived(http, facts))["emails"] if each["to"] == "jo@example.org"]
+            return found[::-1]
+
+        async with http.post(f"{facts['base_url']}/status/acme/subscribe", data={"email": "jo@example.org"}) as answer:
+            assert (answer.status, answer.url.path) == (200, "/status/acme/subscribe/sent")
+        (asked,) = await until(letters)
+        (confirm,) = [word for word in asked["text"].split() if "/confirm/" in word]
+        assert "List-Unsubscribe" not in asked["headers"]
+        async with http.get(confirm) as answer:
+            assert answer.status == 200
+        assert [
+            each["status"]
+            for each in (await api.get("/subscriptions?channel=email&status=pending"))[1]["subscriptions"]
+        ] == ["pending"]
+        async with http.post(confirm) as answer:
+            assert answer.status == 200
+        await api.post("/incidents", {"title": "Mail queue stuck"})
+
+        async def told():
+            return (await letters())[1:]
+
+        (letter,) = await until(told)
+        assert "Mail queue stuck" in letter["subject"]
+        async with http.post(letter["headers"]["List-Unsubscribe"].strip("<>")) as answer:
+            assert answer.status == 200
+        assert [each["target"] for each in (await api.get("/subscriptions?channel=email"))[1]["subscriptions"]] == [
+            "ops@acme.example"
+        ]
+        interrupt(process)
+        assert await process.ended() == 0
+
+
+async def test_what_was_subscribed_follows_the_sink_and_what_was_removed_stays_so(tmp_path):
+    async with demo(tmp_path) as (process, facts), aiohttp.ClientSession() as http:
+        api = Client(http, facts["base_url"], facts["tokens"]["full"])
+        _, before, _ = await api.get("/subscriptions")
+        (mail,) = [each for each in before["subscriptions"] if each["channel"] == "email"]
+        _, made, _ = await api.post("/incidents", {"title": "Deploy failed"})
+
+        async def came():
+            return (await arrived(http, facts))["emails"]
+
+        (letter,) = await until(came)
+        unsubscribe = letter["headers"]["List-Unsubscribe"].strip("<>")
+        async with http.post(unsubscribe, data={"List-Unsubscribe": "One-Click"}) as answer:
+            assert answer.status == 200
+        assert (await api.get(f"/subscriptions/{mail['id']}"))[0] == 404
+        assert (tmp_path / "secret-key").stat().st_mode & 0o777 == 0o600
+        interrupt(process)
+        assert await process.ended() == 0
+    async with demo(tmp_path) as (process, again), aiohttp.ClientSession() as http:
+        assert again["sink"]["url"] != facts["sink"]["url"]
+        api = Client(http, again["base_url"], again["tokens"]["full"])
+        _, after, _ = await api.get("/subscriptions")
+        assert {each["channel"]: each["target"] for each in after["subscriptions"]} == {
+            "webhook": f"{again['sink']['url']}/hook",
+            "slack": f"{again['sink']['url']}/…",
+        }
+        assert {each["id"] for each in after["subscriptions"]} < {each["id"] for each in before["subscriptions"]}
+        assert (await api.post(f"/incidents/{made['id']}/resolve"))[0] == 200
+
+        async def resolved():
+            found = await arrived(http, again)
+            return found["slack"] and [hook["type"] for hook in found["webhooks"] if hook["verified"]]
+
+        assert await until(resolved) == ["incident.resolved"]
+        interrupt(process)
+        assert await process.ended() == 0
 
 
 @pytest.mark.parametrize(
