@@ -1,7 +1,7 @@
 """Receivers of webhooks on loopback, which remember what came in which order."""
 
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -29,6 +29,8 @@ class Receivers:
         self.arrived: dict[str, list[Arrival]] = defaultdict(list)
         self.count = 0
         self.answers: dict[str, int] = {}
+        self.quiet: Callable[[], bool] = lambda: True
+        """Whether nobody is connected: whoever was killed has nothing on its way any more."""
 
     def url(self, name: object) -> str:
         return f"{self.base}/{name}"
