@@ -102,6 +102,9 @@ class Sender:
         self._more = asyncio.Event()
         self._to_do: list[Work] = []
         self._recording = asyncio.Event()
+        # Taken before something is sent, given back once it is recorded what came of it: so much may be in doubt, and
+        # goes out again, if this process dies.
+        self._in_doubt = asyncio.Semaphore(sockets)
         self._recorded = asyncio.Event()
         self._recorded.set()
         self._serving: dict[asyncio.Task[None], Claimed] = {}
@@ -221,16 +224,27 @@ class Sender:
         try:
             target = self._target(endpoint, channel)
         except CannotOpen as error:
-            results = [_ours(each, str(error), None) for each in due]
+            results = []
+            for each in due:
+                await self._in_doubt.acquire()
+                results.append(_ours(each, str(error), None))
             self._note(endpoint, results, Release(endpoint.failures, endpoint.width, hold=_OURS_SECONDS))
             return
         course = _Course(endpoint.failures)
         queue = list(reversed(due))
 
         async def send_some() -> None:
-            while queue and time.monotonic() < begin_until and course.goes_on:
-                each = queue.pop()
-                result = await self._send(channel, target, each, course, confirms=confirms)
+            while queue:
+                await self._in_doubt.acquire()
+                result = None
+                try:
+                    if queue and course.goes_on and time.monotonic() < begin_until:
+                        result = await self._send(channel, target, queue.pop(), course, confirms=confirms)
+                finally:
+                    if result is None:
+                        self._in_doubt.release()
+                if result is None:
+                    return
                 self._note(endpoint, [result])
 
         await asyncio.gather(*(send_some() for _ in range(min(endpoint.width, len(due)))))
@@ -331,6 +345,8 @@ class Sender:
             async with self._database.transaction(_TIMEOUT) as connection:
                 hopeless = await ledger.record(connection, work, self._burst)
             del self._to_do[: len(work)]
+            for _ in (result for each in work for result in each.results):
+                self._in_doubt.release()
             if not self._to_do:
                 self._recorded.set()
             self._more.set()
