@@ -117,6 +117,7 @@ _TYPES = {
     "incident.services_changed": "incident.updated",
     "incident.edited": "incident.updated",
     "incident.redacted": "incident.updated",
+    "maintenance.changed": "maintenance.updated",
     "maintenance.edited": "maintenance.updated",
     "maintenance.redacted": "maintenance.updated",
     "maintenance.reminded": "maintenance.reminder",

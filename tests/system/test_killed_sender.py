@@ -27,6 +27,8 @@ from tests.system.receivers import receivers
 from tests.system.sending_process import POINTS
 
 LEASE = 1.0
+# So many messages may be under way or unrecorded at once.
+SOCKETS = 24
 # What was claimed by the last sender and has not come to an end: it may be under way.
 UNDER_WAY = """
 SELECT d.intent_id FROM deliveries d JOIN endpoints e USING (tenant_id, subscription_id)
@@ -74,12 +76,18 @@ async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
 
 async def kill_again_and_again(settings, owner, *, subscribers, incidents, updates, at_random, at_points):
     key = new_key()
-    settings = replace(settings, secret_keys=(key,), open_networks=(ip_network("127.0.0.0/8"),), burst_seconds=0)
+    settings = replace(
+        settings,
+        secret_keys=(key,),
+        open_networks=(ip_network("127.0.0.0/8"),),
+        burst_seconds=0,
+        sender_sockets=SOCKETS,
+    )
     # Many messages are taken and recorded in one go.
     rounds = [
         (point, nth)
         for point in POINTS
-        for nth in random.sample(range(1, 7 if point in {"taking", "recording"} else 30), at_points)
+        for nth in random.sample(range(1, 6 if point in {"taking", "recording"} else 30), at_points)
     ]
     rounds += [("-", 0)] * at_random
     random.shuffle(rounds)
@@ -128,6 +136,7 @@ async def kill_again_and_again(settings, owner, *, subscribers, incidents, updat
     assert distinct == expected
     repeats = there.count - expected
     assert repeats <= unrecorded <= under_way
+    assert repeats <= len(rounds) * SOCKETS
     return kills, {
         "messages": expected,
         "arrived": there.count,
@@ -159,7 +168,7 @@ def show(kills, figures):
 
 async def test_all_arrives_in_order_however_often_the_sender_is_killed(settings, owner):
     show(
-        *await kill_again_and_again(settings, owner, subscribers=10, incidents=12, updates=4, at_random=4, at_points=1)
+        *await kill_again_and_again(settings, owner, subscribers=20, incidents=12, updates=4, at_random=4, at_points=1)
     )
 
 
