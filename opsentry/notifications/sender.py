@@ -136,17 +136,20 @@ class Sender:
     # ---------------------------------------------------------------------------------------- taking
 
     async def _take_over_all(self) -> None:
+        after = lanes = 0
         while True:
             async with self._database.connection(_TIMEOUT) as connection:
-                found = await ledger.fresh(connection, 0, _FRESH)
-            if not found:
-                await asyncio.sleep(POLL_SECONDS)
+                found = await ledger.fresh(connection, after, _FRESH)
+            if found:
+                async with self._database.transaction(_TIMEOUT) as connection:
+                    lanes += await ledger.take_over(connection, found, self._burst)
+                self._more.set()
+                after = found[-1]
                 continue
-            async with self._database.transaction(_TIMEOUT) as connection:
-                lanes = await ledger.take_over(connection, found, self._burst)
-            self._more.set()
+            # All were gone through. What is left, if nothing new came of it, others are at.
             if not lanes:
-                await asyncio.sleep(POLL_SECONDS / 10)  # another sender is at these, or there was nothing to send
+                await asyncio.sleep(POLL_SECONDS)
+            after = lanes = 0
 
     async def _claim_all(self) -> None:
         while True:
@@ -224,11 +227,10 @@ class Sender:
         try:
             target = self._target(endpoint, channel)
         except CannotOpen as error:
-            results = []
             for each in due:
                 await self._in_doubt.acquire()
-                results.append(_ours(each, str(error), None))
-            self._note(endpoint, results, Release(endpoint.failures, endpoint.width, hold=_OURS_SECONDS))
+                self._note(endpoint, [_ours(each, str(error), None)])
+            self._note(endpoint, (), Release(endpoint.failures, endpoint.width, hold=_OURS_SECONDS))
             return
         course = _Course(endpoint.failures)
         queue = list(reversed(due))

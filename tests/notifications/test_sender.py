@@ -323,3 +323,22 @@ async def test_what_is_under_way_ends_before_a_sender_stops(desk, channel, sendi
         hanging.set()
         await stopping
     assert await desk.states() == ["delivered"]
+
+
+async def test_secrets_that_no_key_opens_hold_their_messages_back_and_nobody_elses(
+    desk, channel, sending, settled, owner
+):
+    channel.signs = True
+    for number in range(5):
+        await desk.subscribe(target=f"https://example.com/sealed/{number}", sealed="sealed with a key that is lost")
+    await desk.subscribe(target="https://example.com/open")
+    for _ in range(20):
+        await desk.open()
+    async with sending(sockets=4):
+        await settled()
+    assert len(channel.sent) == 20
+    rows = await owner.fetch(
+        "SELECT DISTINCT state, attempts, error FROM deliveries WHERE state <> 'delivered' AND tried = 0"
+    )
+    assert {(row["state"], row["attempts"]) for row in rows} == {("waiting", 0)}
+    assert any("OPSENTRY_SECRET_KEYS" in (row["error"] or "") for row in rows)
