@@ -29,7 +29,7 @@ class Ops:
         self._standing = Shared(
             partial(self._encoded, "projections", lambda connection: operations.standing(connection, projections))
         )
-        self._outbox = Shared(partial(self._encoded, "outbox", sending.status))
+        self._outbox = Shared(partial(self._encoded, "outbox", partial(sending.status, limit=_MOST)))
         self._parked = Shared(
             partial(self._encoded, "parked", lambda connection: operations.parked(connection, limit=_MOST))
         )

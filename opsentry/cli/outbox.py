@@ -88,14 +88,9 @@ def retry(
     """Try deliveries again now, with all attempts anew: those with these IDS (msg_…), or --all that match."""
     chosen = _chosen(ids, everything=everything)
 
-    async def work(connection: Connection) -> int:
-        tenant_id = await _tenant(connection, slug)
-        meant = operations.RETRIED if chosen else states
-        return await operations.retry(
-            connection, states=meant, ids=chosen, tenant_id=tenant_id, subscription_id=subscription_id
-        )
-
-    _say(run(_transaction(work)), "are tried again", chosen, json_output=json_output)
+    meant = operations.RETRIED if chosen else states
+    moved = run(_moved(operations.retry, slug, operations.Chosen(meant, chosen, None, subscription_id)))
+    _say(moved, "are tried again", chosen, json_output=json_output)
 
 
 @outbox_group.command(name="drop")
@@ -119,11 +114,8 @@ def drop(
     if everything and not yes:
         click.confirm("Give up all that waits there?", abort=True, err=True)
 
-    async def work(connection: Connection) -> int:
-        tenant_id = await _tenant(connection, slug)
-        return await operations.drop(connection, ids=chosen, tenant_id=tenant_id, subscription_id=subscription_id)
-
-    _say(run(_transaction(work)), "were given up", chosen, json_output=json_output)
+    moved = run(_moved(operations.drop, slug, operations.Chosen(operations.DROPPED, chosen, None, subscription_id)))
+    _say(moved, "were given up", chosen, json_output=json_output)
 
 
 @outbox_group.command(name="pause")
@@ -172,6 +164,13 @@ def _say(moved: int, done: str, chosen: Sequence[UUID] | None, *, json_output: b
         click.echo(f"{moved} {done}")
     if chosen is not None and moved < len(set(chosen)):
         raise SystemExit(1)
+
+
+async def _moved(move: Callable[..., Awaitable[int]], slug: str | None, chosen: operations.Chosen) -> int:
+    async with opened(settings()) as database:
+        async with database.connection(PATIENCE) as connection:
+            tenant_id = await _tenant(connection, slug)
+        return await move(database, chosen._replace(tenant_id=tenant_id), seconds=PATIENCE)
 
 
 async def _transaction(work: Callable[[Connection], Awaitable[Any]]) -> Any:

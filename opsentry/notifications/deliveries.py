@@ -117,16 +117,15 @@ async def one(connection: Connection, tenant_id: int, subscription_id: int, inte
 async def redeliver(connection: Connection, tenant_id: int, subscription_id: int, intent_id: UUID) -> Delivery | None:
     """Have a delivery that came to its end sent again; return it as it is then, `None` if there is none such.
 
-    One that waits, or that another message told, stays as it is. One that is behind an older one of the same thing
-    that waits comes after that. In the caller's transaction.
+    One that waits, or that another message told, stays as it is. What waits of the same thing goes in its order: older
+    ones first. In the caller's transaction.
     """
     endpoint = (tenant_id, subscription_id)
     await ledger.begin(connection)
     await ledger.lock(connection, [endpoint])
     row = await connection.fetchrow(_REDELIVER, tenant_id, subscription_id, intent_id)
     if row is not None:
-        await ledger.wake(connection, [(*endpoint, row["stream_kind"], row["stream_id"])])
-        await ledger.look(connection, [endpoint])
+        await ledger.again(connection, [(*endpoint, row["stream_kind"], row["stream_id"])])
     return await one(connection, tenant_id, subscription_id, intent_id)
 
 

@@ -112,6 +112,15 @@ FROM head WHERE head.due_at IS NULL AND d.tenant_id = head.tenant_id AND d.inten
     AND d.state = 'waiting'
 """
 
+# What comes back to a lane may be older than what is due there: nothing is, until the lane is woken.
+_HUSH_LANES = """
+UPDATE deliveries d SET due_at = NULL
+FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[])
+    AS row (tenant_id, subscription_id, stream_kind, stream_id)) AS lane
+WHERE d.tenant_id = lane.tenant_id AND d.subscription_id = lane.subscription_id AND d.stream_kind = lane.stream_kind
+    AND d.stream_id = lane.stream_id AND d.settled_at IS NULL AND d.due_at IS NOT NULL
+"""
+
 # When the next delivery of an endpoint is due.
 _NEXT_DUE = """
 (SELECT d.due_at FROM deliveries d WHERE d.tenant_id = e.tenant_id AND d.subscription_id = e.subscription_id
@@ -357,6 +366,14 @@ async def wake(connection: Connection, lanes: Iterable[tuple[int, int, str, int]
     if columns := _columns(lanes):
         await connection.execute(_WAKE_LANES, *columns, burst)
         await connection.execute(_WAKE_ENDPOINTS, *columns[:2])
+
+
+async def again(connection: Connection, lanes: Iterable[tuple[int, int, str, int]]) -> None:
+    """Have lanes go on, now, with the oldest that waits, after something came back to them; endpoints are locked."""
+    wanted = list(lanes)
+    await connection.execute(_HUSH_LANES, *_columns(wanted))
+    await wake(connection, wanted)
+    await look(connection, {(tenant_id, subscription_id) for tenant_id, subscription_id, _, _ in wanted})
 
 
 async def look(connection: Connection, endpoints: Iterable[tuple[int, int]]) -> None:

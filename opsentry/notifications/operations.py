@@ -1,14 +1,14 @@
 """What operators do with the outbox and see of it, and what readiness asks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
 
 from opsentry.notifications import ledger
 from opsentry.notifications.ledger import PROBE_AFTER
-from opsentry.postgres import Connection
+from opsentry.postgres import Connection, Database
 
 # Counting stops here: more makes no difference to whoever looks.
 _MANY = 10_000
@@ -88,13 +88,18 @@ FROM (
     UNION SELECT tenant_id FROM outbox_paused) AS found
 JOIN tenants t ON t.tenant_id = found.tenant_id
 CROSS JOIN LATERAL (
-    SELECT count(*) FILTER (WHERE d.due_at <= statement_timestamp()) AS due,
-        count(*) FILTER (WHERE d.due_at > statement_timestamp() OR d.due_at IS NULL) AS waiting,
-        extract(epoch FROM statement_timestamp() - min(d.due_at))::float8 AS oldest_due_seconds,
-        min(d.due_at) FILTER (WHERE d.due_at > statement_timestamp()) AS next_attempt_at
-    FROM deliveries d WHERE d.tenant_id = t.tenant_id AND d.settled_at IS NULL) AS w
+    SELECT count(*) FILTER (WHERE d.due_at <= statement_timestamp() AND e.due_at <= statement_timestamp()) AS due,
+        count(*) FILTER (WHERE (d.due_at <= statement_timestamp() AND e.due_at <= statement_timestamp()) IS NOT TRUE)
+            AS waiting,
+        extract(epoch FROM statement_timestamp() - min(greatest(d.due_at, e.due_at)) FILTER (
+            WHERE d.due_at <= statement_timestamp() AND e.due_at <= statement_timestamp()))::float8
+            AS oldest_due_seconds,
+        min(greatest(d.due_at, e.due_at)) FILTER (WHERE greatest(d.due_at, e.due_at) > statement_timestamp())
+            AS next_attempt_at
+    FROM deliveries d LEFT JOIN endpoints e USING (tenant_id, subscription_id)
+    WHERE d.tenant_id = t.tenant_id AND d.settled_at IS NULL) AS w
 WHERE $1::bigint IS NULL OR t.tenant_id = $1
-ORDER BY t.slug
+ORDER BY t.slug LIMIT $2
 """
 
 _LIST = """
@@ -106,11 +111,16 @@ WHERE ($1::bigint IS NULL OR d.tenant_id = $1) AND ($2::bigint IS NULL OR d.subs
 ORDER BY d.created_at DESC, d.tenant_id, d.intent_id LIMIT $4
 """
 
-# Which deliveries are meant: those with these ids, or all of a tenant, a subscription, in these states.
+# Which deliveries are meant: those with these ids, or all of a tenant, a subscription, in these states; what ended
+# because its subscription is off only once that is on again. Some at a time, those behind ($5, $6).
 _CHOSEN = """
-SELECT tenant_id, intent_id, subscription_id, stream_kind, stream_id FROM deliveries
+SELECT tenant_id, intent_id, subscription_id, stream_kind, stream_id FROM deliveries d
 WHERE state = ANY($1) AND ($2::uuid[] IS NULL OR intent_id = ANY($2)) AND ($3::bigint IS NULL OR tenant_id = $3)
-    AND ($4::bigint IS NULL OR subscription_id = $4)
+    AND ($4::bigint IS NULL OR subscription_id = $4) AND (tenant_id, intent_id) > ($5, $6)
+    AND (state <> 'disabled' OR EXISTS (
+        SELECT FROM subscriptions s WHERE s.tenant_id = d.tenant_id AND s.subscription_id = d.subscription_id
+            AND s.status = 'active'))
+ORDER BY tenant_id, intent_id LIMIT $7
 """
 
 # Begins another round of attempts; waking its lane makes it due, unless it is behind an older one.
@@ -130,7 +140,10 @@ WHERE d.tenant_id = row.tenant_id AND d.intent_id = row.intent_id AND d.state = 
 _PAUSE = "INSERT INTO outbox_paused (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
 _RESUME = "DELETE FROM outbox_paused WHERE tenant_id = $1"
 
+_AT_ONCE = 500
+
 RETRIED = ("parked", "dropped", "disabled", "withheld", "waiting")
+DROPPED = ("waiting", "parked")
 ALL_TENANTS = 0
 
 
@@ -146,14 +159,16 @@ async def backlog(connection: Connection, at_most: int) -> asyncpg.Record:
     return await connection.fetchrow(_BACKLOG, at_most)
 
 
-async def status(connection: Connection, tenant_id: int | None = None) -> Sequence[asyncpg.Record]:
-    """Return how sending stands, a row for each tenant that anything is to be said of.
+async def status(
+    connection: Connection, tenant_id: int | None = None, *, limit: int | None = None
+) -> Sequence[asyncpg.Record]:
+    """Return how sending stands, a row for each tenant that anything is to be said of, at most `limit`.
 
     `due` and `waiting` deliveries, the age of the oldest due in seconds, when the next is tried, intents that are
     `untaken`, `parked` deliveries, endpoints that are `leased` by a sender, `failing` or only `probed`, whether it is
     `paused`, and up to which position it is `settled` what is sent.
     """
-    return list(await connection.fetch(_STATUS, tenant_id))
+    return list(await connection.fetch(_STATUS, tenant_id, limit))
 
 
 async def listing(
@@ -168,50 +183,52 @@ async def listing(
     return list(await connection.fetch(_LIST, tenant_id, subscription_id, states, limit))
 
 
-async def retry(
-    connection: Connection,
-    *,
-    states: Sequence[str],
-    ids: Sequence[UUID] | None = None,
-    tenant_id: int | None = None,
-    subscription_id: int | None = None,
-) -> int:
-    """Have deliveries be tried again, now, in the caller's transaction; return how many."""
-    return await _move(connection, _RETRY, states, ids, tenant_id, subscription_id)
+class Chosen(NamedTuple):
+    """Which deliveries are meant: those with these `ids`, or all of a tenant, of a subscription, in these states."""
+
+    states: Sequence[str]
+    ids: Sequence[UUID] | None = None
+    tenant_id: int | None = None
+    subscription_id: int | None = None
 
 
-async def drop(
-    connection: Connection,
-    *,
-    ids: Sequence[UUID] | None = None,
-    tenant_id: int | None = None,
-    subscription_id: int | None = None,
-) -> int:
-    """Give up deliveries that wait or are parked, in the caller's transaction; return how many. The next follow."""
-    return await _move(connection, _DROP, ("waiting", "parked"), ids, tenant_id, subscription_id)
+async def retry(database: Database, chosen: Chosen, *, seconds: float) -> int:
+    """Have deliveries be tried again, now, with all attempts anew; return how many."""
+    return await _move_all(database, _RETRY, chosen, seconds)
+
+
+async def drop(database: Database, chosen: Chosen, *, seconds: float) -> int:
+    """Give deliveries up; what is behind them follows. Return how many."""
+    return await _move_all(database, _DROP, chosen, seconds)
+
+
+async def _move_all(database: Database, change: str, chosen: Chosen, seconds: float) -> int:
+    """Move some at a time, each in a transaction of at most `seconds`: nobody waits long for their endpoints."""
+    total = 0
+    last: tuple[int, UUID] | None = (0, UUID(int=0))
+    while last is not None:
+        async with database.transaction(seconds) as connection:
+            moved, last = await _move(connection, change, chosen, last)
+        total += moved
+    return total
 
 
 async def _move(
-    connection: Connection,
-    change: str,
-    states: Sequence[str],
-    ids: Sequence[UUID] | None,
-    tenant_id: int | None,
-    subscription_id: int | None,
-) -> int:
-    chosen = await connection.fetch(_CHOSEN, list(states), ids, tenant_id, subscription_id)
-    if not chosen:
-        return 0
-    await ledger.begin(connection)
-    endpoints = [(row["tenant_id"], row["subscription_id"]) for row in chosen]
-    await ledger.lock(connection, endpoints)
-    moved: str = await connection.execute(
-        change, [row["tenant_id"] for row in chosen], [row["intent_id"] for row in chosen], list(states)
+    connection: Connection, change: str, chosen: Chosen, after: tuple[int, UUID]
+) -> tuple[int, tuple[int, UUID] | None]:
+    rows = await connection.fetch(
+        _CHOSEN, list(chosen.states), chosen.ids, chosen.tenant_id, chosen.subscription_id, *after, _AT_ONCE
     )
-    lanes = {(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in chosen}
-    await ledger.wake(connection, lanes)
-    await ledger.look(connection, endpoints)
-    return int(moved.rpartition(" ")[2])
+    if not rows:
+        return 0, None
+    await ledger.begin(connection)
+    await ledger.lock(connection, ((row["tenant_id"], row["subscription_id"]) for row in rows))
+    moved: str = await connection.execute(
+        change, [row["tenant_id"] for row in rows], [row["intent_id"] for row in rows], list(chosen.states)
+    )
+    lanes = {(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in rows}
+    await ledger.again(connection, lanes)
+    return int(moved.rpartition(" ")[2]), (rows[-1]["tenant_id"], rows[-1]["intent_id"])
 
 
 async def pause(connection: Connection, tenant_id: int) -> bool:

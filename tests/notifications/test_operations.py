@@ -6,11 +6,15 @@ from uuid import UUID
 import pytest
 
 from opsentry.api import health
+from opsentry.domain import subscription
 from opsentry.domain.incident import ResolveIncident
+from opsentry.domain.subscription import ChangeSubscription
 from opsentry.notifications import operations
 from opsentry.notifications.ledger import Release, Result, Work
+from opsentry.notifications.operations import Chosen
 from opsentry.projections import operations as projecting
 from opsentry.wiring import projections
+from tests.conftest import META
 from tests.notifications.test_ledger import Desk, delivered
 from tests.projections.planting import plant
 from tests.system.processes import environment, opsentry
@@ -50,6 +54,10 @@ def backlog(parts):
             return await operations.backlog(connection, at_most)
 
     return ask
+
+
+async def move(parts, how, chosen):
+    return await how(parts.database, chosen, seconds=10)
 
 
 async def parked(desk):
@@ -185,17 +193,48 @@ async def test_retrying_begins_anew_and_dropping_lets_the_next_go(desk, parts, o
     await desk.record(
         Work(endpoint, [Result(dues[0], "waiting", 7200.0, 500, "answered 500", 5)], Release(10, 1, hold=300))
     )
-    async with parts.database.transaction(10) as connection:
-        assert await operations.retry(connection, states=("parked",), tenant_id=desk.tenant.id) == 1
+    assert await move(parts, operations.retry, Chosen(("parked",), tenant_id=desk.tenant.id)) == 1
     _, (again,) = await desk.claim(seconds=0.0)
     assert (again.intent_id, again.attempts) == (first, 0)
-    async with parts.database.transaction(10) as connection:
-        assert await operations.drop(connection, ids=[first]) == 1
-        assert await operations.drop(connection, ids=[UUID(int=7)]) == 0
-        assert await operations.retry(connection, states=operations.RETRIED, ids=[second]) == 1
+    assert await move(parts, operations.drop, Chosen(operations.DROPPED, [first])) == 1
+    assert await move(parts, operations.drop, Chosen(operations.DROPPED, [UUID(int=7)])) == 0
+    assert await move(parts, operations.retry, Chosen(operations.RETRIED, [second])) == 1
     assert await desk.states() == ["dropped", "waiting"]
     _, (other,) = await desk.claim()
     assert other.intent_id == second
+
+
+async def test_what_is_retried_goes_before_what_is_younger_of_the_same_thing(desk, parts):
+    first, second = await parked(desk)
+    assert await move(parts, operations.retry, Chosen(("parked",))) == 1
+    _, dues = await desk.claim(seconds=0.0)
+    assert [due.intent_id for due in dues] == [first]
+    assert second not in {due.intent_id for due in dues}
+
+
+async def test_what_ended_with_its_subscription_is_retried_once_that_is_on_again(desk, parts, owner):
+    number = await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    await owner.execute("UPDATE deliveries SET state = 'disabled', settled_at = now(), due_at = NULL")
+
+    async def switch(*, enabled):
+        command = ChangeSubscription(enabled=enabled)
+        done = await parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, command, META)
+        await parts.runner.catch_up(desk.tenant.id, done.seq)
+
+    await switch(enabled=False)
+    assert await move(parts, operations.retry, Chosen(operations.RETRIED)) == 0
+    await switch(enabled=True)
+    assert await move(parts, operations.retry, Chosen(operations.RETRIED)) == 1
+
+
+async def test_very_many_are_moved_some_at_a_time(desk, parts, owner, monkeypatch):
+    monkeypatch.setattr(operations, "_AT_ONCE", 7)
+    await owner.execute(MANY, desk.tenant.id, 50, 3600, 3)
+    assert await move(parts, operations.retry, Chosen(("waiting",))) == 50
+    assert await move(parts, operations.drop, Chosen(operations.DROPPED)) == 50
+    assert set(await desk.states()) == {"dropped"}
 
 
 async def test_one_in_flight_that_is_dropped_stays_dropped(desk, parts):
@@ -203,8 +242,7 @@ async def test_one_in_flight_that_is_dropped_stays_dropped(desk, parts):
     await desk.open()
     await desk.take_over()
     (endpoint,), (due,) = await desk.claim()
-    async with parts.database.transaction(10) as connection:
-        assert await operations.drop(connection, tenant_id=desk.tenant.id) == 1
+    assert await move(parts, operations.drop, Chosen(operations.DROPPED, tenant_id=desk.tenant.id)) == 1
     await desk.record(delivered(endpoint, due))
     assert await desk.states() == ["dropped"]
     assert await desk.claim() == ([], [])
