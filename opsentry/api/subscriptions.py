@@ -4,6 +4,7 @@ A secret leaves the house once, in the answer to the command that made it; kept 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import cast
 
@@ -36,9 +37,11 @@ from opsentry.domain.subscription import (
 )
 from opsentry.events.codec import RecordedEvent
 from opsentry.events.execute import Executed
+from opsentry.notifications import deliveries
 from opsentry.notifications.channel import BadTarget, Channel
 from opsentry.notifications.sealing import CannotOpen
 from opsentry.notifications.signing import new_secret
+from opsentry.postgres import DatabaseUnavailable
 from opsentry.projections import subscriptions
 
 MAX_OVERLAP_HOURS = 168
@@ -128,6 +131,11 @@ async def change(call: Call) -> web.Response:
         if body.service_ids is not UNSET:
             await call.refs(body.service_ids)
         executed = await _execute(call, lambda state, _: _change(call, state, body))
+        if executed.appended and (body.target is not UNSET or body.enabled is True):
+            # Only how soon it is tried hangs on this, so the change stands without it.
+            with suppress(DatabaseUnavailable):
+                async with call.parts.database.transaction() as connection:
+                    await deliveries.anew(connection, call.tenant_id, executed.stream_id)
     return await commands.answer_alone(call, executed, subscriptions.render(executed.history))
 
 

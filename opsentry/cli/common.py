@@ -183,7 +183,10 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_outp
     if json_output:
         click.echo(json.dumps([{column: row[column] for column in columns} for row in rows], default=_plain, indent=2))
         return
-    table = Table(*columns)
+    table = Table()
+    for column in columns:
+        # What other commands want to be told must be there to be copied.
+        table.add_column(column, no_wrap=column == "id", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in columns))
     Console(width=None if sys.stdout.isatty() else 240).print(table)

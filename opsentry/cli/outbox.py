@@ -57,8 +57,9 @@ def list_deliveries(
         )
 
     rows = run(_transaction(work))
-    columns = ["id", "slug", "subscription_id", "channel", "topic", "stream_kind", "stream_id", "seq", "state", "tried"]
-    show(rows, [*columns, "due_at", "answer", "error", "created_at"], json_output=json_output)
+    columns = ["id", "slug", "subscription_id", "topic", "seq", "state", "tried", "due_at", "answer", "error"]
+    more = ["channel", "stream_kind", "stream_id", "created_at"] if json_output else []
+    show(rows, [*columns, *more], json_output=json_output)
 
 
 @outbox_group.command(name="retry")
@@ -139,11 +140,15 @@ def secret_key() -> None:
 
 
 def _switch(change: Callable[[Connection, int], Awaitable[bool]], slug: str | None, done: str, already: str) -> None:
-    async def work(connection: Connection) -> bool:
+    async def work(connection: Connection) -> tuple[bool, list[str]]:
         tenant_id = await _tenant(connection, slug)
-        return await change(connection, operations.ALL_TENANTS if tenant_id is None else tenant_id)
+        changed = await change(connection, operations.ALL_TENANTS if tenant_id is None else tenant_id)
+        return changed, await operations.paused(connection)
 
-    click.echo(f"{slug or 'all tenants'}: {done if run(_transaction(work)) else already}")
+    changed, paused = run(_transaction(work))
+    click.echo(f"{slug or 'all tenants'}: {done if changed else already}")
+    if paused:
+        click.echo(f"paused now: {', '.join(paused)}")
 
 
 def _chosen(ids: Sequence[str], *, everything: bool) -> list[UUID] | None:

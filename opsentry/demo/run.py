@@ -12,6 +12,7 @@ from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import click
@@ -116,7 +117,9 @@ async def _live(settings: Settings, folder: Path) -> None:
     stopped = asyncio.create_task(until_stopped())
     if "OPSENTRY_PUBLIC_URL" not in os.environ:
         settings = replace(settings, public_url=base_url_of(settings.host, settings.port))
-    async with sink(mailbox=not settings.smtp_url) as arriving, core(_told(settings, arriving)) as parts:
+    # Where it was before, so that subscriptions that people pointed there go on arriving.
+    port = urlsplit(str(_before(folder / "demo.json").get("sink", {}).get("url", ""))).port or 0
+    async with sink(mailbox=not settings.smtp_url, port=port) as arriving, core(_told(settings, arriving)) as parts:
         settings = parts.settings
         note = folder / "demo.json"
         facts = await _prepare(parts, _before(note), arriving)

@@ -68,6 +68,7 @@ class Sink:
                 "at": _now(),
                 "path": request.path,
                 "verified": verifies(self.secrets, headers, octets),
+                "raw": octets.decode(errors="replace"),
                 "headers": headers,
                 "body": body,
             }
@@ -115,14 +116,17 @@ class Sink:
 
 
 @asynccontextmanager
-async def sink(*, mailbox: bool) -> AsyncIterator[Sink]:
-    """Receive on free ports of 127.0.0.1; e-mails only with a `mailbox`."""
+async def sink(*, mailbox: bool, port: int = 0) -> AsyncIterator[Sink]:
+    """Receive on 127.0.0.1, webhooks at `port` if it is free; e-mails only with a `mailbox`."""
     made = Sink()
     runner = web.AppRunner(made.app(), access_log=None, shutdown_timeout=1, handle_signals=False)
     await runner.setup()
     server = None
     try:
-        await web.TCPSite(runner, _HOST, 0).start()
+        try:
+            await web.TCPSite(runner, _HOST, port).start()
+        except OSError:
+            await web.TCPSite(runner, _HOST, 0).start()
         made.url = f"http://{_HOST}:{runner.addresses[0][1]}"
         if mailbox:
             loop = asyncio.get_running_loop()

@@ -38,6 +38,11 @@ WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3 AND state NOT I
 RETURNING stream_kind, stream_id
 """
 
+_ANEW = """
+UPDATE endpoints SET failures = 0, failing_since = NULL, width = 1, due_at = least(due_at, statement_timestamp())
+WHERE tenant_id = $1 AND subscription_id = $2 AND (lease IS NULL OR due_at < statement_timestamp())
+"""
+
 _LAST = 2**63 - 1
 _NOBODY = UUID(int=0)
 
@@ -127,6 +132,15 @@ async def redeliver(connection: Connection, tenant_id: int, subscription_id: int
     if row is not None:
         await ledger.again(connection, [(*endpoint, row["stream_kind"], row["stream_id"])])
     return await one(connection, tenant_id, subscription_id, intent_id)
+
+
+async def anew(connection: Connection, tenant_id: int, subscription_id: int) -> None:
+    """Have a subscription's endpoint be tried now, whatever it did before: it is another one, or was mended.
+
+    In the caller's transaction. One that nothing was ever sent to, or that somebody is at, stays as it is.
+    """
+    await ledger.begin(connection)
+    await connection.execute(_ANEW, tenant_id, subscription_id)
 
 
 def _delivery(row: asyncpg.Record) -> Delivery:

@@ -220,9 +220,10 @@ FROM moved m JOIN results r USING (tenant_id, intent_id) WHERE r.milliseconds IS
 ON CONFLICT DO NOTHING
 """
 
-# Whoever is to be tried again now is looked at now, also where an endpoint was to be left alone for a while.
-_LOOK = """
-UPDATE endpoints e SET due_at = least(e.due_at, statement_timestamp())
+# Whoever is to be tried again now is looked at now, also where an endpoint was to be left alone for a while; and where
+# one was only probed, all that is due follows if the first is taken.
+_LOOK = f"""
+UPDATE endpoints e SET due_at = least(e.due_at, statement_timestamp()), failures = least(e.failures, {PROBE_AFTER - 1})
 FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS row
 WHERE e.tenant_id = row.tenant_id AND e.subscription_id = row.subscription_id
     AND (e.lease IS NULL OR e.due_at < statement_timestamp())

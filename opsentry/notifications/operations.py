@@ -73,20 +73,20 @@ FROM (
 
 # How sending stands, for each tenant that anything waits for, or is parked, or where sending is paused.
 _STATUS = f"""
-SELECT t.slug, w.*, {_PAUSED.format(tenant="t.tenant_id")} AS paused,
-    (SELECT count(*) FROM outbox_intents i WHERE i.tenant_id = t.tenant_id AND NOT i.suppressed AND i.seq > coalesce((
-        SELECT position FROM outbox_settled s WHERE s.tenant_id = t.tenant_id), 0)) AS untaken,
-    (SELECT count(*) FROM deliveries d WHERE d.tenant_id = t.tenant_id AND d.state = 'parked') AS parked,
-    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = t.tenant_id AND e.lease IS NOT NULL
+SELECT coalesce(t.slug, '(all tenants)') AS slug, w.*, {_PAUSED.format(tenant="f.tenant_id")} AS paused,
+    (SELECT count(*) FROM outbox_intents i WHERE i.tenant_id = f.tenant_id AND NOT i.suppressed AND i.seq > coalesce((
+        SELECT position FROM outbox_settled s WHERE s.tenant_id = f.tenant_id), 0)) AS untaken,
+    (SELECT count(*) FROM deliveries d WHERE d.tenant_id = f.tenant_id AND d.state = 'parked') AS parked,
+    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = f.tenant_id AND e.lease IS NOT NULL
         AND e.due_at > statement_timestamp()) AS leased,
-    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = t.tenant_id AND e.failures > 0) AS failing,
-    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = t.tenant_id AND e.failures >= {PROBE_AFTER}) AS probed,
-    (SELECT position FROM outbox_settled s WHERE s.tenant_id = t.tenant_id) AS settled
+    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = f.tenant_id AND e.failures > 0) AS failing,
+    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = f.tenant_id AND e.failures >= {PROBE_AFTER}) AS probed,
+    (SELECT position FROM outbox_settled s WHERE s.tenant_id = f.tenant_id) AS settled
 FROM (
     SELECT tenant_id FROM deliveries WHERE settled_at IS NULL OR state = 'parked'
     UNION SELECT tenant_id FROM outbox_fresh
-    UNION SELECT tenant_id FROM outbox_paused) AS found
-JOIN tenants t ON t.tenant_id = found.tenant_id
+    UNION SELECT tenant_id FROM outbox_paused) AS f
+LEFT JOIN tenants t ON t.tenant_id = f.tenant_id
 CROSS JOIN LATERAL (
     SELECT count(*) FILTER (WHERE d.due_at <= statement_timestamp() AND e.due_at <= statement_timestamp()) AS due,
         count(*) FILTER (WHERE (d.due_at <= statement_timestamp() AND e.due_at <= statement_timestamp()) IS NOT TRUE)
@@ -97,8 +97,8 @@ CROSS JOIN LATERAL (
         min(greatest(d.due_at, e.due_at)) FILTER (WHERE greatest(d.due_at, e.due_at) > statement_timestamp())
             AS next_attempt_at
     FROM deliveries d LEFT JOIN endpoints e USING (tenant_id, subscription_id)
-    WHERE d.tenant_id = t.tenant_id AND d.settled_at IS NULL) AS w
-WHERE $1::bigint IS NULL OR t.tenant_id = $1
+    WHERE d.tenant_id = f.tenant_id AND d.settled_at IS NULL) AS w
+WHERE $1::bigint IS NULL OR f.tenant_id IN ($1, 0)
 ORDER BY t.slug LIMIT $2
 """
 
@@ -139,6 +139,10 @@ WHERE d.tenant_id = row.tenant_id AND d.intent_id = row.intent_id AND d.state = 
 
 _PAUSE = "INSERT INTO outbox_paused (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
 _RESUME = "DELETE FROM outbox_paused WHERE tenant_id = $1"
+_STILL = """
+SELECT coalesce(t.slug, '(all tenants)') AS slug FROM outbox_paused p LEFT JOIN tenants t ON t.tenant_id = p.tenant_id
+ORDER BY p.tenant_id
+"""
 
 _AT_ONCE = 500
 
@@ -241,3 +245,8 @@ async def resume(connection: Connection, tenant_id: int) -> bool:
     """Send again; return whether it was paused."""
     done: Any = await connection.execute(_RESUME, tenant_id)
     return str(done).endswith(" 1")
+
+
+async def paused(connection: Connection) -> list[str]:
+    """Return for whom sending is paused: slugs, and `(all tenants)`."""
+    return [row["slug"] for row in await connection.fetch(_STILL)]

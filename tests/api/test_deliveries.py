@@ -227,3 +227,21 @@ async def test_whoever_sends_there_is_told_to_look(api, app_connection, acme, pu
     else:
         assert found["due_at"] == due_at
     assert found["failures"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [({"target": "https://example.com/mended"}, True), ({"incidents": False}, False), ({"enabled": True}, False)],
+)
+async def test_another_target_is_tried_at_once_whatever_the_one_before_did(
+    api, app_connection, acme, number, change, anew
+):
+    await app_connection.execute(
+        "INSERT INTO endpoints (tenant_id, subscription_id, due_at, failures, failing_since)"
+        " VALUES ($1, $2, now() + interval '5 minutes', 12, now() - interval '2 days')",
+        acme.id, number,
+    )  # fmt: skip
+    assert (await api.patch(f"/subscriptions/{number}", change))[0] == 200
+    found = await endpoint(app_connection)
+    assert (found["failures"], found["failing_since"] is None) == ((0, True) if anew else (12, False))
+    assert (found["due_at"] <= datetime.now(UTC)) == anew

@@ -212,6 +212,18 @@ async def test_what_is_retried_goes_before_what_is_younger_of_the_same_thing(des
     assert second not in {due.intent_id for due in dues}
 
 
+async def test_what_is_retried_at_an_endpoint_that_is_only_probed_follows_if_the_first_is_taken(desk, parts, owner):
+    await desk.subscribe()
+    for _ in range(3):
+        await desk.open()
+    await desk.take_over()
+    await owner.execute("UPDATE endpoints SET failures = 12, due_at = now() + interval '5 minutes'")
+    assert await desk.claim() == ([], [])
+    assert await move(parts, operations.retry, Chosen(("waiting",))) == 3
+    (endpoint,), dues = await desk.claim()
+    assert (endpoint.failures, len(dues)) == (9, 3)
+
+
 async def test_what_ended_with_its_subscription_is_retried_once_that_is_on_again(desk, parts, owner):
     number = await desk.subscribe()
     await desk.open()
@@ -275,10 +287,13 @@ async def test_the_command_line(desk, settings):
         assert (await run(*arguments)).code == 2
     assert (await run("drop", "--all")).code == 1, "nobody said yes"
     assert (await run("status", "--tenant", "nobody")).code == 1
-    assert (await run("pause", "--tenant", "acme")).out == "acme: paused\n"
-    assert (await run("pause", "--tenant", "acme")).out == "acme: was paused already\n"
-    assert json.loads((await run("status", "--json")).out)[0]["paused"] is True
-    assert (await run("resume", "--tenant", "acme")).out == "acme: resumed\n"
+    assert (await run("pause", "--tenant", "acme")).out == "acme: paused\npaused now: acme\n"
+    assert (await run("pause", "--tenant", "acme")).out == "acme: was paused already\npaused now: acme\n"
+    assert (await run("pause")).out == "all tenants: paused\npaused now: (all tenants), acme\n"
+    found = {row["slug"]: row["paused"] for row in json.loads((await run("status", "--json")).out)}
+    assert found == {"(all tenants)": True, "acme": True}
+    assert (await run("resume", "--tenant", "acme")).out == "acme: resumed\npaused now: (all tenants)\n"
+    assert (await run("resume")).out == "all tenants: resumed\n"
     assert (await run("resume")).out == "all tenants: was not paused\n"
     key = (await opsentry(environment(settings), "secret-key")).out.strip()
     assert (await opsentry(environment(settings, OPSENTRY_SECRET_KEYS=key), "config")).code == 0
