@@ -85,3 +85,12 @@ async def test_only_the_last_ones_are_kept(made, http):
 async def test_without_a_mailbox_there_is_none():
     async with sink(mailbox=False) as running:
         assert (running.smtp_url, running.url != "") == ("", True)
+
+
+async def test_it_comes_back_to_where_it_was_if_that_is_free():
+    async with sink(mailbox=False) as first:
+        port = int(first.url.rpartition(":")[2])
+        async with sink(mailbox=False, port=port) as other:
+            assert other.url != first.url
+    async with sink(mailbox=False, port=port) as again:
+        assert again.url == first.url

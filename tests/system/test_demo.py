@@ -1,12 +1,14 @@
 import json
 import os
 import signal
+import socket
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 
 import aiohttp
 import psutil
 import pytest
+from yarl import URL
 
 from opsentry.access import tokens
 from tests.conftest import Client
@@ -228,7 +230,10 @@ async def test_what_was_subscribed_follows_the_sink_and_what_was_removed_stays_s
         assert (tmp_path / "secret-key").stat().st_mode & 0o777 == 0o600
         interrupt(process)
         assert await process.ended() == 0
+    # Where the sink was before, somebody else listens now.
+    taken = socket.create_server(("127.0.0.1", URL(facts["sink"]["url"]).port))
     async with demo(tmp_path) as (process, again), aiohttp.ClientSession() as http:
+        taken.close()
         assert again["sink"]["url"] != facts["sink"]["url"]
         api = Client(http, again["base_url"], again["tokens"]["full"])
         _, after, _ = await api.get("/subscriptions")
