@@ -114,6 +114,7 @@ CREATE TABLE endpoints (
     lease           uuid,
     failures        integer NOT NULL DEFAULT 0, -- in a row
     failing_since   timestamptz,
+    held_until      timestamptz,                -- it is left alone until then, whatever comes
     width           smallint NOT NULL DEFAULT 1, -- so many messages at once it is trusted to take: 1 until it has shown
     PRIMARY KEY (tenant_id, subscription_id)
 ) WITH (fillfactor = 50);

@@ -39,7 +39,8 @@ RETURNING stream_kind, stream_id
 """
 
 _ANEW = """
-UPDATE endpoints SET failures = 0, failing_since = NULL, width = 1, due_at = least(due_at, statement_timestamp())
+UPDATE endpoints SET failures = 0, failing_since = NULL, width = 1, held_until = NULL,
+    due_at = least(due_at, statement_timestamp())
 WHERE tenant_id = $1 AND subscription_id = $2 AND (lease IS NULL OR due_at < statement_timestamp())
 """
 

@@ -82,16 +82,15 @@ noted AS (
 SELECT DISTINCT tenant_id, subscription_id, stream_kind, stream_id FROM taken WHERE state = 'waiting'
 """
 
-# Locks endpoints, in one order for all; makes those that are not there yet.
+# Locks endpoints in the order of the lists, which is one for all; makes those that are not there yet.
 _MAKE_ENDPOINTS = """
 INSERT INTO endpoints (tenant_id, subscription_id) SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[])
 ON CONFLICT DO NOTHING
 """
 _LOCK_ENDPOINTS = """
-SELECT e.tenant_id, e.subscription_id FROM (
-    SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS wanted
-JOIN endpoints e USING (tenant_id, subscription_id)
-ORDER BY e.tenant_id, e.subscription_id FOR UPDATE OF e
+SELECT e.* FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id) CROSS JOIN LATERAL (
+    SELECT tenant_id, subscription_id FROM endpoints
+    WHERE tenant_id = row.tenant_id AND subscription_id = row.subscription_id LIMIT 1 FOR UPDATE) AS e
 """
 
 # Makes the oldest delivery of each lane due that is not: $5 seconds after its event was recorded, so that more changes
@@ -127,12 +126,11 @@ _NEXT_DUE = """
     AND d.due_at IS NOT NULL ORDER BY d.due_at LIMIT 1)
 """
 
-# One that somebody is at looks again by itself, and one that is only probed waits for that.
+# One that somebody is at looks again by itself, and one that is to be left alone for a while is left alone.
 _WAKE_ENDPOINTS = f"""
-UPDATE endpoints e SET due_at = least(e.due_at, {_NEXT_DUE})
+UPDATE endpoints e SET due_at = least(e.due_at, greatest({_NEXT_DUE}, e.held_until))
 FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS woken
 WHERE e.tenant_id = woken.tenant_id AND e.subscription_id = woken.subscription_id AND e.lease IS NULL
-    AND (e.failures < {PROBE_AFTER} OR e.due_at IS NULL)
 """
 
 # Leases endpoints where something is due, the one that has waited longest first, found by where they lie: one that was
@@ -148,7 +146,9 @@ WHERE e.ctid = ANY(ARRAY(
     ORDER BY due.due_at LIMIT $2 FOR UPDATE SKIP LOCKED))
 RETURNING e.tenant_id, e.subscription_id, e.failures, e.width,
     (SELECT s.state FROM subscriptions s
-     WHERE s.tenant_id = e.tenant_id AND s.subscription_id = e.subscription_id LIMIT 1) AS state
+     WHERE s.tenant_id = e.tenant_id AND s.subscription_id = e.subscription_id LIMIT 1) AS state,
+    coalesce((SELECT c.position FROM checkpoints c
+     WHERE c.tenant_id = e.tenant_id AND c.projection = 'subscriptions' LIMIT 1), 0) AS shown
 """
 
 # What is due at leased endpoints, at most so many of each. The first time that one is taken it is settled what its
@@ -194,11 +194,11 @@ FROM heads h CROSS JOIN LATERAL (
 
 # Which endpoints are still leased as they were: what is to be recorded of others is refused.
 _HELD = """
-SELECT e.tenant_id, e.subscription_id, e.lease FROM (
-    SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[], $3::uuid[]) AS row (tenant_id, subscription_id, lease)
-    ) AS wanted
-JOIN endpoints e USING (tenant_id, subscription_id, lease)
-ORDER BY e.tenant_id, e.subscription_id FOR UPDATE OF e
+SELECT e.* FROM unnest($1::bigint[], $2::bigint[], $3::uuid[]) AS row (tenant_id, subscription_id, lease)
+CROSS JOIN LATERAL (
+    SELECT tenant_id, subscription_id, lease FROM endpoints
+    WHERE tenant_id = row.tenant_id AND subscription_id = row.subscription_id AND lease = row.lease LIMIT 1 FOR UPDATE
+    ) AS e
 """
 
 # What came of each. `delay` in seconds is until the next attempt, NULL at an end; `milliseconds` is NULL where there
@@ -223,23 +223,26 @@ ON CONFLICT DO NOTHING
 # Whoever is to be tried again now is looked at now, also where an endpoint was to be left alone for a while; and where
 # one was only probed, all that is due follows if the first is taken.
 _LOOK = f"""
-UPDATE endpoints e SET due_at = least(e.due_at, statement_timestamp()), failures = least(e.failures, {PROBE_AFTER - 1})
+UPDATE endpoints e SET due_at = least(e.due_at, statement_timestamp()), held_until = NULL,
+    failures = least(e.failures, {PROBE_AFTER - 1})
 FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS row
 WHERE e.tenant_id = row.tenant_id AND e.subscription_id = row.subscription_id
     AND (e.lease IS NULL OR e.due_at < statement_timestamp())
 """
 
-# Nothing is sent to a subscription that is off: all that waits there ends.
+# Nothing is sent to a subscription that is off: all that waits there ends, up to the event until which that is known.
 _TURN_OFF = """
 UPDATE deliveries d SET state = 'disabled', due_at = NULL, settled_at = statement_timestamp(),
     error = coalesce(d.error, 'the subscription is off')
-FROM unnest($1::bigint[], $2::bigint[]) AS off (tenant_id, subscription_id)
+FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS off (tenant_id, subscription_id, shown)
 WHERE d.tenant_id = off.tenant_id AND d.subscription_id = off.subscription_id AND d.settled_at IS NULL
+    AND d.seq <= off.shown
 """
 
 # Gives endpoints back, to the end of the line. One that fails again and again is looked at after a while only.
 _RELEASE = f"""
 UPDATE endpoints e SET lease = NULL, failures = r.failures, width = r.width,
+    held_until = statement_timestamp() + r.hold * interval '1 second',
     failing_since = CASE WHEN r.failures > 0 THEN coalesce(e.failing_since, statement_timestamp()) END,
     due_at = CASE WHEN next.due_at IS NOT NULL
         THEN greatest(next.due_at, statement_timestamp() + coalesce(r.hold, 0) * interval '1 second') END
@@ -255,7 +258,8 @@ RETURNING e.tenant_id, e.subscription_id,
 
 # Whoever enables it again begins anew.
 _REST = """
-UPDATE endpoints SET failures = 0, failing_since = NULL, width = 1, due_at = CASE WHEN lease IS NOT NULL THEN due_at END
+UPDATE endpoints SET failures = 0, failing_since = NULL, width = 1, held_until = NULL,
+    due_at = CASE WHEN lease IS NOT NULL THEN due_at END
 WHERE tenant_id = $1 AND subscription_id = $2
 """
 
@@ -287,6 +291,8 @@ class Claimed(NamedTuple):
     failures: int
     width: int
     subscription: Subscription | None
+    shown: int
+    """Up to which event the read model goes that `subscription` is from."""
 
 
 class Due(NamedTuple):
@@ -357,7 +363,7 @@ async def begin(connection: Connection) -> None:
 
 async def lock(connection: Connection, endpoints: Iterable[tuple[int, int]]) -> None:
     """Lock endpoints, (tenant, subscription), for the caller's transaction: whoever moves their deliveries does."""
-    if columns := _columns(set(endpoints)):
+    if columns := _columns(sorted(set(endpoints))):
         await connection.execute(_MAKE_ENDPOINTS, *columns)
         await connection.fetch(_LOCK_ENDPOINTS, *columns)
 
@@ -431,7 +437,8 @@ async def claim(
             lease,
             row["failures"],
             row["width"],
-            None if row["state"] is None else _decode(row["state"]),
+            _subscription(row["state"]),
+            row["shown"],
         )
         for row in rows
     ]
@@ -468,12 +475,12 @@ async def record(connection: Connection, work: Sequence[Work], burst: float) -> 
     """
     await begin(connection)
     leases = {(w.endpoint.tenant_id, w.endpoint.subscription_id, w.endpoint.lease) for w in work}
-    held = {tuple(row) for row in await connection.fetch(_HELD, *_columns(leases))}
+    held = {tuple(row) for row in await connection.fetch(_HELD, *_columns(sorted(leases)))}
     work = [w for w in work if (w.endpoint.tenant_id, w.endpoint.subscription_id, w.endpoint.lease) in held]
     if results := [result for w in work for result in w.results]:
         await connection.execute(_RECORD, *_columns(map(_result_row, results)))
     released = [(w.endpoint, w.release) for w in work if w.release is not None]
-    if off := [(endpoint.tenant_id, endpoint.subscription_id) for endpoint, release in released if release.off]:
+    if off := [(e.tenant_id, e.subscription_id, e.shown) for e, release in released if release.off]:
         await connection.execute(_TURN_OFF, *_columns(off))
     if ended := [r.due for r in results if r.delay is None]:
         lanes = [(due.tenant_id, due.subscription_id, due.kind, due.stream_id) for due in ended]
@@ -485,18 +492,27 @@ async def record(connection: Connection, work: Sequence[Work], burst: float) -> 
     return [endpoint for endpoint, _ in released if (endpoint.tenant_id, endpoint.subscription_id) in hopeless]
 
 
-async def turn_off(connection: Connection, tenant_id: int, subscription_id: int) -> None:
+async def turn_off(connection: Connection, endpoint: Claimed) -> None:
     """End all that waits for a subscription that was disabled, in the caller's transaction."""
+    key = (endpoint.tenant_id, endpoint.subscription_id)
     await begin(connection)
-    await lock(connection, [(tenant_id, subscription_id)])
-    await connection.execute(_TURN_OFF, [tenant_id], [subscription_id])
-    await connection.execute(_REST, tenant_id, subscription_id)
+    await lock(connection, [key])
+    await connection.execute(_TURN_OFF, *_columns([(*key, endpoint.shown)]))
+    await connection.execute(_REST, *key)
 
 
 async def prune(connection: Connection, days: float, at_most: int) -> int:
     """Forget at most so many deliveries that ended more than `days` ago; return how many."""
     pruned: int = await connection.fetchval(_PRUNE, days, at_most)
     return pruned
+
+
+def _subscription(state: str | None) -> Subscription | None:
+    """Return what the read model holds; `None` too where newer code than this wrote it: then others are to send."""
+    try:
+        return None if state is None else _decode(state)
+    except msgspec.MsgspecError:
+        return None
 
 
 def _result_row(result: Result) -> tuple[Any, ...]:

@@ -216,7 +216,8 @@ class Sender:
     async def _serve(self, endpoint: Claimed, due: Sequence[Due], begin_until: float) -> None:
         """Send what is due at an endpoint, and give it back."""
         state = endpoint.subscription
-        if state is None or (channel := self._channels.get(state.channel)) is None:
+        behind = any(each.sequence > endpoint.shown for each in due)
+        if state is None or behind or (channel := self._channels.get(state.channel)) is None:
             # Its read model is being derived, or newer code than this knows the channel.
             self._note(endpoint, (), Release(endpoint.failures, endpoint.width, hold=_SOON_SECONDS))
             return
@@ -252,8 +253,10 @@ class Sender:
         await asyncio.gather(*(send_some() for _ in range(min(endpoint.width, len(due)))))
         if course.gone:
             await self._disable(endpoint, "gone")
-        width = 1 if course.failures or course.slow else min(WIDEST, 2 * endpoint.width if due else endpoint.width)
-        hold = PROBE_SECONDS * _jitter() if course.failures >= PROBE_AFTER else course.retry_after
+        width = 1 if course.failures or course.slow else min(WIDEST, endpoint.width * (2 if course.taken else 1))
+        hold = course.retry_after
+        if course.failures >= PROBE_AFTER:
+            hold = max(PROBE_SECONDS * _jitter(), hold or 0.0)
         self._note(endpoint, (), Release(course.failures, width, hold=hold, off=course.gone))
 
     def _target(self, endpoint: Claimed, channel: Channel) -> Endpoint:
@@ -277,6 +280,12 @@ class Sender:
         except (DatabaseUnavailable, NotThereYet) as error:
             course.ours = True
             return Result(due, "waiting", _SOON_SECONDS * _jitter(), error=str(error))
+        except Exception:
+            _log.exception(
+                "a message could not be composed", tenant_id=due.tenant_id, subscription_id=due.subscription_id
+            )
+            course.ours = True
+            return _ours(due, "could not be composed", None)
         if message is None or confirms != (message.type == "subscription.confirm"):
             return Result(due, "withheld", error="not to be told any more")
         began = time.monotonic()
@@ -355,7 +364,7 @@ class Sender:
             for endpoint in hopeless:
                 await self._disable(endpoint, "failing")
                 async with self._database.transaction(_TIMEOUT) as connection:
-                    await ledger.turn_off(connection, endpoint.tenant_id, endpoint.subscription_id)
+                    await ledger.turn_off(connection, endpoint)
 
     async def _surviving(self, loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
@@ -378,6 +387,7 @@ class _Course:
         self._probes = failures >= PROBE_AFTER
         self.gone = False
         self.slow = False
+        self.taken = False
         self.ours = False
         self.retry_after: float | None = None
 
@@ -389,6 +399,7 @@ class _Course:
         self.ours = self.ours or outcome.ours
         if outcome.error is None:
             self.failures = 0
+            self.taken = True
         elif not outcome.ours:
             self.failures += 1
             self.retry_after = outcome.retry_after or self.retry_after

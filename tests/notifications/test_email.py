@@ -353,8 +353,7 @@ async def test_an_address_that_is_refused_is_not_our_fault(answer):
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
         outcome = await channel.send(endpoint("kim@example.com"), message())
         assert outcome.answer == int(answer[:3])
-        assert outcome.error is not None
-        assert outcome.error.startswith(f"the mail relay answered {answer[:3]} for this address: ")
+        assert outcome.error == f"the mail relay answered {answer[:3]} for this address"
         assert not outcome.ours
         inbox.refusals.clear()
         assert (await channel.send(endpoint("kim@example.com"), message())).error is None

@@ -295,7 +295,7 @@ async def test_an_endpoint_that_fails_for_days_is_told_apart_and_turning_it_off_
     hopeless = await desk.record(Work(endpoint, [failed], Release(11, 1, hold=300.0)))
     assert hopeless == [endpoint]
     async with desk.parts.database.transaction(10) as connection:
-        await ledger.turn_off(connection, endpoint.tenant_id, endpoint.subscription_id)
+        await ledger.turn_off(connection, endpoint)
     assert await desk.states() == ["disabled", "disabled"]
     assert dict(await owner.fetchrow("SELECT failures, failing_since, due_at FROM endpoints")) == {
         "failures": 0,
