@@ -280,7 +280,7 @@ class Sender:
         except (DatabaseUnavailable, NotThereYet) as error:
             course.ours = True
             return Result(due, "waiting", _SOON_SECONDS * _jitter(), error=str(error))
-        except Exception:
+        except Exception:  # noqa: BLE001 - one message that cannot be written must not hold up its endpoint
             _log.exception(
                 "a message could not be composed", tenant_id=due.tenant_id, subscription_id=due.subscription_id
             )
