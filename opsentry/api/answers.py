@@ -1,6 +1,6 @@
 """The shapes of answers: single things, lists, and `304 Not Modified`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -11,6 +11,7 @@ from opsentry import __version__
 from opsentry.api.errors import NotFound
 from opsentry.api.http import Call
 from opsentry.projections.moments import One, Page
+from opsentry.projections.runner import NotThereYet
 
 _JSON = CIMultiDict({"Content-Type": "application/json; charset=utf-8"})
 
@@ -70,10 +71,26 @@ def one_response(row: Mapping[str, Any]) -> web.Response:
 
     Raises:
         NotFound: There is none.
+        NotThereYet: The row lags, so there may be one.
     """
     if row["body"] is None:
+        if (row["position"] or 0) < row["head"]:
+            raise NotThereYet("what was recorded last cannot be shown yet")
         raise NotFound
     return with_position(object_response(row["body"], etag=row["etag"]), row)
+
+
+async def one_or_recorded(row: Mapping[str, Any], recorded: Callable[[int], Awaitable[One | None]]) -> web.Response:
+    """Return the thing in `row` or, where the row is not up to date and has none, what is `recorded` of it.
+
+    What a command answered is never denied, however far behind read models are.
+
+    Raises:
+        NotFound: There is none.
+    """
+    if row["body"] is None and (row["shown"] or 0) < row["head"]:
+        return one_as_of(await recorded(row["head"]), row["head"])
+    return one_response(row)
 
 
 def one_as_of(found: One | None, seq: int) -> web.Response:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from http import HTTPStatus
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -26,6 +26,7 @@ from opsentry.events.log import Key
 from opsentry.postgres import DatabaseUnavailable, OutcomeUnknown
 from opsentry.projections import incidents, services, subscriptions
 from opsentry.projections import maintenance as windows
+from opsentry.projections.moments import Linked, Render
 from opsentry.projections.projection import UNANSWERED_SECONDS
 from opsentry.projections.runner import Runner
 from opsentry.projections.services import Links
@@ -46,19 +47,9 @@ _VERSION = re.compile(r'"([1-9][0-9]{0,9})(?:-[0-9]+)?"')
 _READ = {incident.KIND: incidents.one, maintenance.KIND: windows.one, subscription.KIND: subscriptions.one}
 
 
-class Linked(Protocol):
-    """A state that links services."""
-
-    @property
-    def service_ids(self) -> tuple[int, ...]:
-        """The ids of the services."""
-
-
 L = TypeVar("L", bound=Linked)
 C = TypeVar("C")
 E = TypeVar("E", bound=Event)
-
-Render = Callable[[Sequence[RecordedEvent], Mapping[int, msgspec.Raw], Mapping[int, str]], bytes]
 
 
 def happened(occurred_at: datetime | None) -> datetime | None:

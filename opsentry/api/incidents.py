@@ -1,13 +1,14 @@
 """`/incidents…`: declare, change and read incidents."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from opsentry.api import commands
-from opsentry.api.answers import list_response, one_as_of, one_response, page_as_of
+from opsentry.api.answers import list_response, one_as_of, one_or_recorded, page_as_of
 from opsentry.api.http import Call, Id, Moment, name_choices
 from opsentry.api.ledger import RedactionBody, erasure, stream_history
 from opsentry.domain import incident
@@ -105,7 +106,8 @@ async def one(call: Call) -> web.Response:
     incident_id = call.id()
     if (seq := await call.as_of()) is not None:
         return one_as_of(await call.parts.moments.incident(call.tenant_id, incident_id, seq), seq)
-    return one_response(await call.read(lambda connection: incidents.one(connection, call.tenant_id, incident_id)))
+    row = await call.read(lambda connection: incidents.one(connection, call.tenant_id, incident_id))
+    return await one_or_recorded(row, partial(call.parts.moments.recorded_incident, call.tenant_id, incident_id))
 
 
 async def create(call: Call) -> web.Response:

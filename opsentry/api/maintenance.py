@@ -1,13 +1,14 @@
 """`/maintenance…`: schedule, change, move and read maintenance windows."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from opsentry.api import commands
-from opsentry.api.answers import list_response, one_as_of, one_response, page_as_of
+from opsentry.api.answers import list_response, one_as_of, one_or_recorded, page_as_of
 from opsentry.api.errors import NotFound
 from opsentry.api.http import Call, Id, Moment, utc
 from opsentry.api.ledger import RedactionBody, erasure, stream_history
@@ -93,7 +94,8 @@ async def one(call: Call) -> web.Response:
     maintenance_id = call.id()
     if (seq := await call.as_of()) is not None:
         return one_as_of(await call.parts.moments.maintenance(call.tenant_id, maintenance_id, seq), seq)
-    return one_response(await call.read(lambda connection: windows.one(connection, call.tenant_id, maintenance_id)))
+    row = await call.read(lambda connection: windows.one(connection, call.tenant_id, maintenance_id))
+    return await one_or_recorded(row, partial(call.parts.moments.maintenance, call.tenant_id, maintenance_id))
 
 
 async def create(call: Call) -> web.Response:

@@ -7,13 +7,13 @@ one row in memory for each thing there was.
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypedDict, cast
+from typing import NamedTuple, Protocol, TypedDict, TypeVar, cast
 
 import msgspec
 
 from opsentry.access import tokens
 from opsentry.domain import incident, maintenance, service
-from opsentry.domain.maintenance import MaintenanceEvent
+from opsentry.domain.decider import Decider, Event
 from opsentry.domain.service import ServiceRetired
 from opsentry.domain.status import service_status
 from opsentry.events import log
@@ -31,6 +31,22 @@ from opsentry.projections.timeline import etag, name_authors
 _BATCH = 1000
 # Folding a ledger is work for this process: so many at once, the others wait.
 _AT_ONCE = 2
+
+
+class Linked(Protocol):
+    """A state that links services."""
+
+    @property
+    def service_ids(self) -> tuple[int, ...]:
+        """The ids of the services."""
+
+
+L = TypeVar("L", bound=Linked)
+C = TypeVar("C")
+E = TypeVar("E", bound=Event)
+
+Render = Callable[[Sequence[RecordedEvent], Mapping[int, msgspec.Raw], Mapping[int, str]], bytes]
+"""Makes a thing's answer of its events, service links and token names."""
 
 
 class One(NamedTuple):
@@ -88,15 +104,30 @@ class Moments:
         Raises:
             DatabaseUnavailable: The database was lost.
         """
+        return await self._recorded(maintenance.DECIDER, windows.render, tenant_id, maintenance_id, seq)
+
+    async def recorded_incident(self, tenant_id: int, incident_id: int, seq: int) -> One | None:
+        """Return the incident as a read at `seq` answers it, from the ledger alone; `None` if there was none.
+
+        For one that read models do not show yet: it folds the whole stream.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        return await self._recorded(incident.DECIDER, incident_view.render, tenant_id, incident_id, seq)
+
+    async def _recorded(
+        self, decider: Decider[L, C, E], render: Render, tenant_id: int, stream_id: int, seq: int
+    ) -> One | None:
         async with self._database.connection() as connection:
-            history = await log.read_streams(connection, tenant_id, maintenance.KIND, [maintenance_id], seq)
+            history = await log.read_streams(connection, tenant_id, decider.kind, [stream_id], seq)
             if not history:
                 return None
-            state = maintenance.DECIDER.fold(cast("MaintenanceEvent", recorded.event) for recorded in history)
+            state = decider.fold(cast("E", recorded.event) for recorded in history)
             refs, versions = await _links(connection, tenant_id, () if state is None else state.service_ids, seq)
             token_ids = {e.meta.actor.id for e in history if e.meta.actor.kind == "token" and e.meta.actor.id}
             names = await tokens.names(connection, tenant_id, token_ids) if token_ids else {}
-        return One(windows.render(history, refs, names), etag(history[-1].version, versions))
+        return One(render(history, refs, names), etag(history[-1].version, versions))
 
     async def links(self, tenant_id: int, service_ids: Iterable[int], seq: int) -> Links:
         """Return how services were linked at `seq`.

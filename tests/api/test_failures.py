@@ -145,3 +145,20 @@ async def test_a_body_that_trickles_in_is_cut(stack):
     assert b'{"error":"the request body did not arrive in time"}' in answer
     writer.close()
     assert (await stack.get("/incidents"))[1]["total"] == 0
+
+
+async def test_what_was_answered_is_never_denied_while_read_models_stand_still(api, parts, acme, owner):
+    await parts.runner.catch_up(acme.id, 0)
+    window = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
+    async with owner.transaction():
+        await owner.execute("SELECT FROM checkpoints WHERE tenant_id = $1 FOR UPDATE", acme.id)
+        for path, body in (("/incidents", {"title": "Down", "description": "d"}), ("/maintenance", window)):
+            _, made, told = await api.post(path, body)
+            status, found, headers = await api.get(f"{path}/{made['id']}")
+            assert (status, headers["ETag"], headers["Opsentry-Seq"]) == (200, told["ETag"], told["Opsentry-Seq"])
+            assert {name: found[name] for name in made} == made
+            assert (await api.get(f"{path}/987654321"))[:2] == (404, {"error": "not found"})
+        # What only its read model knows cannot be denied either.
+        status, _, headers = await api.get("/services/987654321")
+        assert (status, headers["Retry-After"]) == (503, "1")
+    assert (await api.get("/services/987654321"))[0] == 404
