@@ -95,6 +95,8 @@ async def refused(port):
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
             except ConnectionRefusedError:
                 return
+            except ConnectionResetError:
+                continue  # it came between the last accept and the end of the listening
             writer.close()
             await asyncio.sleep(0.01)
 
