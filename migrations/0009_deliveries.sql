@@ -110,6 +110,7 @@ CREATE TABLE delivery_attempts (
 CREATE TABLE endpoints (
     tenant_id       bigint NOT NULL,
     subscription_id bigint NOT NULL,
+    channel         text NOT NULL,
     due_at          timestamptz,
     lease           uuid,
     failures        integer NOT NULL DEFAULT 0, -- in a row
@@ -118,7 +119,7 @@ CREATE TABLE endpoints (
     width           smallint NOT NULL DEFAULT 1, -- so many messages at once it is trusted to take: 1 until it has shown
     PRIMARY KEY (tenant_id, subscription_id)
 ) WITH (fillfactor = 50);
-CREATE INDEX endpoints_due ON endpoints (due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX endpoints_due ON endpoints (channel, due_at) WHERE due_at IS NOT NULL;
 
 -- Where an operator has stopped sending: one tenant, or, with tenant 0, all.
 CREATE TABLE outbox_paused (

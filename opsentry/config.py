@@ -127,7 +127,9 @@ class Settings:
     reminder_minutes: int = _setting(
         60, _number(0, 10080), "how long before its start people are reminded of a window; 0: never"
     )
-    sender_sockets: int = _setting(256, _number(4, 10_000), "messages that one worker sends at once, at most")
+    sender_sockets: int = _setting(
+        256, _number(4, 10_000), "messages that one worker sends at once on a channel, at most"
+    )
     deliveries_days: int = _setting(90, _number(1, 3650), "days that what came of a message is kept")
     log_level: str = _setting("info", _log_level, "debug, info, warning or error")
 

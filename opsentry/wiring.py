@@ -46,7 +46,7 @@ KEEPALIVE_SECONDS = 75
 # After an answer to a body that is not read to its end, so long may the client go on sending before it is cut off.
 LINGER_SECONDS = 2
 # PostgreSQL connections of a sender: it takes and records at the same time, and looks up what it tells.
-SENDER_POOL = 6
+SENDER_POOL = 8
 
 
 def projections() -> list[Projection]:

@@ -22,10 +22,7 @@ from opsentry.notifications.channel import BadTarget
 MAX_URL = 2_000
 _MAX_HOST = 253
 
-_SOCKETS_PER_HOST = 64
 _NAMES_CACHED_SECONDS = 10
-# A name whose servers never answer keeps a thread for some 20 s; others go on being looked up meanwhile.
-_LOOKUPS_AT_ONCE = 64
 # A name may have any number of addresses, and each is tried: so many are enough.
 _ADDRESSES_TRIED = 8
 
@@ -156,7 +153,7 @@ def _address_4(host: str) -> IPv4Address | None:
 
 
 def http_session(
-    open_networks: Sequence[Network], sockets: int, resolver: AbstractResolver | None = None
+    open_networks: Sequence[Network], lookups: int, resolver: AbstractResolver | None = None
 ) -> aiohttp.ClientSession:
     """Return a session that connects to nothing that may not be dialled; needs a running loop, and has to be closed.
 
@@ -164,7 +161,8 @@ def http_session(
 
     Args:
         open_networks: Private networks that are open too.
-        sockets: Connections in all, at most. To one host, at most a part of them.
+        lookups: So many names are resolved at once, each on a thread: one whose servers never answer keeps it for some
+            20 s, and others are to go on being looked up meanwhile. Connections are as many as are asked for.
         resolver: What names are resolved with, instead of the system.
     """
 
@@ -183,10 +181,9 @@ def http_session(
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
             socket_factory=guarded,
-            resolver=_Resolver() if resolver is None else resolver,
+            resolver=_Resolver(lookups) if resolver is None else resolver,
             ttl_dns_cache=_NAMES_CACHED_SECONDS,
-            limit=sockets,
-            limit_per_host=_SOCKETS_PER_HOST,
+            limit=0,
         ),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
@@ -197,8 +194,8 @@ def http_session(
 class _Resolver(AbstractResolver):
     """The system's resolver on threads of its own: those that loops have are few, and one slow name would hold all."""
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_LOOKUPS_AT_ONCE, "resolve")
+    def __init__(self, at_once: int) -> None:
+        self._threads = ThreadPoolExecutor(at_once, "resolve")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET

@@ -95,6 +95,9 @@ class Channel(Protocol):
     hides: bool
     """Whether the target is a secret itself: sealed, and shown only in part."""
 
+    at_once: int | None
+    """Where all its messages go through one thing of ours, so many at once do; `None`: each target has its own."""
+
     def check(self, target: str) -> str:
         """Return the target as it is to be kept; raises `BadTarget`. Nothing is resolved or dialled."""
 

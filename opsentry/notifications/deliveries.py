@@ -8,7 +8,7 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from opsentry.notifications import ledger
+from opsentry.notifications import lanes
 from opsentry.postgres import Connection
 
 STATES = ("waiting", "delivered", "merged", "suppressed", "withheld", "parked", "dropped", "disabled")
@@ -127,11 +127,11 @@ async def redeliver(connection: Connection, tenant_id: int, subscription_id: int
     ones first. In the caller's transaction.
     """
     endpoint = (tenant_id, subscription_id)
-    await ledger.begin(connection)
-    await ledger.lock(connection, [endpoint])
+    await lanes.begin(connection)
+    await lanes.lock(connection, [endpoint])
     row = await connection.fetchrow(_REDELIVER, tenant_id, subscription_id, intent_id)
     if row is not None:
-        await ledger.again(connection, [(*endpoint, row["stream_kind"], row["stream_id"])])
+        await lanes.again(connection, [(*endpoint, row["stream_kind"], row["stream_id"])])
     return await one(connection, tenant_id, subscription_id, intent_id)
 
 
@@ -140,7 +140,7 @@ async def anew(connection: Connection, tenant_id: int, subscription_id: int) -> 
 
     In the caller's transaction. One that nothing was ever sent to, or that somebody is at, stays as it is.
     """
-    await ledger.begin(connection)
+    await lanes.begin(connection)
     await connection.execute(_ANEW, tenant_id, subscription_id)
 
 

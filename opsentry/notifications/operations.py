@@ -6,8 +6,8 @@ from uuid import UUID
 
 import asyncpg
 
-from opsentry.notifications import ledger
-from opsentry.notifications.ledger import PROBE_AFTER
+from opsentry.notifications import lanes
+from opsentry.notifications.lanes import PROBE_AFTER
 from opsentry.postgres import Connection, Database
 
 # Counting stops here: more makes no difference to whoever looks.
@@ -23,13 +23,22 @@ _PAUSED = "EXISTS (SELECT FROM outbox_paused p WHERE p.tenant_id = 0 OR p.tenant
 # been sent to. Unseen is what the outbox projection has not seen, be it behind, parked or paused: only tenants are
 # looked at with events that some projection has not seen. LIMIT keeps tables from being joined by scans of all of them.
 _BACKLOG = f"""
-WITH due AS (
+WITH RECURSIVE channels AS (
+    (SELECT channel FROM endpoints WHERE due_at IS NOT NULL ORDER BY channel LIMIT 1)
+    UNION ALL
+    SELECT next.channel FROM channels CROSS JOIN LATERAL (
+        SELECT channel FROM endpoints WHERE channel > channels.channel AND due_at IS NOT NULL
+        ORDER BY channel LIMIT 1) AS next),
+due AS (
     SELECT CASE WHEN e.lease IS NULL THEN greatest(e.due_at, d.due_at) ELSE d.due_at END AS since
-    FROM endpoints e CROSS JOIN LATERAL (
+    FROM channels CROSS JOIN LATERAL (
+        SELECT * FROM endpoints WHERE channel = channels.channel AND due_at <= statement_timestamp()
+        ORDER BY due_at OFFSET 0) AS e
+    CROSS JOIN LATERAL (
         SELECT due_at FROM deliveries
         WHERE tenant_id = e.tenant_id AND subscription_id = e.subscription_id AND due_at <= statement_timestamp()
         ORDER BY due_at LIMIT $1) AS d
-    WHERE e.due_at <= statement_timestamp() AND NOT {_PAUSED.format(tenant="e.tenant_id")}
+    WHERE NOT {_PAUSED.format(tenant="e.tenant_id")}
     LIMIT $1),
 untaken AS (
     SELECT i.created_at AS since FROM (SELECT DISTINCT tenant_id FROM outbox_fresh) AS f
@@ -159,7 +168,7 @@ async def backlog(connection: Connection, at_most: int) -> asyncpg.Record:
     somewhere, `unseen` events and the age of the oldest, and in how many tenants the outbox projection is `parked`;
     ages are in seconds, NULL where nothing waits.
     """
-    await ledger.begin(connection)
+    await lanes.begin(connection)
     return await connection.fetchrow(_BACKLOG, at_most)
 
 
@@ -225,13 +234,13 @@ async def _move(
     )
     if not rows:
         return 0, None
-    await ledger.begin(connection)
-    await ledger.lock(connection, ((row["tenant_id"], row["subscription_id"]) for row in rows))
+    await lanes.begin(connection)
+    await lanes.lock(connection, ((row["tenant_id"], row["subscription_id"]) for row in rows))
     moved: str = await connection.execute(
         change, [row["tenant_id"] for row in rows], [row["intent_id"] for row in rows], list(chosen.states)
     )
-    lanes = {(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in rows}
-    await ledger.again(connection, lanes)
+    moved_in = {(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in rows}
+    await lanes.again(connection, moved_in)
     return int(moved.rpartition(" ")[2]), (rows[-1]["tenant_id"], rows[-1]["intent_id"])
 
 

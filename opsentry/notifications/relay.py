@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
@@ -11,8 +12,11 @@ import aiosmtplib
 
 from opsentry.notifications.channel import Outcome
 
-CONNECTIONS = 4
+CONNECTIONS = 8
 SECONDS = 15
+# A relay that cannot be used is left alone for so long: who waits for it is told at once what is wrong.
+DOWN_SECONDS = 15
+_FOR_GOOD = 500
 # Relays hang up on who says nothing for some minutes.
 _IDLE_SECONDS = 30.0
 
@@ -23,16 +27,14 @@ class Relay:
     def __init__(self, url: str, local_name: str) -> None:
         self._url = urlsplit(url)
         self._local_name = local_name
-        self._free = asyncio.Semaphore(CONNECTIONS)
+        self._down_until = 0.0
+        self._down = ""
         self._idle: list[tuple[aiosmtplib.SMTP, asyncio.TimerHandle]] = []
 
     async def send(self, sender: str, recipient: str, letter: bytes) -> Outcome:
-        """Hand the letter over, within `SECONDS` and as long again to wait for a connection."""
-        try:
-            async with asyncio.timeout(SECONDS):
-                await self._free.acquire()
-        except TimeoutError:
-            return Outcome("the mail relay is busy", ours=True)
+        """Hand the letter over, within `SECONDS`. There are as many connections as there are letters at once."""
+        if time.monotonic() < self._down_until:
+            return Outcome(self._down, ours=True)
         try:
             async with asyncio.timeout(SECONDS), self._connection() as connection:
                 await connection.sendmail(sender, [recipient], letter)
@@ -40,11 +42,19 @@ class Relay:
             refused = error.recipients[0]
             # Not in the relay's own words: they repeat the address, which has to be forgotten with its subscription.
             return Outcome(f"the mail relay answered {refused.code} for this address", refused.code)
+        except aiosmtplib.SMTPDataError as error:
+            # For good: it is about this letter, and no other one says so.
+            ours = error.code < _FOR_GOOD
+            return Outcome(f"the mail relay answered {error.code} to the letter", error.code, ours=ours)
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            if isinstance(error, TimeoutError):
+                self._rest(_words(error))
             return Outcome(_words(error), getattr(error, "code", None), ours=True)
-        finally:
-            self._free.release()
         return Outcome(answer=250)
+
+    def _rest(self, why: str) -> None:
+        """Leave the relay alone for a while."""
+        self._down, self._down_until = why, time.monotonic() + DOWN_SECONDS
 
     async def close(self) -> None:
         """Close all connections that are idle."""
@@ -88,7 +98,11 @@ class Relay:
             timeout=SECONDS,
             tls_context=self._tls,
         )
-        await connection.connect()
+        try:
+            await connection.connect()
+        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            self._rest(_words(error))
+            raise
         return connection
 
     @cached_property

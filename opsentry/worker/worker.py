@@ -20,7 +20,7 @@ from opsentry.events import log
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
 from opsentry.events.writer import TenantBusy
-from opsentry.notifications import ledger as deliveries
+from opsentry.notifications import intake
 from opsentry.postgres import Database, DatabaseUnavailable
 from opsentry.projections import maintenance as windows
 from opsentry.projections import operations
@@ -202,7 +202,7 @@ class Worker:
         pruned = _PRUNE_BATCH
         while pruned == _PRUNE_BATCH:
             async with self._database.transaction(PRUNE_SECONDS) as connection:
-                pruned = await deliveries.prune(connection, self._deliveries_days, _PRUNE_BATCH)
+                pruned = await intake.prune(connection, self._deliveries_days, _PRUNE_BATCH)
 
     def _wake_up_in(self, seconds: float, due_at: datetime) -> None:
         self._scheduler.add_job(

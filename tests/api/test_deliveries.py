@@ -40,6 +40,10 @@ def put(app_connection, acme, number):
         }  # fmt: skip
         places = ", ".join(f"${n}" for n in range(1, len(row) + 1))
         await app_connection.execute(f"INSERT INTO deliveries ({', '.join(row)}) VALUES ({places})", *row.values())
+        await app_connection.execute(
+            "INSERT INTO endpoints (tenant_id, subscription_id, channel) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+            acme.id, number, row["channel"],
+        )  # fmt: skip
         return message(row["intent_id"])
 
     return put
@@ -149,7 +153,7 @@ async def test_missing_malformed_and_others_deliveries_are_the_same_404(api, oth
         assert await raw(api, method, f"/subscriptions/0/deliveries/{called}{more}") == NOT_FOUND
     (theirs,) = await app_connection.fetch("SELECT state FROM deliveries WHERE tenant_id = 999")
     assert theirs["state"] == "delivered"
-    assert await endpoint(app_connection) is None
+    assert (await endpoint(app_connection))["due_at"] is None
 
 
 # ---------------------------------------------------------------------------------------------------- send again
@@ -217,7 +221,7 @@ async def test_one_waits_behind_an_older_one_of_the_same_thing(api, put, number)
 async def test_whoever_sends_there_is_told_to_look(api, app_connection, acme, put, number, due_at, leased, moves):
     called = await put(5)
     await app_connection.execute(
-        "INSERT INTO endpoints (tenant_id, subscription_id, due_at, lease, failures) VALUES ($1, $2, $3, $4, 3)",
+        "UPDATE endpoints SET due_at = $3, lease = $4, failures = 3 WHERE tenant_id = $1 AND subscription_id = $2",
         acme.id, number, due_at, uuid4() if leased else None,
     )  # fmt: skip
     await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
@@ -237,8 +241,8 @@ async def test_another_target_is_tried_at_once_whatever_the_one_before_did(
     api, app_connection, acme, number, change, anew
 ):
     await app_connection.execute(
-        "INSERT INTO endpoints (tenant_id, subscription_id, due_at, failures, failing_since)"
-        " VALUES ($1, $2, now() + interval '5 minutes', 12, now() - interval '2 days')",
+        "INSERT INTO endpoints (tenant_id, subscription_id, channel, due_at, failures, failing_since)"
+        " VALUES ($1, $2, 'webhook', now() + interval '5 minutes', 12, now() - interval '2 days')",
         acme.id, number,
     )  # fmt: skip
     assert (await api.patch(f"/subscriptions/{number}", change))[0] == 200

@@ -14,6 +14,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from opsentry.notifications.composing import Composer
+from opsentry.notifications.sealing import Sealing
+from opsentry.notifications.sender import Sender
+from opsentry.projections.moments import Moments
+from tests.notifications.desk import Desk
+from tests.notifications.sending import Scripted
+from tests.system.processes import until
+
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 
 
@@ -121,3 +129,49 @@ def certified(tmp_path):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(file)
     return context, str(file)
+
+
+# ------------------------------------------------------------------------------------------------ senders
+
+
+@pytest.fixture
+def channel():
+    return Scripted()
+
+
+@pytest.fixture
+def desk(parts, acme):
+    return Desk(parts, acme)
+
+
+@pytest.fixture
+def sending(parts, channel):
+    """Runs a sender with `channel`, or with the `channels` that are given."""
+
+    @asynccontextmanager
+    async def run(channels=None, **options):
+        composer = Composer(Moments(parts.database, parts.runner), parts.database)
+        known = {each.name: each for each in channels or [channel]}
+        sender = Sender(parts.database, parts.commands, composer, known, Sealing(()), **{"burst": 0.0, **options})
+        sender.start()
+        yield sender
+        await sender.stop()
+
+    return run
+
+
+@pytest.fixture
+def settled(desk):
+    """Waits until all is told that can be told now."""
+
+    async def wait():
+        await until(desk_is_quiet)
+
+    async def desk_is_quiet():
+        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        return not await desk.parts.database.fetch(
+            "SELECT tenant_id FROM outbox_fresh UNION ALL"
+            " SELECT tenant_id FROM endpoints WHERE due_at <= now() OR lease IS NOT NULL"
+        )
+
+    return wait

@@ -257,9 +257,12 @@ async def test_cookies_are_not_kept():
     assert seen == [{}, {}]
 
 
-async def test_sockets_are_limited_in_all_and_for_each_host():
-    async with http_session((), 20) as session:
-        connector = session.connector
-        assert connector is not None
-        assert connector.limit == 20
-        assert 0 < connector.limit_per_host < 100
+async def test_a_host_that_many_share_is_asked_by_all_at_once():
+    together = asyncio.Barrier(200)
+
+    async def answer(_):
+        await together.wait()
+        return web.Response()
+
+    async with answering(answer) as url, http_session(LOOPBACK, 10) as session:
+        assert set(await asyncio.gather(*(tried(session, url) for _ in range(200)))) == {200}

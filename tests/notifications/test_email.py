@@ -78,7 +78,7 @@ class Inbox:
         return self.refusals.get("DATA", "250 OK")
 
     @asynccontextmanager
-    async def open(self, **options):
+    async def open(self, port=0, **options):
         """Listen; yields the relay's address."""
         loop = asyncio.get_running_loop()
         tls = options.pop("implicit", None)
@@ -87,7 +87,7 @@ class Inbox:
             self.connections += 1
             return SMTP(self, loop=loop, hostname="mx.example", enable_SMTPUTF8=False, **options)
 
-        server = await loop.create_server(made, "127.0.0.1", 0, ssl=tls)
+        server = await loop.create_server(made, "127.0.0.1", port, ssl=tls)
         try:
             yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         finally:
@@ -318,13 +318,14 @@ async def test_letters_arrive_over_one_connection():
     assert letters[0]["To"] == "kim@xn--bcher-kva.example"
 
 
-async def test_four_connections_at_most():
+async def test_as_many_connections_as_there_are_letters_at_once():
     inbox = Inbox()
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
-        many = [channel.send(endpoint("kim@example.com"), message(id=f"msg_{n}")) for n in range(30)]
-        assert set(await asyncio.gather(*many)) == {Outcome(answer=250)}
-        assert inbox.connections == 4
-    assert len(inbox.letters) == 30
+        for _ in range(3):
+            many = [channel.send(endpoint("kim@example.com"), message(id=f"msg_{n}")) for n in range(channel.at_once)]
+            assert set(await asyncio.gather(*many)) == {Outcome(answer=250)}
+        assert inbox.connections == channel.at_once == 8
+    assert len(inbox.letters) == 24
 
 
 async def test_connections_that_the_relay_has_closed_are_replaced():
@@ -360,13 +361,19 @@ async def test_an_address_that_is_refused_is_not_our_fault(answer):
     assert inbox.connections == 1
 
 
-@pytest.mark.parametrize("step", ["MAIL", "DATA"])
-async def test_what_else_the_relay_refuses_is_ours(step):
+@pytest.mark.parametrize(
+    ("step", "answer", "outcome"),
+    [
+        ("MAIL", "554", Outcome("the mail relay answered 554", 554, ours=True)),
+        ("DATA", "452", Outcome("the mail relay answered 452 to the letter", 452, ours=True)),
+        ("DATA", "554", Outcome("the mail relay answered 554 to the letter", 554)),
+    ],
+)
+async def test_what_else_the_relay_refuses_is_ours_unless_it_never_wants_this_letter(step, answer, outcome):
     inbox = Inbox()
-    inbox.refusals[step] = "554 5.7.1 relay-7.internal says no"
+    inbox.refusals[step] = f"{answer} 5.7.1 relay-7.internal says no"
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
-        outcome = await channel.send(endpoint("kim@example.com"), message())
-        assert outcome == Outcome("the mail relay answered 554", 554, ours=True)
+        assert await channel.send(endpoint("kim@example.com"), message()) == outcome
         inbox.refusals.clear()
         assert (await channel.send(endpoint("kim@example.com"), message())).error is None
 
@@ -383,19 +390,31 @@ async def test_no_relay_is_ours(unused_tcp_port):
         assert outcome == Outcome("no connection to the mail relay", ours=True)
 
 
-async def test_a_relay_that_says_nothing_is_not_waited_for(monkeypatch):
+async def test_a_relay_that_says_nothing_is_not_waited_for_and_then_left_alone(monkeypatch):
     monkeypatch.setattr(relay, "SECONDS", 0.2)
+    asked = []
 
     async def silence(reader, _):
+        asked.append(1)
         await reader.read()
 
     silent = await asyncio.start_server(silence, "127.0.0.1", 0)
+    said_nothing = Outcome("no answer from the mail relay within 0.2 s", ours=True)
     async with silent, channel_to(f"smtp://127.0.0.1:{silent.sockets[0].getsockname()[1]}") as channel:
-        outcome = await channel.send(endpoint("kim@example.com"), message())
-        assert outcome == Outcome("no answer from the mail relay within 0.2 s", ours=True)
-        monkeypatch.setattr(channel._relay, "_free", asyncio.Semaphore(0))
-        outcome = await channel.send(endpoint("kim@example.com"), message())
-        assert outcome == Outcome("the mail relay is busy", ours=True)
+        for _ in range(3):
+            assert await channel.send(endpoint("kim@example.com"), message()) == said_nothing
+    assert asked == [1]
+
+
+async def test_a_relay_that_was_left_alone_is_tried_again(monkeypatch, unused_tcp_port):
+    monkeypatch.setattr(relay, "DOWN_SECONDS", 0.1)
+    async with channel_to(f"smtp://127.0.0.1:{unused_tcp_port}") as channel:
+        assert (await channel.send(endpoint("kim@example.com"), message())).ours
+        inbox = Inbox()
+        async with inbox.open(port=unused_tcp_port):
+            await asyncio.sleep(0.2)
+            assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert len(inbox.letters) == 1
 
 
 async def test_no_key_is_ours():

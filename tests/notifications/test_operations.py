@@ -10,12 +10,12 @@ from opsentry.domain import subscription
 from opsentry.domain.incident import ResolveIncident
 from opsentry.domain.subscription import ChangeSubscription
 from opsentry.notifications import operations
-from opsentry.notifications.ledger import Release, Result, Work
+from opsentry.notifications.leases import Release, Result, Work
 from opsentry.notifications.operations import Chosen
 from opsentry.projections import operations as projecting
 from opsentry.wiring import projections
 from tests.conftest import META
-from tests.notifications.test_ledger import Desk, delivered
+from tests.notifications.desk import delivered
 from tests.projections.planting import plant
 from tests.system.processes import environment, opsentry
 
@@ -26,12 +26,10 @@ SELECT $1, gen_random_uuid(), 1, 'incident', n, 1, 'webhook', 'incident.opened',
     now() + $3 * interval '1 second', $4
 FROM generate_series(1, $2::int) AS n
 """
-ENDPOINT = "INSERT INTO endpoints (tenant_id, subscription_id, due_at) VALUES ($1, 1, now() + $2 * interval '1 second')"
-
-
-@pytest.fixture
-def desk(parts, acme):
-    return Desk(parts, acme)
+ENDPOINT = """
+INSERT INTO endpoints (tenant_id, subscription_id, channel, due_at)
+VALUES ($1, 1, 'webhook', now() + $2 * interval '1 second')
+"""
 
 
 @pytest.fixture
@@ -67,7 +65,7 @@ async def parked(desk):
     await desk.tell(one, ResolveIncident())
     await desk.take_over()
     (endpoint,), (due,) = await desk.claim()
-    result = Result(due, "parked", None, 500, "answered 500", 5, counted=True)
+    result = Result(due, "parked", None, 500, "answered 500", 5)
     await desk.record(Work(endpoint, [result], Release(1, 1)))
     return [row["intent_id"] for row in await desk.rows()]
 

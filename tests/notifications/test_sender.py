@@ -1,117 +1,14 @@
 """The sender: retries, probes, ends, fairness; what it sends with is a channel that answers as it is told."""
 
 import asyncio
-from collections import Counter, defaultdict
-from contextlib import asynccontextmanager
-from typing import Any
-
-import pytest
 
 from opsentry.domain import subscription
 from opsentry.domain.incident import PostUpdate, ResolveIncident
-from opsentry.notifications.channel import Message, Outcome
-from opsentry.notifications.composing import Composer
-from opsentry.notifications.sealing import Sealing
-from opsentry.notifications.sender import Sender
-from opsentry.projections.moments import Moments
+from opsentry.notifications.channel import Outcome
 from tests.conftest import META
-from tests.notifications.test_ledger import Desk
+from tests.notifications.desk import Desk
+from tests.notifications.sending import BROKEN, OK, hurry
 from tests.system.processes import until
-
-OK = Outcome(answer=200)
-BROKEN = Outcome("answered 500", 500)
-
-
-class Scripted:
-    """A channel of our own making: `answers` says what each target answers, and `sent` what was sent there."""
-
-    name = "webhook"
-    signs = False
-    hides = False
-
-    def __init__(self):
-        self.answers: dict[str, Any] = defaultdict(lambda: OK)
-        self.sent: list[tuple[str, Message]] = []
-        self.open: Counter[str] = Counter()
-        self.widest: Counter[str] = Counter()
-
-    def check(self, target):
-        return target
-
-    def shown(self, target):
-        return target
-
-    async def send(self, endpoint, message):
-        self.sent.append((endpoint.target, message))
-        self.open[endpoint.target] += 1
-        self.widest[endpoint.target] = max(self.widest[endpoint.target], self.open[endpoint.target])
-        try:
-            answer = self.answers[endpoint.target]
-            if isinstance(answer, asyncio.Event):
-                await answer.wait()
-                return OK
-            await asyncio.sleep(0.005)
-            return answer
-        finally:
-            self.open[endpoint.target] -= 1
-
-    async def close(self):
-        pass
-
-    def to(self, target):
-        return [message for where, message in self.sent if where == target]
-
-
-@pytest.fixture
-def channel():
-    return Scripted()
-
-
-@pytest.fixture
-def desk(parts, acme):
-    return Desk(parts, acme)
-
-
-@pytest.fixture
-def sending(parts, channel):
-    @asynccontextmanager
-    async def run(**options):
-        composer = Composer(Moments(parts.database, parts.runner), parts.database)
-        sender = Sender(
-            parts.database, parts.commands, composer, {"webhook": channel}, Sealing(()), **{"burst": 0.0, **options}
-        )
-        sender.start()
-        yield sender
-        await sender.stop()
-
-    return run
-
-
-@pytest.fixture
-def settled(desk):
-    async def wait():
-        await until(desk_is_quiet)
-
-    async def desk_is_quiet():
-        await desk.parts.runner.catch_up(desk.tenant.id, 0)
-        return not await desk.parts.database.fetch(
-            "SELECT tenant_id FROM outbox_fresh UNION ALL"
-            " SELECT tenant_id FROM endpoints WHERE due_at <= now() OR lease IS NOT NULL"
-        )
-
-    return wait
-
-
-async def hurry(owner, seconds):
-    """Let time pass for what waits."""
-    await owner.execute(
-        "UPDATE deliveries SET due_at = due_at - $1 * interval '1 second' WHERE due_at IS NOT NULL", seconds
-    )
-    await owner.execute(
-        "UPDATE endpoints SET due_at = due_at - $1 * interval '1 second',"
-        " failing_since = failing_since - $1 * interval '1 second'",
-        seconds,
-    )
 
 
 async def test_what_happens_is_sent_in_order_with_its_state_of_then(desk, channel, sending, settled):
@@ -232,7 +129,9 @@ async def test_what_fails_for_a_reason_of_ours_says_nothing_of_the_endpoint(desk
         await settled()
         assert await owner.fetchval("SELECT failures FROM endpoints") == 0
         (row,) = await desk.rows()
-        assert (row["state"], row["attempts"]) == ("waiting", 0)
+        assert (row["state"], row["attempts"], row["error"]) == ("waiting", 0, "the mail relay is down")
+        # Attempts say what *they* did.
+        assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 0
         channel.answers["https://example.com/x"] = OK
         await hurry(owner, 100)
         await settled()
@@ -309,20 +208,6 @@ async def test_nothing_is_sent_to_who_was_disabled_or_removed(desk, channel, sen
         await settled()
     assert channel.sent == []
     assert await desk.states() == ["disabled", "disabled"]
-
-
-async def test_what_is_under_way_ends_before_a_sender_stops(desk, channel, sending):
-    hanging = asyncio.Event()
-    await desk.subscribe()
-    channel.answers["https://example.com/x"] = hanging
-    await desk.open()
-    async with sending() as sender:
-        await desk.parts.runner.catch_up(desk.tenant.id, 0)
-        await until(lambda: asyncio.sleep(0, bool(channel.sent)))
-        stopping = asyncio.create_task(sender.stop())
-        hanging.set()
-        await stopping
-    assert await desk.states() == ["delivered"]
 
 
 async def test_secrets_that_no_key_opens_hold_their_messages_back_and_nobody_elses(

@@ -13,7 +13,7 @@ from opsentry.domain.maintenance import CompleteMaintenance, StartMaintenance
 from opsentry.domain.service import RegisterService
 from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
 from opsentry.events import log
-from opsentry.notifications import deliveries, ledger
+from opsentry.notifications import deliveries, intake, leases
 from opsentry.notifications.operations import backlog
 from opsentry.projections import impact, incidents, maintenance, outbox, services, subscriptions
 from opsentry.projections.incidents import Incidents
@@ -286,7 +286,7 @@ GROW = (
     """INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id, seq, channel, topic,
     created_at, state, settled_at) SELECT tenant_id, intent_id, 1, stream_kind, 1, 1, channel, topic, created_at,
     'delivered', now() FROM outbox_intents WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
-    "INSERT INTO endpoints SELECT tenant_id, 1 FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
+    "INSERT INTO endpoints SELECT tenant_id, 1, 'webhook' FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
 )
 GROWING = ("events", "heads", "checkpoints", "outbox_intents", "outbox_settled", "deliveries", "endpoints")
 # Of all these, so many: behind, still to be rebuilt, and one whose outbox is parked.
@@ -355,7 +355,7 @@ def _literal(value: Any) -> str:
     match value:
         case int() | float():
             return str(value)
-        case UUID():
+        case UUID() | str():
             return f"'{value}'"
     return "'{" + ",".join(map(str, value)) + "}'"
 
@@ -377,9 +377,9 @@ async def polls(connection: Any) -> dict[str, Cost]:
                 case "backlog":
                     await backlog(polled, 1001)
                 case "fresh":
-                    await ledger.fresh(polled, 0, 50)
+                    await intake.fresh(polled, 0, 50)
                 case _:
-                    await ledger.claim(polled, UUID(int=1), seconds=60, at_most=10)
+                    await leases.claim(polled, UUID(int=1), "webhook", seconds=60, at_most=10)
             await transaction.rollback()
             found[f"{name}, {'any' if generic else 'these'} values"] = polled.cost()
     return found

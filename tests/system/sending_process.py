@@ -14,19 +14,19 @@ from typing import Any
 
 from opsentry import wiring
 from opsentry.config import Settings
-from opsentry.notifications import ledger
+from opsentry.notifications import leases
 from opsentry.notifications.composing import Composer
-from opsentry.notifications.sender import Sender
+from opsentry.notifications.courier import Courier
 
 # What is called there, and whether it dies before or after that was done. What is taken and recorded is not committed
 # yet when the call ends.
 POINTS: dict[str, tuple[Any, str, bool]] = {
-    "taking": (ledger, "take", True),
-    "claimed": (Sender, "_serve", False),
+    "taking": (leases, "take", True),
+    "claimed": (Courier, "serve", False),
     "composed": (Composer, "compose", True),
-    "sending": (Sender, "_send", False),
-    "sent": (Sender, "_send", True),
-    "recording": (ledger, "record", True),
+    "sending": (Courier, "send", False),
+    "sent": (Courier, "send", True),
+    "recording": (leases, "record", True),
 }
 
 

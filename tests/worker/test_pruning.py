@@ -4,7 +4,7 @@ from opsentry.events.log import Key
 from opsentry.worker import worker
 from opsentry.worker.worker import Worker
 from tests.conftest import META
-from tests.notifications.test_ledger import Desk, delivered
+from tests.notifications.desk import Desk, delivered
 
 
 async def test_keys_that_were_kept_long_enough_are_forgotten_and_others_are_not(parts, acme, owner, monkeypatch):

@@ -6,7 +6,7 @@ from opsentry.config import Settings
 from opsentry.notifications.channel import BadTarget, Channel, Endpoint, Message, Outcome
 from opsentry.notifications.channels import Parts
 from opsentry.notifications.letters import Letters
-from opsentry.notifications.relay import Relay
+from opsentry.notifications.relay import CONNECTIONS, Relay
 from opsentry.notifications.sealing import NoKey
 
 _MAX_ADDRESS = 254
@@ -27,6 +27,7 @@ class Email:
     name = "email"
     signs = False
     hides = False
+    at_once: int | None = CONNECTIONS
 
     def __init__(self, settings: Settings) -> None:
         self._letters = Letters(settings)

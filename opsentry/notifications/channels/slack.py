@@ -39,6 +39,7 @@ class Slack:
     name = "slack"
     signs = False
     hides = True
+    at_once: int | None = None
 
     def __init__(self, http: aiohttp.ClientSession, open_networks: tuple[Network, ...]) -> None:
         self._http = http

@@ -24,6 +24,7 @@ class Webhook:
     name = "webhook"
     signs = True
     hides = False
+    at_once: int | None = None
 
     def __init__(self, http: aiohttp.ClientSession, open_networks: tuple[Network, ...]) -> None:
         self._http = http

@@ -1,0 +1,282 @@
+"""The dispatcher: takes endpoints of one channel, has a courier serve each, and records what came of it.
+
+Nobody waits for a slow endpoint. Each has few messages under way: one until it has shown that it answers well, then
+twice as many each time, up to `WIDEST`. Endpoints that have not shown it share at most half of the sockets, and a
+tenant takes no more than its share while others are there.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any
+from uuid import uuid4
+
+import structlog
+
+from opsentry.domain import subscription
+from opsentry.domain.decider import TransitionRefused
+from opsentry.domain.subscription import DisableSubscription
+from opsentry.events.codec import Actor, Meta
+from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
+from opsentry.events.writer import TenantBusy
+from opsentry.notifications import leases
+from opsentry.notifications.channel import Channel
+from opsentry.notifications.courier import Courier
+from opsentry.notifications.lanes import PROBE_AFTER
+from opsentry.notifications.leases import WIDEST, Claimed, Due, Release, Result, Work
+from opsentry.postgres import Database, DatabaseUnavailable
+
+_log = structlog.get_logger()
+
+POLL_SECONDS = 0.5
+TIMEOUT = 10.0
+# Nothing is begun after this part of the lease: what is begun is over before the lease is, in 30 s at most.
+_BEGIN_WITHIN = 0.4
+# An endpoint gets so many rounds of what it takes at once, then others have their turn.
+_ROUNDS = 4
+# When it stops: so long for what is under way, and then for recording it.
+_STOP_SECONDS = 6.0
+_RECORD_SECONDS = 2.0
+_META = Meta(Actor("sender"))
+# What says that the database or a tenant is busy just now, not that something is wrong.
+_PASSING = (DatabaseUnavailable, TenantBusy, ConcurrentChange)
+
+
+class Dispatcher:
+    """Sends what is due on one channel, until stopped.
+
+    Args:
+        database: Where deliveries are.
+        commands: Records that a subscription is disabled.
+        channel: The channel.
+        courier: Sends with it.
+        sockets: So many messages are under way at once.
+        burst: Changes of one thing within so many seconds become one message.
+        lease: For so many seconds an endpoint is taken.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        commands: Commands,
+        channel: Channel,
+        courier: Courier,
+        *,
+        sockets: int,
+        burst: float,
+        lease: float,
+    ) -> None:
+        self._database = database
+        self._commands = commands
+        self._channel = channel
+        self._courier = courier
+        self._sockets = sockets
+        self._burst = burst
+        self._lease_seconds = lease
+        self._more = asyncio.Event()
+        self._to_do: list[Work] = []
+        self._recording = asyncio.Event()
+        self._recorded = asyncio.Event()
+        self._recorded.set()
+        # With each endpoint that is served, how many messages are under way there.
+        self._serving: dict[asyncio.Task[None], tuple[Claimed, int]] = {}
+        self._disabling: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to send, on the running loop."""
+        loops = (self._claim_all, self._record_all)
+        self._loops = [asyncio.create_task(surviving(loop)) for loop in loops]
+
+    def look(self) -> None:
+        """Look at once whether something is due, which is done every half second anyway."""
+        self._more.set()
+
+    async def stop(self) -> None:
+        """Take nothing more, let what is under way end, record it, and give back what is leased; bounded in time."""
+        if not self._loops:
+            return
+        claiming, recording = self._loops
+        self._courier.stop()
+        claiming.cancel()
+        try:
+            # What takes longer is cancelled, and left to its lease, which runs out by itself.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_STOP_SECONDS):
+                    await asyncio.gather(claiming, *self._serving, *self._disabling, return_exceptions=True)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_RECORD_SECONDS):
+                    await self._recorded.wait()
+        finally:
+            recording.cancel()
+            await asyncio.gather(recording, *self._serving, *self._disabling, return_exceptions=True)
+            self._loops = []
+
+    # ---------------------------------------------------------------------------------------- taking
+
+    async def _claim_all(self) -> None:
+        while True:
+            self._more.clear()
+            if not await self._claim():
+                # Woken by an endpoint that is given back; else whatever is due is found at the next look.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await self._more.wait()
+
+    async def _claim(self) -> int:
+        used, unproven = self._in_use()
+        free, half = self._sockets - used.total(), self._sockets // 2
+        # Where all goes through one thing of ours, no endpoint is slow by itself.
+        alike = self._channel.at_once is not None
+        proven_only = not alike and unproven.total() >= half
+        if free < (WIDEST if proven_only else 1):
+            return 0
+        # There is always a share left for one more tenant.
+        shares = len(used) + 1
+        satisfied = [tenant_id for tenant_id, count in used.items() if count >= max(WIDEST, self._sockets // shares)]
+        timid = [tenant_id for tenant_id, count in unproven.items() if not alike and count >= max(1, half // shares)]
+        async with self._database.transaction(TIMEOUT) as connection:
+            began = time.monotonic()
+            claimed = await leases.claim(
+                connection,
+                uuid4(),
+                self._channel.name,
+                seconds=self._lease_seconds,
+                at_most=max(1, free // WIDEST),
+                passing_over=satisfied,
+                proven=proven_only,
+                proven_of=timid,
+            )
+            due = await leases.take(connection, [(each, _quantum(each)) for each in claimed], self._burst)
+        waiting: dict[tuple[int, int], list[Due]] = {}
+        for each in due:
+            waiting.setdefault((each.tenant_id, each.subscription_id), []).append(each)
+        for endpoint in claimed:
+            messages = waiting.get((endpoint.tenant_id, endpoint.subscription_id), [])
+            task = asyncio.create_task(self._serve(endpoint, messages, began + self._lease_seconds * _BEGIN_WITHIN))
+            self._serving[task] = endpoint, min(endpoint.width, len(messages))
+            task.add_done_callback(self._served)
+        return len(claimed)
+
+    def _in_use(self) -> tuple[Counter[int], Counter[int]]:
+        """Return the sockets that each tenant has in use: all, and at endpoints that have not shown to answer well."""
+        used: Counter[int] = Counter()
+        unproven: Counter[int] = Counter()
+        for endpoint, under_way in self._serving.values():
+            used[endpoint.tenant_id] += under_way
+            unproven[endpoint.tenant_id] += endpoint.width == 1
+        return used, unproven
+
+    async def _serve(self, endpoint: Claimed, due: Sequence[Due], begin_until: float) -> None:
+        """Have what is due at an endpoint be sent, and give it back."""
+        served = await self._courier.serve(endpoint, due, begin_until, lambda result: self._note(endpoint, [result]))
+        if served.gone:
+            await self._disable(endpoint, "gone")
+        self._note(endpoint, (), served.release)
+
+    def _served(self, task: "asyncio.Task[None]") -> None:
+        del self._serving[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A defect; the lease runs out, and others, or newer code, try again.
+            _log.error("an endpoint could not be served", exc_info=error)
+        self._more.set()
+
+    # ---------------------------------------------------------------------------------------- recording
+
+    def _note(self, endpoint: Claimed, results: Sequence[Result], release: Release | None = None) -> None:
+        self._to_do.append(Work(endpoint, results, release))
+        self._recorded.clear()
+        self._recording.set()
+
+    async def _record_all(self) -> None:
+        """Record what has come of deliveries, all that there is in one transaction, while the next are sent."""
+        while True:
+            if not self._to_do:
+                self._recording.clear()
+                await self._recording.wait()
+            work = list(self._to_do)
+            try:
+                await self._record(work)
+            except _PASSING:
+                raise
+            except Exception:  # noqa: BLE001 - what cannot be recorded must not hold up what can
+                _log.exception("results could not be recorded together; each by itself")
+                await self._record_each(work)
+
+    async def _record_each(self, work: Sequence[Work]) -> None:
+        for each in work:
+            try:
+                await self._record([each])
+            except _PASSING:
+                raise
+            except Exception:  # noqa: BLE001 - a defect; the lease runs out, and it is sent again
+                endpoint = each.endpoint
+                _log.exception(
+                    "a result could not be recorded",
+                    tenant_id=endpoint.tenant_id,
+                    subscription_id=endpoint.subscription_id,
+                )
+                self._forget([each])
+
+    async def _record(self, work: Sequence[Work]) -> None:
+        async with self._database.transaction(TIMEOUT) as connection:
+            hopeless = await leases.record(connection, work, self._burst)
+        self._forget(work)
+        for endpoint in hopeless:
+            # Not waited for: commands may take long. Forgotten by a crash, it is found again at the next probe.
+            task = asyncio.create_task(self._give_up(endpoint))
+            self._disabling.add(task)
+            task.add_done_callback(self._disabling.discard)
+
+    def _forget(self, work: Sequence[Work]) -> None:
+        """Strike off what was recorded, which is the oldest."""
+        del self._to_do[: len(work)]
+        self._courier.recorded(sum(len(each.results) for each in work))
+        if not self._to_do:
+            self._recorded.set()
+        self._more.set()
+
+    # ---------------------------------------------------------------------------------------- disabling
+
+    async def _give_up(self, endpoint: Claimed) -> None:
+        try:
+            await self._disable(endpoint, "failing")
+            async with self._database.transaction(TIMEOUT) as connection:
+                await leases.turn_off(connection, endpoint)
+        except _PASSING as error:
+            _log.warning("a subscription could not be disabled; will try again", error=str(error))
+        except Exception:  # noqa: BLE001 - nobody waits for it
+            _log.exception("a subscription could not be disabled; will try again")
+
+    async def _disable(self, endpoint: Claimed, reason: str) -> None:
+        """Put on the tenant's record that nothing is sent there any more. Doing so again changes nothing."""
+        command = DisableSubscription(reason=reason)
+        with suppress(TransitionRefused, NoSuchStream):  # removed meanwhile
+            await self._commands.execute(
+                subscription.DECIDER, endpoint.tenant_id, endpoint.subscription_id, command, _META
+            )
+        _log.info(
+            "subscription disabled",
+            tenant_id=endpoint.tenant_id,
+            subscription_id=endpoint.subscription_id,
+            reason=reason,
+        )
+
+
+async def surviving(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a loop that never ends, and begin it again whenever it fails."""
+    while True:
+        try:
+            await loop()
+        except _PASSING as error:
+            _log.warning("will try again", task=loop.__name__, error=str(error))
+        except Exception:  # noqa: BLE001 - a loop that dies of a defect would end all sending
+            _log.exception("unexpected error; will try again", task=loop.__name__)
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _quantum(endpoint: Claimed) -> int:
+    """Return how many messages an endpoint may have in one go: a single one while it is probed."""
+    return 1 if endpoint.failures >= PROBE_AFTER else endpoint.width * _ROUNDS

@@ -1,0 +1,69 @@
+"""A sender's hands, for the tests of what it does step by step."""
+
+from collections.abc import Sequence
+from uuid import uuid4
+
+from opsentry.domain import incident, subscription
+from opsentry.domain.incident import OpenIncident
+from opsentry.domain.subscription import CreateSubscription
+from opsentry.notifications import intake, leases
+from opsentry.notifications.leases import Claimed, Due, Release, Result, Work
+from tests.conftest import META
+
+DELIVERIES = "SELECT * FROM deliveries WHERE tenant_id = $1 ORDER BY seq, subscription_id"
+# An age makes that what is due after a burst is due now.
+AGE = """
+UPDATE deliveries SET due_at = due_at - $1 * interval '1 second', created_at = created_at - $1 * interval '1 second'
+"""
+
+
+class Desk:
+    """A sender's hands: what it does to the ledger, step by step."""
+
+    def __init__(self, parts, tenant, burst=0.0):
+        self.parts = parts
+        self.tenant = tenant
+        self.burst = burst
+
+    async def subscribe(self, **fields):
+        command = CreateSubscription(**{"channel": "webhook", "target": "https://example.com/x", **fields})
+        made = await self.parts.commands.create(subscription.DECIDER, self.tenant.id, command, META)
+        return made.stream_id
+
+    async def open(self, **fields):
+        opened = await self.parts.commands.create(
+            incident.DECIDER, self.tenant.id, OpenIncident(**{"title": "Down", **fields}), META
+        )
+        return opened.stream_id
+
+    async def tell(self, number, *commands):
+        for command in commands:
+            await self.parts.commands.execute(incident.DECIDER, self.tenant.id, number, command, META)
+
+    async def take_over(self, tenants: Sequence[int] | None = None, **options):
+        await self.parts.runner.catch_up(self.tenant.id, 0)
+        async with self.parts.database.transaction(10) as connection:
+            found = await intake.fresh(connection, 0, 100) if tenants is None else tenants
+            return await intake.take_over(connection, found, self.burst, **options) if found else 0
+
+    async def claim(self, seconds=60.0, at_most=10, passing_over=(), *, each=10, **options):
+        async with self.parts.database.transaction(10) as connection:
+            options = {"seconds": seconds, "at_most": at_most, "passing_over": passing_over, **options}
+            claimed = await leases.claim(connection, uuid4(), "webhook", **options)
+            due = await leases.take(connection, [(one, each) for one in claimed], self.burst)
+        return claimed, due
+
+    async def record(self, *work: Work):
+        async with self.parts.database.transaction(10) as connection:
+            return await leases.record(connection, work, self.burst)
+
+    async def rows(self):
+        return await self.parts.database.fetch(DELIVERIES, self.tenant.id)
+
+    async def states(self):
+        return [row["state"] for row in await self.rows()]
+
+
+def delivered(endpoint: Claimed, *dues: Due, release=True) -> Work:
+    results = [Result(due, "delivered", None, 200, None, 3) for due in dues]
+    return Work(endpoint, results, Release(0, 2) if release else None)

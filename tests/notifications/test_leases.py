@@ -1,0 +1,199 @@
+"""Deliveries are sent in order, by whoever holds the lease."""
+
+import asyncio
+from uuid import uuid4
+
+from opsentry.domain.incident import PostUpdate, ResolveIncident
+from opsentry.notifications import leases
+from opsentry.notifications.leases import RETRY_SECONDS, Release, Result, Work
+from tests.notifications.desk import AGE, Desk, delivered
+
+
+async def test_only_the_oldest_of_a_lane_is_due_and_its_end_makes_the_next_due(desk):
+    first, second = await desk.subscribe(), await desk.subscribe()
+    one, other = await desk.open(), await desk.open()
+    await desk.tell(one, PostUpdate(message="m"), ResolveIncident())
+    await desk.tell(other, ResolveIncident())
+    await desk.take_over()
+    told = []
+    while (claimed := await desk.claim())[0]:
+        endpoints, dues = claimed
+        assert len({(due.subscription_id, due.stream_id) for due in dues}) == len(dues)
+        told += [(due.subscription_id, due.stream_id, due.sequence) for due in dues]
+        await desk.record(
+            *(delivered(e, *(d for d in dues if d.subscription_id == e.subscription_id)) for e in endpoints)
+        )
+    assert len(told) == 10
+    for subscription_id in (first, second):
+        for stream_id in (one, other):
+            seqs = [seq for who, what, seq in told if (who, what) == (subscription_id, stream_id)]
+            assert seqs == sorted(seqs)
+
+
+async def test_one_that_waits_for_its_retry_holds_up_its_lane_only(desk):
+    await desk.subscribe()
+    one, other = await desk.open(), await desk.open()
+    await desk.tell(one, ResolveIncident())
+    await desk.take_over()
+    (endpoint,), dues = await desk.claim()
+    failed = next(due for due in dues if due.stream_id == one)
+    fine = next(due for due in dues if due.stream_id == other)
+    await desk.record(
+        Work(endpoint, [Result(failed, "waiting", 300.0, 500, "answered 500", 5)]),
+        delivered(endpoint, fine),
+    )
+    assert await desk.states() == ["waiting", "delivered", "waiting"]
+    assert await desk.claim() == ([], [])
+    await desk.tell(other, ResolveIncident())
+    await desk.take_over()
+    (endpoint,), (due,) = await desk.claim()
+    assert due.stream_id == other
+    await desk.record(delivered(endpoint, due))
+    rows = await desk.rows()
+    assert [(row["attempts"], row["due_at"] is not None) for row in rows if row["stream_id"] == one] == [
+        (1, True),
+        (0, False),
+    ]
+
+
+async def test_what_ends_in_failure_lets_the_next_one_go(desk):
+    await desk.subscribe()
+    one = await desk.open()
+    await desk.tell(one, ResolveIncident())
+    await desk.take_over()
+    (endpoint,), (due,) = await desk.claim()
+    await desk.record(Work(endpoint, [Result(due, "parked", None, 500, "answered 500", 5)], Release(1, 1)))
+    (endpoint,), (due,) = await desk.claim()
+    assert endpoint.failures == 1
+    assert due.changes[0].type == "incident.resolved"
+
+
+async def test_changes_within_the_burst_become_one_message_and_stay_it(parts, acme, owner):
+    desk = Desk(parts, acme, burst=30.0)
+    await desk.subscribe()
+    one = await desk.open(description="We look into it.")
+    await desk.take_over()
+    assert await desk.claim() == ([], [])
+    await desk.tell(one, PostUpdate(message="m"))
+    await desk.take_over()
+    await owner.execute(AGE, 31.0)
+    await owner.execute("UPDATE endpoints SET due_at = now() - interval '1 second'")
+    _, (due,) = await desk.claim(seconds=0.0)
+    assert [change.type for change in due.changes] == ["incident.opened", "incident.updated", "incident.updated"]
+    assert await desk.states() == ["waiting", "merged", "merged"]
+    # A later one, even if it seems to fall within, is told by itself: the message must not become another one.
+    await desk.tell(one, PostUpdate(message="late"))
+    await desk.take_over()
+    await owner.execute(
+        "UPDATE deliveries SET created_at = created_at - interval '30 seconds' WHERE settled_at IS NULL"
+    )
+    (endpoint,), (again,) = await desk.claim()
+    assert again.intent_id == due.intent_id
+    assert [change.seq for change in again.changes] == [change.seq for change in due.changes]
+    await desk.record(delivered(endpoint, again))
+    assert await desk.states() == ["delivered", "merged", "merged", "waiting"]
+
+
+async def test_who_lost_the_lease_records_nothing(desk):
+    await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    (slow,), (due,) = await desk.claim(seconds=0.0)
+    (other,), (same,) = await desk.claim()
+    assert same == due
+    await desk.record(delivered(slow, due))
+    assert await desk.states() == ["waiting"]
+    await desk.record(delivered(other, same))
+    assert await desk.states() == ["delivered"]
+
+
+async def test_an_attempt_is_recorded_once_though_it_is_said_twice(desk, owner):
+    await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    (endpoint,), (due,) = await desk.claim()
+    failed = Work(endpoint, [Result(due, "waiting", 5.0, 500, "answered 500", 3)])
+    await desk.record(failed)
+    await desk.record(failed)
+    (row,) = await desk.rows()
+    assert (row["attempts"], row["tried"]) == (1, 1)
+    assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 1
+
+
+async def test_a_claim_is_of_one_channel(desk):
+    await desk.subscribe()
+    await desk.subscribe(channel="email", target="kim@example.com")
+    await desk.open()
+    await desk.take_over()
+    (endpoint,), (due,) = await desk.claim()
+    assert endpoint.subscription is not None
+    assert (endpoint.subscription.channel, due.subscription_id) == ("webhook", endpoint.subscription_id)
+    assert await desk.claim() == ([], [])
+
+
+async def test_tenants_with_their_share_and_unproven_endpoints_are_passed_over(desk, globex):
+    other = Desk(desk.parts, globex)
+    for each in (desk, other):
+        await each.subscribe()
+        await each.open()
+        await each.take_over()
+    assert await desk.claim(proven=True) == ([], [])
+    (endpoint,), _ = await desk.claim(passing_over=[desk.tenant.id])
+    assert endpoint.tenant_id == globex.id
+
+
+async def test_pausing_holds_back_one_tenant_or_all(desk, owner):
+    await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    for tenant_id in (desk.tenant.id, 0):
+        await owner.execute("INSERT INTO outbox_paused (tenant_id) VALUES ($1)", tenant_id)
+        assert await desk.claim() == ([], [])
+        await owner.execute("DELETE FROM outbox_paused")
+    assert len((await desk.claim())[1]) == 1
+
+
+async def test_an_endpoint_that_fails_for_days_is_told_apart_and_turning_it_off_ends_what_waits(desk, owner):
+    await desk.subscribe()
+    one = await desk.open()
+    await desk.tell(one, ResolveIncident())
+    await desk.take_over()
+    (endpoint,), (due,) = await desk.claim()
+    failed = Result(due, "waiting", RETRY_SECONDS[0], None, "no answer", 15_000)
+    assert await desk.record(Work(endpoint, [failed], Release(10, 1, hold=0.0))) == []
+    await owner.execute("UPDATE endpoints SET failing_since = failing_since - interval '6 days', due_at = now()")
+    await owner.execute("UPDATE deliveries SET due_at = now() WHERE due_at IS NOT NULL")
+    (endpoint,), (due,) = await desk.claim()
+    hopeless = await desk.record(Work(endpoint, [failed], Release(11, 1, hold=300.0)))
+    assert hopeless == [endpoint]
+    async with desk.parts.database.transaction(10) as connection:
+        await leases.turn_off(connection, endpoint)
+    assert await desk.states() == ["disabled", "disabled"]
+    assert dict(await owner.fetchrow("SELECT failures, failing_since, due_at FROM endpoints")) == {
+        "failures": 0,
+        "failing_since": None,
+        "due_at": None,
+    }
+
+
+async def test_what_comes_while_another_ends_is_never_forgotten(desk, owner):
+    """Taking over and recording in the same lane at the same time, again and again: the last one becomes due always."""
+    await desk.subscribe()
+    one = await desk.open()
+    await desk.take_over()
+    for _ in range(30):
+        (endpoint,), (due,) = await desk.claim()
+        await desk.tell(one, PostUpdate(message="m"))
+        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        await asyncio.gather(desk.take_over([desk.tenant.id]), desk.record(delivered(endpoint, due)))
+    assert (await desk.states()).count("waiting") == 1
+    assert len((await desk.claim())[1]) == 1
+
+
+async def test_a_session_that_stands_still_with_the_locks_is_thrown_out(desk, owner):
+    await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    async with desk.parts.database.connection(10) as connection, connection.transaction():
+        await leases.claim(connection, uuid4(), "webhook", seconds=60, at_most=1, passing_over=[], proven=False)
+        assert await connection.fetchval("SHOW idle_in_transaction_session_timeout") == "3s"
