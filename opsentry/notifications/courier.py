@@ -52,6 +52,8 @@ class Courier:
         self._sealing = sealing
         self._places = asyncio.Semaphore(at_most)
         self._stopping = False
+        # What goes through one thing of ours is spread over as many as can be told at once.
+        self.widest = WIDEST if channel.at_once is None else 1
 
     def recorded(self, results: int) -> None:
         """Say that of so many results it is recorded what came of them."""
@@ -105,7 +107,8 @@ class Courier:
                 note(result)
 
         await asyncio.gather(*(send_some() for _ in range(min(endpoint.width, len(due)))))
-        return Served(course.release(endpoint.width), course.gone)
+        width = min(self.widest, endpoint.width * (2 if course.does_well else 1)) if course.keeps_up else 1
+        return Served(Release(course.failures, width, hold=course.hold, off=course.gone), course.gone)
 
     async def send(self, target: Endpoint, due: Due, course: "_Course", *, confirms: bool) -> Result:
         """Send one message, and take into `course` how that went."""
@@ -172,12 +175,11 @@ class _Course:
     """How it goes at an endpoint while it is served."""
 
     def __init__(self, failures: int) -> None:
-        self._failures = failures
+        self.failures = failures
         self._probes = failures >= PROBE_AFTER
-        self._failed = failures > 0
         self._slow = False
-        self._taken = False
         self._retry_after: float | None = None
+        self.does_well = False
         self.gone = False
         self.ours = False
 
@@ -188,25 +190,29 @@ class _Course:
         self.gone = self.gone or outcome.gone
         self.ours = self.ours or outcome.ours
         if outcome.error is None:
-            self._failures = 0
-            self._taken = True
+            self.failures = 0
+            self.does_well = True
         elif not outcome.ours:
-            self._failures += 1
+            self.failures += 1
             self._retry_after = outcome.retry_after or self._retry_after
 
     @property
     def goes_on(self) -> bool:
         """Whether more may be sent now: not to what is gone, fails again and again, or asks to be left alone."""
-        failing = self._failures >= PROBE_AFTER and not self._probes
+        failing = self.failures >= PROBE_AFTER and not self._probes
         return not (self.gone or self.ours or failing or self._retry_after is not None)
 
-    def release(self, width: int) -> Release:
-        """Return how the endpoint is given back that was taken with this width."""
-        grown = 1 if self._failures or self._slow else min(WIDEST, width * (2 if self._taken else 1))
-        hold = self._retry_after
-        if self._failures >= PROBE_AFTER:
-            hold = max(PROBE_SECONDS * _jitter(), hold or 0.0)
-        return Release(self._failures, grown, hold=hold, off=self.gone)
+    @property
+    def keeps_up(self) -> bool:
+        """Whether it may have as much under way as before."""
+        return not (self.failures or self._slow)
+
+    @property
+    def hold(self) -> float | None:
+        """For how many seconds to leave the endpoint alone."""
+        if self.failures >= PROBE_AFTER:
+            return max(PROBE_SECONDS * _jitter(), self._retry_after or 0.0)
+        return self._retry_after
 
 
 def _next(outcome: Outcome, attempts: int) -> tuple[str, float | None]:

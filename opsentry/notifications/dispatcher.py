@@ -25,7 +25,7 @@ from opsentry.notifications import leases
 from opsentry.notifications.channel import Channel
 from opsentry.notifications.courier import Courier
 from opsentry.notifications.lanes import PROBE_AFTER
-from opsentry.notifications.leases import WIDEST, Claimed, Due, Release, Result, Work
+from opsentry.notifications.leases import Claimed, Due, Release, Result, Work
 from opsentry.postgres import Database, DatabaseUnavailable
 
 _log = structlog.get_logger()
@@ -131,11 +131,12 @@ class Dispatcher:
         # Where all goes through one thing of ours, no endpoint is slow by itself.
         alike = self._channel.at_once is not None
         proven_only = not alike and unproven.total() >= half
-        if free < (WIDEST if proven_only else 1):
+        widest = self._courier.widest
+        if free < (widest if proven_only else 1):
             return 0
         # There is always a share left for one more tenant.
         shares = len(used) + 1
-        satisfied = [tenant_id for tenant_id, count in used.items() if count >= max(WIDEST, self._sockets // shares)]
+        satisfied = [tenant_id for tenant_id, count in used.items() if count >= max(widest, self._sockets // shares)]
         timid = [tenant_id for tenant_id, count in unproven.items() if not alike and count >= max(1, half // shares)]
         async with self._database.transaction(TIMEOUT) as connection:
             began = time.monotonic()
@@ -144,7 +145,7 @@ class Dispatcher:
                 uuid4(),
                 self._channel.name,
                 seconds=self._lease_seconds,
-                at_most=max(1, free // WIDEST),
+                at_most=max(1, free // widest),
                 passing_over=satisfied,
                 proven=proven_only,
                 proven_of=timid,

@@ -85,6 +85,11 @@ class _Span(NamedTuple, Generic[_T]):
     what: _T
 
 
+def tells(recorded: RecordedEvent) -> bool:
+    """Return whether all subscriptions may have to be told of the event, or of what it ends."""
+    return type(recorded.event) in _TOLD and not recorded.meta.silent
+
+
 class Derived(NamedTuple):
     """What events give rise to: intents, what has to be known for the next events, and what no longer has to."""
 
@@ -160,7 +165,7 @@ class Derivation:
         """Note what a window does to others, tell what is worth telling; return the topic as that leaves it."""
         if recorded.kind == maintenance.KIND:
             self._follow_window(recorded, topic, derived)
-        if recorded.meta.silent or type(recorded.event) not in _TOLD:
+        if not tells(recorded):
             return topic
         suppressed = recorded.kind == incident.KIND and self._withheld(topic, recorded.seq)
         for number, channel in self._wanting(recorded.kind, topic, recorded):

@@ -14,19 +14,19 @@ from opsentry.domain import incident, maintenance, subscription
 from opsentry.domain.maintenance import MaintenanceCompleted
 from opsentry.events.codec import RecordedEvent
 from opsentry.postgres import Connection
-from opsentry.projections.intents import Derivation, Derived, Intent
+from opsentry.projections.intents import Derivation, Derived, Intent, tells
 from opsentry.projections.projection import Rows, Streams, Table, by_stream
 from opsentry.projections.topics import Topic, Wish
 
-# All of a tenant's subscriptions and active windows, which are few.
-_LOAD_FEW = "SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind IN ('subscription', 'active')"
+# A tenant's active windows, which are few, and all of its subscriptions, which may be very many.
+_LOAD_ALL = "SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = $2"
 
 # Incidents that a window withheld and that are open: as many as were withheld, found by their index.
 _LOAD_MUTED = """
 SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = 'incident' AND state LIKE '%"muted":%'
 """
 
-# What is known already of the incidents and windows in this batch, each by the index; see the same in incidents.
+# What is known already of the streams in this batch, each by the index; see the same in incidents.
 _LOAD = """
 SELECT s.* FROM unnest($2::text[], $3::bigint[]) AS wanted (kind, id) CROSS JOIN LATERAL (
     SELECT kind, id, state FROM outbox_state
@@ -122,8 +122,12 @@ async def _load(
     connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]
 ) -> tuple[Derivation, dict[str, dict[int, Topic]]]:
     """Return what there is to derive from, and the topics that `events` may tell of, by kind and id."""
-    rows = list(await connection.fetch(_LOAD_FEW, tenant_id))
-    if keys := sorted({(e.kind, e.stream_id) for e in events if e.kind != subscription.KIND}):
+    rows = list(await connection.fetch(_LOAD_ALL, tenant_id, "active"))
+    loaded = set()
+    if any(tells(recorded) for recorded in events):
+        rows += await connection.fetch(_LOAD_ALL, tenant_id, subscription.KIND)
+        loaded.add(subscription.KIND)
+    if keys := sorted({(e.kind, e.stream_id) for e in events if e.kind not in loaded}):
         rows += await connection.fetch(_LOAD, tenant_id, *zip(*keys, strict=True))
     if any(isinstance(recorded.event, MaintenanceCompleted) for recorded in events):
         rows += await connection.fetch(_LOAD_MUTED, tenant_id)

@@ -219,6 +219,32 @@ async def test_the_same_history_gives_the_same_ids_however_it_is_cut(intents, ap
     assert singly == whole
 
 
+async def test_subscriptions_are_read_only_where_all_may_have_to_be_told(app_connection, history, monkeypatch):
+    read = []
+    fetch = type(app_connection).fetch
+
+    async def counting(self, query, *arguments):
+        rows = await fetch(self, query, *arguments)
+        read.append(sum(row["kind"] == subscription.KIND for row in rows))
+        return rows
+
+    monkeypatch.setattr(type(app_connection), "fetch", counting)
+
+    async def cost(since):
+        read.clear()
+        await apply(app_connection, Outbox(), history.events[since:])
+        return sum(read)
+
+    for number in range(1, 101):
+        history.subscription(number, wish())
+    assert await cost(0) == 0
+    history.subscription(7, ChangeSubscription(incidents=False))
+    history.incident(1, incident(), meta=msgspec.structs.replace(META, silent=True))
+    assert await cost(100) == 1
+    history.incident(1, PostUpdate(message="m"))
+    assert await cost(102) == 100
+
+
 async def test_intents_of_two_tenants_never_share_an_id(intents, app_connection, history, other_history):
     for each in (history, other_history):
         each.subscription(1, wish())
