@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -59,7 +60,10 @@ def settings() -> Settings:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`, its errors explained."""
+    """Run `work`, its errors explained, with as many files and sockets open as the system lets it have."""
+    # The soft limit is often 1,024 for the sake of programs that use select(), which event loops do not.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with explained():
         return uvloop.run(work)
 

@@ -23,6 +23,8 @@ MAX_URL = 2_000
 _MAX_HOST = 253
 
 _NAMES_CACHED_SECONDS = 10
+# Of a thousand hosts a second, each connection is kept for so long after its message.
+_KEPT_SECONDS = 5
 # A name may have any number of addresses, and each is tried: so many are enough.
 _ADDRESSES_TRIED = 8
 
@@ -184,6 +186,7 @@ def http_session(
             resolver=_Resolver(lookups) if resolver is None else resolver,
             ttl_dns_cache=_NAMES_CACHED_SECONDS,
             limit=0,
+            keepalive_timeout=_KEPT_SECONDS,
         ),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,

@@ -197,6 +197,7 @@ class Dispatcher:
             if not self._to_do:
                 self._recording.clear()
                 await self._recording.wait()
+            await asyncio.sleep(0.01)
             work = list(self._to_do)
             try:
                 await self._record(work)

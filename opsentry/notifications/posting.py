@@ -1,6 +1,7 @@
 """One HTTP POST, and what came of it in words for the tenant: nothing of the URL, nothing of our network."""
 
 import asyncio
+import errno
 import ssl
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ _READ_BYTES = 1024
 _TIMEOUT = aiohttp.ClientTimeout(total=TOTAL_SECONDS, sock_connect=CONNECT_SECONDS)
 _HEADERS = {"Content-Type": "application/json", "User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
 _GONE = 410
+# Files, memory or ports that this machine has no more of: the endpoint was not even asked.
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
 
 async def post(http: aiohttp.ClientSession, url: str, body: bytes, headers: Mapping[str, str] = {}) -> Outcome:
@@ -39,6 +42,8 @@ async def post(http: aiohttp.ClientSession, url: str, body: bytes, headers: Mapp
                 response.close()  # the status says it all
             return outcome
     except (aiohttp.ClientError, OSError, ValueError) as error:
+        if getattr(getattr(error, "os_error", error), "errno", None) in _OURS:
+            return Outcome("there are too many connections just now", ours=True)
         return Outcome(_words(error))
 
 

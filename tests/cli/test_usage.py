@@ -1,4 +1,6 @@
 import socket
+import subprocess
+import sys
 
 import click
 import pytest
@@ -137,3 +139,14 @@ async def test_a_port_that_is_taken_is_one_clear_line(settings):
     assert ran.err.startswith("Error: ")
     assert "address already in use" in ran.err
     assert ran.err.count("\n") == 1
+
+
+def test_commands_may_open_as_many_sockets_as_the_system_allows():
+    code = (
+        "import resource; from opsentry.cli.common import run\n"
+        "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE); resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
+        "async def work(): return resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "soft, hard = run(work()); assert soft == hard > 64, (soft, hard)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import ssl
 import time
 from datetime import UTC, datetime, timedelta
@@ -236,6 +237,16 @@ async def test_what_cannot_be_reached_is_said_without_addresses_and_queries(unus
         "the URL cannot be used",
         "the URL cannot be used",
     ]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EADDRNOTAVAIL])
+async def test_that_this_machine_has_no_more_sockets_is_ours(channel, monkeypatch, number):
+    def none_left(*_):
+        raise OSError(number, "no more")
+
+    monkeypatch.setattr("opsentry.notifications.addresses.socket.socket", none_left)
+    outcome = await channel.send(endpoint("http://127.0.0.1:1/", SECRET), message())
+    assert outcome == Outcome("there are too many connections just now", ours=True)
 
 
 def test_targets_are_checked_and_shown_whole():
