@@ -28,6 +28,8 @@ STATUSES = ("pending", "active", "disabled", "removed")
 # Why one is disabled: its owner asked for it, its endpoint answered 410, its endpoint failed for days.
 REASONS = ("asked", "gone", "failing")
 MAX_TARGET = 2_000
+# So long a pending one waits for whoever owns its target; then it is removed, and the target forgotten.
+PENDING_DAYS = 7
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -246,6 +248,12 @@ class RemoveSubscription(msgspec.Struct, frozen=True, kw_only=True):
     versions: tuple[int, ...] = ()
 
 
+class LapseSubscription(msgspec.Struct, frozen=True, kw_only=True):
+    """Wait no longer for whoever owns the target. What is not pending stays as it is; `versions` as for a removal."""
+
+    versions: tuple[int, ...] = ()
+
+
 SubscriptionCommand: TypeAlias = (
     CreateSubscription
     | ConfirmSubscription
@@ -254,6 +262,7 @@ SubscriptionCommand: TypeAlias = (
     | RequestTest
     | DisableSubscription
     | RemoveSubscription
+    | LapseSubscription
 )
 
 
@@ -282,8 +291,9 @@ def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence
             check_choice("reason", command.reason, REASONS)
             return [SubscriptionDisabled(reason=command.reason)] if state.status == "active" else []
         case RemoveSubscription():
-            removed = SubscriptionRemoved(unsubscribed=command.unsubscribed)
-            return [removed, *([SubscriptionRedacted(versions=command.versions)] if command.versions else [])]
+            return _remove(command.versions, unsubscribed=command.unsubscribed)
+        case LapseSubscription():
+            return _remove(command.versions) if state.status == "pending" else []
         case _:
             assert_never(command)
 
@@ -319,6 +329,11 @@ def _change(state: Subscription, command: ChangeSubscription) -> list[Subscripti
             raise TransitionRefused("a pending subscription is enabled by whoever owns its target")
         events.append(SubscriptionEnabled() if command.enabled else SubscriptionDisabled(reason="asked"))
     return events
+
+
+def _remove(versions: tuple[int, ...], *, unsubscribed: bool = False) -> list[SubscriptionEvent]:
+    erased = [SubscriptionRedacted(versions=versions)] if versions else []
+    return [SubscriptionRemoved(unsubscribed=unsubscribed), *erased]
 
 
 def _check_target(target: str) -> str:

@@ -11,6 +11,7 @@ from hashlib import sha256
 import jinja2
 
 from opsentry.config import Settings
+from opsentry.domain.subscription import PENDING_DAYS
 from opsentry.notifications import wording
 from opsentry.notifications.channel import Endpoint, Message
 from opsentry.notifications.links import CONFIRM, UNSUBSCRIBE, Links
@@ -62,6 +63,7 @@ class Letters:
             "title": None if subscribed else line(message.subject["title"]),
             "facts": () if subscribed else tuple(facts(message.subject)),
             "paragraphs": () if subscribed else [each._replace(text=_words(each.text)) for each in paragraphs(message)],
+            "days": PENDING_DAYS,
             "confirm_url" if confirms else "unsubscribe_url": url,
         }
         letter = MIMEMultipart("alternative")

@@ -4,7 +4,15 @@ from opsentry.domain import service, subscription
 from opsentry.domain.decider import InvalidField, TransitionRefused
 from opsentry.domain.service import ChangeService, RegisterService, RetireService, ServiceChanged, ServiceRegistered
 from opsentry.domain.service import ServiceRetired as Retired
-from opsentry.domain.subscription import CreateSubscription, RemoveSubscription, SubscriptionCreated
+from opsentry.domain.subscription import (
+    CreateSubscription,
+    LapseSubscription,
+    RemoveSubscription,
+    SubscriptionConfirmed,
+    SubscriptionCreated,
+    SubscriptionDisabled,
+    SubscriptionRedacted,
+)
 from opsentry.domain.subscription import SubscriptionRemoved as Removed
 from tests.domain.spec import given
 
@@ -53,6 +61,16 @@ def test_a_subscription_is_created_and_removed():
     given(subscription.DECIDER).when(command).then(HOOK)
     given(subscription.DECIDER, HOOK).when(RemoveSubscription()).then(Removed())
     given(subscription.DECIDER, HOOK, Removed()).when(RemoveSubscription()).refused(TransitionRefused, "does not exist")
+
+
+def test_only_what_waits_to_be_confirmed_lapses():
+    waiting = SubscriptionCreated(channel="email", target="jo@example.org", audience="public", pending=True)
+    lapse = LapseSubscription(versions=(1,))
+    given(subscription.DECIDER, waiting).when(lapse).then(Removed(), SubscriptionRedacted(versions=(1,)))
+    given(subscription.DECIDER, waiting, SubscriptionConfirmed()).when(lapse).then()
+    off = SubscriptionDisabled(reason="asked")
+    given(subscription.DECIDER, waiting, SubscriptionConfirmed(), off).when(lapse).then()
+    given(subscription.DECIDER, waiting, Removed()).when(lapse).refused(TransitionRefused, "does not exist")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opsentry.domain.subscription import PENDING_DAYS
 from opsentry.notifications.channel import Change
 from opsentry.notifications.letters import Letters
 from opsentry.notifications.links import CONFIRM, UNSUBSCRIBE, Links
@@ -112,6 +113,8 @@ def test_whoever_has_to_agree_is_asked_and_told_nothing_else():
     letter = written(CONFIRMING)
     assert letter["Subject"] == "[Acme] Do you want to be told?"
     assert letter["List-Unsubscribe"] is letter["List-Unsubscribe-Post"] is None
+    for kind in ("plain", "html"):
+        assert f"forgotten after {PENDING_DAYS} days" in text_of(letter, kind).replace("\n", " ")
     token = text_of(letter).partition(f"{SETTINGS.public_url}/confirm/")[2].split()[0]
     assert Links(SETTINGS).read(CONFIRM, token) == (7, 8)
     assert f"{SETTINGS.public_url}/confirm/{token}" in text_of(letter, "html")

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -9,6 +10,7 @@ import msgspec
 
 from opsentry.notifications import intake, leases
 from opsentry.notifications.operations import backlog
+from opsentry.projections import subscriptions
 from opsentry.projections.rebuild import Rebuilder
 from opsentry.projections.runner import Runner
 from opsentry.wiring import projections
@@ -29,9 +31,21 @@ GROW = (
     created_at, state, settled_at) SELECT tenant_id, intent_id, 1, stream_kind, 1, 1, channel, topic, created_at,
     'delivered', now() FROM outbox_intents WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
     "INSERT INTO endpoints SELECT tenant_id, 1, 'webhook' FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
+    # One that is told, and one that is to be told but has not agreed yet.
+    """INSERT INTO subscriptions SELECT tenant_id, n, 1, CASE n WHEN 1 THEN 'active' ELSE 'pending' END, 'email', 'T',
+    now(), '{}', '{}' FROM tenants, generate_series(1, 2) AS n WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
 )
-GROWING = ("events", "heads", "checkpoints", "outbox_intents", "outbox_settled", "deliveries", "endpoints")
-# Of all these, so many: behind, still to be rebuilt, and one whose outbox is parked.
+GROWING = (
+    "events",
+    "heads",
+    "checkpoints",
+    "outbox_intents",
+    "outbox_settled",
+    "deliveries",
+    "endpoints",
+    "subscriptions",
+)
+# Of all these, so many: behind, still to be rebuilt, to be forgotten, and one whose outbox is parked.
 LAGGING = 3
 LAG = (
     "INSERT INTO unprojected SELECT tenant_id, 2 FROM heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
@@ -41,6 +55,7 @@ LAG = (
     "UPDATE endpoints SET due_at = now() WHERE tenant_id <= $1",
     "UPDATE outbox_settled SET position = 0 WHERE tenant_id <= $1",
     "INSERT INTO outbox_fresh SELECT tenant_id, 1 FROM heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
+    "UPDATE subscriptions SET created_at = now() - interval '8 days' WHERE subscription_id = 2 AND tenant_id <= $1",
 )
 CATCH_UP = (
     "UPDATE checkpoints SET position = 2, generation = 0, parked_seq = NULL WHERE tenant_id > $1",
@@ -49,6 +64,7 @@ CATCH_UP = (
     "UPDATE endpoints SET due_at = NULL WHERE tenant_id > $1",
     "UPDATE outbox_settled SET position = 2 WHERE tenant_id > $1",
     "DELETE FROM outbox_fresh WHERE tenant_id > $1",
+    "UPDATE subscriptions SET created_at = now() WHERE tenant_id > $1",
 )
 
 
@@ -97,7 +113,7 @@ def _literal(value: Any) -> str:
     match value:
         case int() | float():
             return str(value)
-        case UUID() | str():
+        case UUID() | str() | datetime():
             return f"'{value}'"
     return "'{" + ",".join(map(str, value)) + "}'"
 
@@ -106,7 +122,7 @@ async def polls(connection: Any) -> dict[str, Cost]:
     """What each of the polls costs that run all the time, with either kind of plan."""
     found = {}
     for generic in (False, True):
-        for name in ("behind", "left", "backlog", "fresh", "claim"):
+        for name in ("behind", "left", "backlog", "fresh", "unconfirmed", "claim"):
             polled: Any = Polled(connection, generic=generic)
             # What a poll sets, and what it changes, is undone.
             transaction = connection.transaction()
@@ -120,6 +136,8 @@ async def polls(connection: Any) -> dict[str, Cost]:
                     await backlog(polled, 1001)
                 case "fresh":
                     await intake.fresh(polled, 0, 50)
+                case "unconfirmed":
+                    await subscriptions.unconfirmed(polled, 7 * 86_400.0, 200)
                 case _:
                     await leases.claim(polled, UUID(int=1), "webhook", seconds=60, at_most=10)
             await transaction.rollback()
@@ -143,6 +161,7 @@ async def test_idle_polls_cost_the_same_however_many_tenants_there_are(owner, ap
     # So few rows would be scanned, which is no measure for many.
     await app_connection.execute("SET enable_seqscan = off")
     few = await polls(app_connection)
+    assert few["unconfirmed, any values"].rows == few["unconfirmed, these values"].rows == 2 * LAGGING
     await app_connection.execute("RESET enable_seqscan")
 
     async def check(statistics: str, *, pages: bool = True) -> None:
