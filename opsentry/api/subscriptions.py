@@ -173,7 +173,7 @@ async def rotate_secret(call: Call) -> web.Response:
     answer = _with(
         subscriptions.render(executed.history),
         secret=_opened(call, rotated.sealed),
-        previous_valid_until=rotated.previous_until,
+        previous_valid_until=executed.state.previous_until,
     )
     return await commands.answer_alone(call, executed, answer)
 

@@ -73,7 +73,7 @@ class SubscriptionChanged(Event, frozen=True, kw_only=True):
 
 
 class SubscriptionSecretRotated(Event, frozen=True, kw_only=True):
-    """Messages are signed with a new secret, and with the one before until `previous_until`."""
+    """Messages are signed with a new secret, and with the one before, if there was one, until `previous_until`."""
 
     TYPE: ClassVar[str] = "subscription.secret_rotated"
     WORDS: ClassVar[frozenset[str]] = frozenset({"sealed"})
@@ -174,7 +174,8 @@ def evolve(state: Subscription | None, event: SubscriptionEvent) -> Subscription
         case SubscriptionChanged():
             return change(state, **_set(event))
         case SubscriptionSecretRotated():
-            return change(state, sealed=event.sealed, previous_sealed=state.sealed, previous_until=event.previous_until)
+            until = None if state.sealed is None else event.previous_until
+            return change(state, sealed=event.sealed, previous_sealed=state.sealed, previous_until=until)
         case SubscriptionTestRequested() | SubscriptionRedacted():
             return state
         case SubscriptionDisabled():
@@ -225,7 +226,10 @@ class ChangeSubscription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RotateSecret(msgspec.Struct, frozen=True, kw_only=True):
-    """Sign with a new secret; the one before is good until `previous_until`."""
+    """Sign with a new secret; the one before is good until `previous_until`. Whether it is signed says the channel.
+
+    Subscriptions of long ago have no secret: they get their first one.
+    """
 
     sealed: str
     previous_until: datetime
@@ -280,8 +284,6 @@ def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence
         case ChangeSubscription():
             return _change(state, command)
         case RotateSecret():
-            if state.sealed is None:
-                raise TransitionRefused(f"messages to {state.channel} are not signed")
             return [SubscriptionSecretRotated(sealed=command.sealed, previous_until=command.previous_until)]
         case RequestTest():
             if state.status != "active":

@@ -1,3 +1,5 @@
+from datetime import UTC, datetime
+
 import pytest
 
 from opsentry.domain import service, subscription
@@ -8,10 +10,12 @@ from opsentry.domain.subscription import (
     CreateSubscription,
     LapseSubscription,
     RemoveSubscription,
+    RotateSecret,
     SubscriptionConfirmed,
     SubscriptionCreated,
     SubscriptionDisabled,
     SubscriptionRedacted,
+    SubscriptionSecretRotated,
 )
 from opsentry.domain.subscription import SubscriptionRemoved as Removed
 from tests.domain.spec import given
@@ -71,6 +75,18 @@ def test_only_what_waits_to_be_confirmed_lapses():
     off = SubscriptionDisabled(reason="asked")
     given(subscription.DECIDER, waiting, SubscriptionConfirmed(), off).when(lapse).then()
     given(subscription.DECIDER, waiting, Removed()).when(lapse).refused(TransitionRefused, "does not exist")
+
+
+def test_a_first_secret_has_none_before_it():
+    until = datetime(2026, 3, 1, tzinfo=UTC)
+    rotated = [SubscriptionSecretRotated(sealed=sealed, previous_until=until) for sealed in ("first", "second")]
+    given(subscription.DECIDER, HOOK).when(RotateSecret(sealed="first", previous_until=until)).then(rotated[0])
+    first = subscription.DECIDER.fold([HOOK, rotated[0]])
+    assert first is not None
+    assert (first.sealed, first.previous_sealed, first.previous_until) == ("first", None, None)
+    second = subscription.DECIDER.fold([HOOK, *rotated])
+    assert second is not None
+    assert (second.sealed, second.previous_sealed, second.previous_until) == ("second", "first", until)
 
 
 @pytest.mark.parametrize(
