@@ -27,7 +27,7 @@ def test_what_an_e_mail_says():
     letter = written(message())
     assert letter["From"] == "Acme Status <status@acme.example>"
     assert letter["To"] == "kim@example.com"
-    assert letter["Subject"] == "[Acme] Checkout is slow: investigating"
+    assert letter["Subject"] == "[Acme] New incident: Checkout is slow"
     assert letter["Message-ID"] == "<msg_0123456789abcdef0123456789abcdef@acme.example>"
     assert letter["Auto-Submitted"] == "auto-generated"
     assert letter["List-Id"] == "<acme.opsentry.acme.example>"
@@ -104,9 +104,37 @@ def test_maintenance_is_told_with_its_times(kind):
     assert "Ends: 2026-03-01 14:30 UTC" in words
 
 
-@pytest.mark.parametrize("kind", ["opened", "updated", "severity_changed", "resolved", "reopened", "still_open"])
-def test_each_type_of_an_incident_has_its_own_words(kind):
-    assert written(message(type=f"incident.{kind}"))["Subject"] == "[Acme] Checkout is slow: investigating"
+@pytest.mark.parametrize(
+    ("type_", "subject"),
+    [
+        ("incident.opened", "New incident: Checkout is slow"),
+        ("incident.updated", "Update: Checkout is slow (investigating)"),
+        ("incident.severity_changed", "Severity changed: Checkout is slow (major outage)"),
+        ("incident.resolved", "Resolved: Checkout is slow"),
+        ("incident.reopened", "Reopened: Checkout is slow"),
+        ("incident.still_open", "Still open: Checkout is slow"),
+        ("maintenance.scheduled", "Maintenance scheduled: Database upgrade"),
+        ("maintenance.rescheduled", "Maintenance moved to another time: Database upgrade"),
+        ("maintenance.reminder", "Maintenance begins soon: Database upgrade"),
+        ("maintenance.updated", "Maintenance update: Database upgrade (scheduled)"),
+        ("maintenance.started", "Maintenance has begun: Database upgrade"),
+        ("maintenance.completed", "Maintenance is over: Database upgrade"),
+        ("maintenance.cancelled", "Maintenance cancelled: Database upgrade"),
+    ],
+)
+def test_the_subject_says_what_happened(type_, subject):
+    kind, _, _ = type_.partition(".")
+    letter = written(message(window() if kind == "maintenance" else incident(), kind, type=type_))
+    assert letter["Subject"] == f"[Acme] {subject}"
+
+
+def test_what_happened_is_said_however_long_the_names_are():
+    long = {"slug": "acme", "name": "A" * 300}
+    subject = written(message(incident(title="t" * 300), tenant=long, type="incident.updated"))["Subject"]
+    assert subject.startswith(f"[{'A' * 59}…] Update: ttt")
+    assert subject.endswith("t… (investigating)")
+    assert len(subject) == 200
+    assert written(message(incident(title="\x07"), type="incident.resolved"))["Subject"] == "[Acme] Resolved"
 
 
 def test_whoever_has_to_agree_is_asked_and_told_nothing_else():
@@ -153,10 +181,12 @@ def test_what_people_wrote_is_no_markup():
     ],
 )
 def test_no_title_breaks_out_of_its_line(title):
-    letter = written(message(incident(title=title), tenant={"slug": "acme", "name": title}))
+    sent = message(incident(title=title), tenant={"slug": "acme", "name": title}, type="incident.updated")
+    letter = written(sent)
     assert len(letter["Subject"]) <= 200
     assert letter["Subject"].startswith("[")
-    assert letter["Subject"].endswith(": investigating")
+    assert "] Update: " in letter["Subject"]
+    assert letter["Subject"].endswith(" (investigating)")
     assert not any(character in letter["Subject"] for character in "\r\n\u202e\u2066\x1b\x00")
     assert letter["Bcc"] is None
     assert len(letter.keys()) == len(set(letter.keys())) == 13
