@@ -15,6 +15,8 @@ CREATE TABLE subscriptions (
     PRIMARY KEY (tenant_id, subscription_id)
 ) WITH (fillfactor = 80);
 CREATE INDEX subscriptions_by_target ON subscriptions (tenant_id, channel, target) WHERE status <> 'removed';
+-- Those that wait for whoever owns their target, to be forgotten if nobody agrees.
+CREATE INDEX subscriptions_pending ON subscriptions (created_at, tenant_id, subscription_id) WHERE status = 'pending';
 
 -- Up to which event of a tenant it is settled what is sent: all intents until there were taken over into deliveries.
 -- One that is derived later for an event until there, by a changed rule, is not sent.

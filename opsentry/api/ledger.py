@@ -11,9 +11,9 @@ from opsentry.api.answers import add_digest, add_links, object_response
 from opsentry.api.errors import BadRequest, NotFound
 from opsentry.api.http import Call, Id
 from opsentry.domain.events import EVENT_TYPES
-from opsentry.domain.redaction import Erasure, Written, plan
+from opsentry.domain.redaction import Erasure, plan
 from opsentry.events import export, ledger
-from opsentry.events.codec import RecordedEvent
+from opsentry.events.codec import RecordedEvent, written
 from opsentry.events.ledger import Entry
 
 _log = structlog.get_logger()
@@ -37,11 +37,6 @@ class RedactionBody(msgspec.Struct):
 def erasure(history: Sequence[RecordedEvent], own: Sequence[str], body: RedactionBody) -> Erasure:
     """Return what `body` asks to erase of a stream; raises as `redaction.plan`."""
     return plan(written(history), own, body.fields, body.events)
-
-
-def written(history: Sequence[RecordedEvent]) -> list[Written]:
-    """Return a stream's events as an erasure looks at them."""
-    return [Written(recorded.version, recorded.seq, recorded.event) for recorded in history]
 
 
 async def stream_history(call: Call, kind: str) -> web.Response:

@@ -16,7 +16,6 @@ from opsentry.api import commands
 from opsentry.api.answers import list_response, one_response
 from opsentry.api.errors import BadRequest, NotFound
 from opsentry.api.http import Call, Id, name_choices
-from opsentry.api.ledger import written
 from opsentry.domain import subscription
 from opsentry.domain.decider import REDACTED, InvalidField, TransitionRefused
 from opsentry.domain.incident import SEVERITIES
@@ -35,7 +34,7 @@ from opsentry.domain.subscription import (
     SubscriptionEvent,
     SubscriptionSecretRotated,
 )
-from opsentry.events.codec import RecordedEvent
+from opsentry.events.codec import RecordedEvent, written
 from opsentry.events.execute import Executed
 from opsentry.notifications import deliveries
 from opsentry.notifications.channel import BadTarget, Channel
@@ -174,7 +173,7 @@ async def rotate_secret(call: Call) -> web.Response:
     answer = _with(
         subscriptions.render(executed.history),
         secret=_opened(call, rotated.sealed),
-        previous_valid_until=rotated.previous_until,
+        previous_valid_until=executed.state.previous_until,
     )
     return await commands.answer_alone(call, executed, answer)
 

@@ -121,16 +121,18 @@ def drop(
 
 @outbox_group.command(name="pause")
 @of_tenant
-def pause(slug: str | None) -> None:
+@as_json
+def pause(slug: str | None, *, json_output: bool) -> None:
     """Send nothing more, to one tenant's subscriptions or to any; what is under way ends. Readiness stays as it is."""
-    _switch(operations.pause, slug, "paused", "was paused already")
+    _switch(operations.pause, slug, "paused", "was paused already", json_output=json_output)
 
 
 @outbox_group.command(name="resume")
 @of_tenant
-def resume(slug: str | None) -> None:
+@as_json
+def resume(slug: str | None, *, json_output: bool) -> None:
     """Send again what waits."""
-    _switch(operations.resume, slug, "resumed", "was not paused")
+    _switch(operations.resume, slug, "resumed", "was not paused", json_output=json_output)
 
 
 @click.command(name="secret-key")
@@ -139,13 +141,23 @@ def secret_key() -> None:
     click.echo(new_key())
 
 
-def _switch(change: Callable[[Connection, int], Awaitable[bool]], slug: str | None, done: str, already: str) -> None:
+def _switch(
+    change: Callable[[Connection, int], Awaitable[bool]],
+    slug: str | None,
+    done: str,
+    already: str,
+    *,
+    json_output: bool,
+) -> None:
     async def work(connection: Connection) -> tuple[bool, list[str]]:
         tenant_id = await _tenant(connection, slug)
         changed = await change(connection, operations.ALL_TENANTS if tenant_id is None else tenant_id)
         return changed, await operations.paused(connection)
 
     changed, paused = run(_transaction(work))
+    if json_output:
+        click.echo(msgspec.json.encode({"changed": changed, "paused": paused}))
+        return
     click.echo(f"{slug or 'all tenants'}: {done if changed else already}")
     if paused:
         click.echo(f"paused now: {', '.join(paused)}")

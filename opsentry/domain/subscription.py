@@ -28,6 +28,8 @@ STATUSES = ("pending", "active", "disabled", "removed")
 # Why one is disabled: its owner asked for it, its endpoint answered 410, its endpoint failed for days.
 REASONS = ("asked", "gone", "failing")
 MAX_TARGET = 2_000
+# So long a pending one waits for whoever owns its target; then it is removed, and the target forgotten.
+PENDING_DAYS = 7
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -71,7 +73,7 @@ class SubscriptionChanged(Event, frozen=True, kw_only=True):
 
 
 class SubscriptionSecretRotated(Event, frozen=True, kw_only=True):
-    """Messages are signed with a new secret, and with the one before until `previous_until`."""
+    """Messages are signed with a new secret, and with the one before, if there was one, until `previous_until`."""
 
     TYPE: ClassVar[str] = "subscription.secret_rotated"
     WORDS: ClassVar[frozenset[str]] = frozenset({"sealed"})
@@ -172,7 +174,8 @@ def evolve(state: Subscription | None, event: SubscriptionEvent) -> Subscription
         case SubscriptionChanged():
             return change(state, **_set(event))
         case SubscriptionSecretRotated():
-            return change(state, sealed=event.sealed, previous_sealed=state.sealed, previous_until=event.previous_until)
+            until = None if state.sealed is None else event.previous_until
+            return change(state, sealed=event.sealed, previous_sealed=state.sealed, previous_until=until)
         case SubscriptionTestRequested() | SubscriptionRedacted():
             return state
         case SubscriptionDisabled():
@@ -223,7 +226,10 @@ class ChangeSubscription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RotateSecret(msgspec.Struct, frozen=True, kw_only=True):
-    """Sign with a new secret; the one before is good until `previous_until`."""
+    """Sign with a new secret; the one before is good until `previous_until`. Whether it is signed says the channel.
+
+    Subscriptions of long ago have no secret: they get their first one.
+    """
 
     sealed: str
     previous_until: datetime
@@ -246,6 +252,12 @@ class RemoveSubscription(msgspec.Struct, frozen=True, kw_only=True):
     versions: tuple[int, ...] = ()
 
 
+class LapseSubscription(msgspec.Struct, frozen=True, kw_only=True):
+    """Wait no longer for whoever owns the target. What is not pending stays as it is; `versions` as for a removal."""
+
+    versions: tuple[int, ...] = ()
+
+
 SubscriptionCommand: TypeAlias = (
     CreateSubscription
     | ConfirmSubscription
@@ -254,6 +266,7 @@ SubscriptionCommand: TypeAlias = (
     | RequestTest
     | DisableSubscription
     | RemoveSubscription
+    | LapseSubscription
 )
 
 
@@ -271,8 +284,6 @@ def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence
         case ChangeSubscription():
             return _change(state, command)
         case RotateSecret():
-            if state.sealed is None:
-                raise TransitionRefused(f"messages to {state.channel} are not signed")
             return [SubscriptionSecretRotated(sealed=command.sealed, previous_until=command.previous_until)]
         case RequestTest():
             if state.status != "active":
@@ -282,8 +293,9 @@ def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence
             check_choice("reason", command.reason, REASONS)
             return [SubscriptionDisabled(reason=command.reason)] if state.status == "active" else []
         case RemoveSubscription():
-            removed = SubscriptionRemoved(unsubscribed=command.unsubscribed)
-            return [removed, *([SubscriptionRedacted(versions=command.versions)] if command.versions else [])]
+            return _remove(command.versions, unsubscribed=command.unsubscribed)
+        case LapseSubscription():
+            return _remove(command.versions) if state.status == "pending" else []
         case _:
             assert_never(command)
 
@@ -319,6 +331,11 @@ def _change(state: Subscription, command: ChangeSubscription) -> list[Subscripti
             raise TransitionRefused("a pending subscription is enabled by whoever owns its target")
         events.append(SubscriptionEnabled() if command.enabled else SubscriptionDisabled(reason="asked"))
     return events
+
+
+def _remove(versions: tuple[int, ...], *, unsubscribed: bool = False) -> list[SubscriptionEvent]:
+    erased = [SubscriptionRedacted(versions=versions)] if versions else []
+    return [SubscriptionRemoved(unsubscribed=unsubscribed), *erased]
 
 
 def _check_target(target: str) -> str:

@@ -1,6 +1,6 @@
 """Between events as objects and events as the exact text that the log keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -10,6 +10,7 @@ from msgspec import UNSET
 
 from opsentry.domain.decider import REDACTED, Event
 from opsentry.domain.events import EVENT_TYPES, AnyEvent
+from opsentry.domain.redaction import Written
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -50,6 +51,11 @@ class RecordedEvent(msgspec.Struct, frozen=True, gc=False):
     occurred_at: datetime
     recorded_at: datetime
     meta: Meta
+
+
+def written(history: Iterable[RecordedEvent]) -> list[Written]:
+    """Return a stream's events as an erasure looks at them."""
+    return [Written(recorded.version, recorded.seq, recorded.event) for recorded in history]
 
 
 class Encoded(NamedTuple):

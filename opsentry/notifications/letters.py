@@ -11,13 +11,18 @@ from hashlib import sha256
 import jinja2
 
 from opsentry.config import Settings
+from opsentry.domain.subscription import PENDING_DAYS
 from opsentry.notifications import wording
 from opsentry.notifications.channel import Endpoint, Message
 from opsentry.notifications.links import CONFIRM, UNSUBSCRIBE, Links
 from opsentry.notifications.wording import HEADINGS, facts, line, paragraphs, plain, shorter, tenant_name
 
 _MAX_SUBJECT = 200
+_MAX_TENANT = 60
 _MAX_TEXT = 5_000
+
+# Where the heading alone does not say what is new.
+_NEWS = {"incident.updated": "status", "incident.severity_changed": "severity", "maintenance.updated": "status"}
 
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -62,6 +67,7 @@ class Letters:
             "title": None if subscribed else line(message.subject["title"]),
             "facts": () if subscribed else tuple(facts(message.subject)),
             "paragraphs": () if subscribed else [each._replace(text=_words(each.text)) for each in paragraphs(message)],
+            "days": PENDING_DAYS,
             "confirm_url" if confirms else "unsubscribe_url": url,
         }
         letter = MIMEMultipart("alternative")
@@ -93,10 +99,12 @@ class Letters:
 
 
 def _subject(tenant: str, message: Message) -> str:
-    if message.kind == "subscription":
-        return f"[{tenant}] {HEADINGS[message.type]}"
-    status = f": {plain(message.subject['status'])}"
-    return shorter(f"[{tenant}] {line(message.subject['title'])}", _MAX_SUBJECT - len(status)) + status
+    """Return what happened, and to what, in one line; the title alone is cut for whatever is too long."""
+    happened = f"[{shorter(tenant, _MAX_TENANT)}] {HEADINGS[message.type]}"
+    if message.kind == "subscription" or not (title := line(message.subject["title"])):
+        return happened
+    news = f" ({plain(message.subject[_NEWS[message.type]])})" if message.type in _NEWS else ""
+    return shorter(f"{happened}: {title}", _MAX_SUBJECT - len(news)) + news
 
 
 def _words(text: str) -> str:

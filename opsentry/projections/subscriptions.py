@@ -1,7 +1,7 @@
 """Subscriptions: serves `/subscriptions…`, and tells the sender whom it sends to."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
 import asyncpg
@@ -53,6 +53,18 @@ LEFT JOIN subscriptions s ON s.tenant_id = $1 AND s.subscription_id = $2 AND s.s
 
 # What the sender has to know of these, of removed ones too.
 _FOR_SENDING = "SELECT subscription_id, state FROM subscriptions WHERE tenant_id = $1 AND subscription_id = ANY($2)"
+
+# Which have been pending for more than $1 seconds, of all tenants, the oldest first; some at a time, those behind
+# ($2, $3, $4). Rows of a parked projection are old and stay so. That is asked row by row: joined, a table with rows of
+# every tenant could be read as a whole.
+_UNCONFIRMED = """
+SELECT created_at, tenant_id, subscription_id FROM subscriptions s
+WHERE status = 'pending' AND created_at < statement_timestamp() - $1 * interval '1 second'
+    AND (created_at, tenant_id, subscription_id) > ($2, $3, $4) AND (
+        SELECT c.parked_seq FROM checkpoints c
+        WHERE c.tenant_id = s.tenant_id AND c.projection = 'subscriptions') IS NULL
+ORDER BY created_at, tenant_id, subscription_id LIMIT $5
+"""
 
 # Which of those that there are have a target, the newest first.
 _OF_TARGET = f"""
@@ -185,3 +197,21 @@ async def find_target(connection: Connection, tenant_id: int, channel: str, targ
     All three are NULL if there are none. The target is the one that answers show.
     """
     return await connection.fetchrow(_OF_TARGET, tenant_id, channel, target)
+
+
+class Unconfirmed(NamedTuple):
+    """A subscription that waits for whoever owns its target, and since when."""
+
+    created_at: datetime
+    tenant_id: int
+    subscription_id: int
+
+
+FIRST = Unconfirmed(datetime.fromtimestamp(0, UTC), 0, 0)
+
+
+async def unconfirmed(
+    connection: Connection, seconds: float, limit: int, after: Unconfirmed = FIRST
+) -> list[Unconfirmed]:
+    """Return subscriptions of all tenants that have been pending for longer than that, the oldest first."""
+    return [Unconfirmed(*row) for row in await connection.fetch(_UNCONFIRMED, seconds, *after, limit)]

@@ -3,29 +3,35 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from apscheduler.executors.asyncio import AsyncIOExecutor
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-from opsentry.domain import maintenance
-from opsentry.domain.decider import TransitionRefused
+from opsentry.domain import maintenance, subscription
+from opsentry.domain.decider import Decider, Event, TransitionRefused
 from opsentry.domain.maintenance import CompleteMaintenance, MaintenanceCommand, RemindMaintenance, StartMaintenance
+from opsentry.domain.redaction import worded
+from opsentry.domain.subscription import PENDING_DAYS, LapseSubscription
 from opsentry.events import log
-from opsentry.events.codec import Actor, Meta
+from opsentry.events.codec import Actor, Meta, RecordedEvent, written
 from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
 from opsentry.events.writer import TenantBusy
 from opsentry.notifications import intake
 from opsentry.postgres import Database, DatabaseUnavailable
 from opsentry.projections import maintenance as windows
-from opsentry.projections import operations
+from opsentry.projections import operations, subscriptions
 from opsentry.projections.rebuild import Rebuilder
 from opsentry.projections.runner import Runner
+
+S = TypeVar("S")
+C = TypeVar("C")
+E = TypeVar("E", bound=Event)
 
 _log = structlog.get_logger()
 
@@ -54,7 +60,7 @@ _MOVES: dict[str, MaintenanceCommand] = {"scheduled": StartMaintenance(), "activ
 
 
 class Worker:
-    """Catches projections up and rebuilds them, moves windows on, reminds of them, forgets old keys, until stopped.
+    """Catches projections up and rebuilds them, moves windows on, reminds of them, forgets what is old, until stopped.
 
     Workers need no leader: a checkpoint's lock makes an event be applied once, and the stream's version makes a
     window be started once, whoever tries.
@@ -106,6 +112,7 @@ class Worker:
             self.rebuild: REBUILD_SECONDS,
             self.prune_keys: PRUNE_SECONDS,
             self.prune_deliveries: PRUNE_SECONDS,
+            self.forget_unconfirmed: PRUNE_SECONDS,
         }
         for task, seconds in every.items():
             self._scheduler.add_job(_job, "interval", args=[task], id=task.__name__, seconds=seconds, next_run_time=now)
@@ -175,7 +182,7 @@ class Worker:
                 self._wake_up_in(row["seconds"], row["due_at"])
             else:
                 # One by one: a tenant that is busy, or whose window cannot be read, must not hold up the others'.
-                await _surviving(self._command, row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
+                await _surviving(self._move_window, row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
         if len(rows) == _BATCH and rows[-1]["seconds"] <= 0:
             self._wake_up_in(0, datetime.now(UTC))
         if self._heartbeat is not None:
@@ -188,7 +195,7 @@ class Worker:
         async with self._database.connection() as connection:
             rows = await windows.to_remind(connection, self._lead, _BATCH)
         for row in rows:
-            await _surviving(self._command, row["tenant_id"], row["maintenance_id"], RemindMaintenance())
+            await _surviving(self._move_window, row["tenant_id"], row["maintenance_id"], RemindMaintenance())
 
     async def prune_keys(self) -> None:
         """Forget idempotency keys that were kept long enough, some at a time."""
@@ -204,6 +211,18 @@ class Worker:
             async with self._database.transaction(PRUNE_SECONDS) as connection:
                 pruned = await intake.prune(connection, self._deliveries_days, _PRUNE_BATCH)
 
+    async def forget_unconfirmed(self) -> None:
+        """Remove subscriptions whose target's owner has not agreed in all that time: their words are erased."""
+        after = subscriptions.FIRST
+        while True:
+            async with self._database.connection() as connection:
+                rows = await subscriptions.unconfirmed(connection, PENDING_DAYS * 86_400.0, _BATCH, after)
+            for row in rows:
+                await _surviving(self._lapse, row.tenant_id, row.subscription_id)
+            if len(rows) < _BATCH:
+                return
+            after = rows[-1]  # past those that could not be removed just now
+
     def _wake_up_in(self, seconds: float, due_at: datetime) -> None:
         self._scheduler.add_job(
             _job,
@@ -216,16 +235,31 @@ class Worker:
             max_instances=10,
         )
 
-    async def _command(self, tenant_id: int, maintenance_id: int, command: MaintenanceCommand) -> None:
+    async def _move_window(self, tenant_id: int, maintenance_id: int, command: MaintenanceCommand) -> None:
+        await self._execute(maintenance.DECIDER, tenant_id, maintenance_id, command)
+
+    async def _lapse(self, tenant_id: int, subscription_id: int) -> None:
+        def command(history: Sequence[RecordedEvent]) -> LapseSubscription:
+            return LapseSubscription(versions=worded(written(history)))
+
+        await self._execute(subscription.DECIDER, tenant_id, subscription_id, command)
+
+    async def _execute(
+        self,
+        decider: Decider[S, C, E],
+        tenant_id: int,
+        stream_id: int,
+        command: C | Callable[[Sequence[RecordedEvent]], C],
+    ) -> None:
         try:
-            executed = await self._commands.execute(maintenance.DECIDER, tenant_id, maintenance_id, command, _META)
+            executed = await self._commands.execute(decider, tenant_id, stream_id, command, _META)
         except (TransitionRefused, ConcurrentChange, NoSuchStream):
             # Somebody else was first; the row is old, and the next poll finds it brought up to date.
             await self._runner.catch_up(tenant_id, 0)
             return
         await self._runner.catch_up(tenant_id, executed.seq)
         for recorded in executed.history[len(executed.history) - executed.appended :]:
-            _log.info(recorded.event.TYPE, tenant_id=tenant_id, maintenance_id=maintenance_id)
+            _log.info(recorded.event.TYPE, tenant_id=tenant_id, **{f"{decider.kind}_id": stream_id})
 
 
 class _Rest:

@@ -5,10 +5,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from opsentry.domain import subscription
+from opsentry.domain.subscription import CreateSubscription
 from opsentry.notifications.sealing import Sealing, new_key
 from opsentry.wiring import serving
 from tests.api.conftest import HOOK, MAIL, SLACK, head, raw, recorded, types
-from tests.conftest import SECRET_KEY, Client
+from tests.conftest import META, SECRET_KEY, Client
 
 # Every column of every table that holds text, JSON or octets.
 COLUMNS = """
@@ -85,6 +87,31 @@ async def test_a_rotation_that_is_sent_again_is_one_rotation(api, parts, acme):
     assert await types(parts, acme.id, "subscription", made["id"]) == [
         "subscription.created", "subscription.secret_rotated", "subscription.secret_rotated",
     ]  # fmt: skip
+
+
+async def secrets_of(parts, tenant_id, number):
+    """The present secret, the one before it, and until when that is good."""
+    state = subscription.DECIDER.fold(await recorded(parts, tenant_id, "subscription", number))
+    assert state is not None
+    sealing = Sealing([SECRET_KEY])
+    present, previous = (sealed and sealing.open(sealed) for sealed in (state.sealed, state.previous_sealed))
+    return present, previous, state.previous_until
+
+
+async def test_a_webhook_of_before_there_were_secrets_gets_its_first_one(api, parts, acme):
+    command = CreateSubscription(channel="webhook", target=HOOK["target"])
+    made = await parts.commands.create(subscription.DECIDER, acme.id, command, META)
+    await parts.runner.catch_up(acme.id, made.seq)
+    path, headers = f"/subscriptions/{made.stream_id}/rotate-secret", {"Idempotency-Key": "k"}
+    status, first, _ = await api.post(path, headers=headers)
+    assert (status, first["secret"][:6], first["previous_valid_until"]) == (200, "whsec_", None)
+    state = await secrets_of(parts, acme.id, made.stream_id)
+    assert state == (first["secret"], None, None)
+    _, second, _ = await api.post(path)
+    assert second["previous_valid_until"]
+    state = await secrets_of(parts, acme.id, made.stream_id)
+    assert state[:2] == (second["secret"], first["secret"])
+    assert (await api.post(path, headers=headers))[:2] == (200, first)
 
 
 @pytest.mark.parametrize("body", [SLACK, MAIL])

@@ -1,10 +1,22 @@
+from datetime import UTC, datetime
+
 import pytest
 
 from opsentry.domain import service, subscription
 from opsentry.domain.decider import InvalidField, TransitionRefused
 from opsentry.domain.service import ChangeService, RegisterService, RetireService, ServiceChanged, ServiceRegistered
 from opsentry.domain.service import ServiceRetired as Retired
-from opsentry.domain.subscription import CreateSubscription, RemoveSubscription, SubscriptionCreated
+from opsentry.domain.subscription import (
+    CreateSubscription,
+    LapseSubscription,
+    RemoveSubscription,
+    RotateSecret,
+    SubscriptionConfirmed,
+    SubscriptionCreated,
+    SubscriptionDisabled,
+    SubscriptionRedacted,
+    SubscriptionSecretRotated,
+)
 from opsentry.domain.subscription import SubscriptionRemoved as Removed
 from tests.domain.spec import given
 
@@ -53,6 +65,28 @@ def test_a_subscription_is_created_and_removed():
     given(subscription.DECIDER).when(command).then(HOOK)
     given(subscription.DECIDER, HOOK).when(RemoveSubscription()).then(Removed())
     given(subscription.DECIDER, HOOK, Removed()).when(RemoveSubscription()).refused(TransitionRefused, "does not exist")
+
+
+def test_only_what_waits_to_be_confirmed_lapses():
+    waiting = SubscriptionCreated(channel="email", target="jo@example.org", audience="public", pending=True)
+    lapse = LapseSubscription(versions=(1,))
+    given(subscription.DECIDER, waiting).when(lapse).then(Removed(), SubscriptionRedacted(versions=(1,)))
+    given(subscription.DECIDER, waiting, SubscriptionConfirmed()).when(lapse).then()
+    off = SubscriptionDisabled(reason="asked")
+    given(subscription.DECIDER, waiting, SubscriptionConfirmed(), off).when(lapse).then()
+    given(subscription.DECIDER, waiting, Removed()).when(lapse).refused(TransitionRefused, "does not exist")
+
+
+def test_a_first_secret_has_none_before_it():
+    until = datetime(2026, 3, 1, tzinfo=UTC)
+    rotated = [SubscriptionSecretRotated(sealed=sealed, previous_until=until) for sealed in ("first", "second")]
+    given(subscription.DECIDER, HOOK).when(RotateSecret(sealed="first", previous_until=until)).then(rotated[0])
+    first = subscription.DECIDER.fold([HOOK, rotated[0]])
+    assert first is not None
+    assert (first.sealed, first.previous_sealed, first.previous_until) == ("first", None, None)
+    second = subscription.DECIDER.fold([HOOK, *rotated])
+    assert second is not None
+    assert (second.sealed, second.previous_sealed, second.previous_until) == ("second", "first", until)
 
 
 @pytest.mark.parametrize(

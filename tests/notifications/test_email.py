@@ -2,52 +2,17 @@ import asyncio
 import ssl
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from email import message_from_bytes, policy
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import pytest
 from aiosmtpd.smtp import SMTP, AuthResult
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from opsentry.config import Settings
 from opsentry.notifications import relay
-from opsentry.notifications.channel import BadTarget, Change, Outcome
+from opsentry.notifications.channel import BadTarget, Outcome
 from opsentry.notifications.channels import Parts, email
-from opsentry.notifications.letters import Letters
-from opsentry.notifications.links import CONFIRM, UNSUBSCRIBE, Links
-from opsentry.notifications.sealing import new_key
-from tests.notifications.messages import AT, endpoint, incident, message, update, window
-
-SETTINGS = Settings(
-    secret_keys=(new_key(),),
-    mail_from="Acme Status <status@acme.example>",
-    public_url="https://status.acme.example/a/long/way/down/until/the/line/of/a/header/is/full",
-)
-LETTERS = Letters(SETTINGS)
-CONFIRMING = message({"id": 8}, "subscription", type="subscription.confirm")
-
-
-def parsed(raw):
-    """The e-mail as the standard library reads it; it must find nothing wrong with it."""
-    assert all(len(line) <= 998 for line in raw.split(b"\r\n"))
-    assert raw.count(b"\n") == raw.count(b"\r\n")
-    assert raw.isascii()
-    letter = message_from_bytes(raw, policy=policy.default)
-    for part in letter.walk():
-        assert not part.defects
-        for name, value in part.items():
-            assert not value.defects, name
-    return letter
-
-
-def written(sent, to="kim@example.com"):
-    return parsed(LETTERS.letter(endpoint(to), to, sent))
-
-
-def text_of(letter, kind="plain"):
-    return letter.get_body((kind,)).get_content().replace("\r\n", "\n")
+from tests.notifications.mail import SETTINGS, parsed
+from tests.notifications.messages import endpoint, message
 
 
 class Inbox:
@@ -100,153 +65,6 @@ async def channel_to(url):
     made = email.make(Parts(replace(SETTINGS, smtp_url=url), None))  # type: ignore[arg-type]
     yield made
     await made.close()
-
-
-# ------------------------------------------------------------------------------------------------ what is written
-
-
-def test_what_an_e_mail_says():
-    letter = written(message())
-    assert letter["From"] == "Acme Status <status@acme.example>"
-    assert letter["To"] == "kim@example.com"
-    assert letter["Subject"] == "[Acme] Checkout is slow: investigating"
-    assert letter["Message-ID"] == "<msg_0123456789abcdef0123456789abcdef@acme.example>"
-    assert letter["Auto-Submitted"] == "auto-generated"
-    assert letter["List-Id"] == "<acme.opsentry.acme.example>"
-    assert parsedate_to_datetime(letter["Date"]) == AT.replace(microsecond=0)
-    assert letter.get_content_type() == "multipart/alternative"
-    for kind in ("plain", "html"):
-        words = text_of(letter, kind)
-        for said in (
-            "New incident",
-            "Checkout is slow",
-            "investigating",
-            "major outage",
-            "Payments take long.",
-            "Acme",
-        ):
-            assert said in words
-        assert "We are looking into it." in words  # entry 42, which the message tells
-    assert "<img" not in text_of(letter, "html")
-
-
-def test_one_click_unsubscribes():
-    letter = written(message())
-    link = letter["List-Unsubscribe"]
-    base = f"<{SETTINGS.public_url}/unsubscribe/"
-    assert link.startswith(base)
-    assert link.endswith(">")
-    assert Links(SETTINGS).read(UNSUBSCRIBE, link[len(base) : -1]) == (7, 8)
-    assert letter["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
-    assert link[1:-1] in text_of(letter)
-    assert link[1:-1] in text_of(letter, "html")
-
-
-def test_one_incident_is_one_thread_of_one_subscription():
-    def root(sent, to=None):
-        letter = parsed(LETTERS.letter(to or endpoint("kim@example.com"), "kim@example.com", sent))
-        assert letter["In-Reply-To"] == letter["References"]
-        return letter["References"]
-
-    first = root(message())
-    assert first == root(message(incident(title="Renamed"), id="msg_2", type="incident.resolved"))
-    others = [
-        root(message(incident(id=18))),
-        root(message(window(id=17), "maintenance", type="maintenance.started")),
-        root(message(), endpoint("kim@example.com")._replace(subscription_id=9)),
-        root(message(), endpoint("kim@example.com")._replace(tenant_id=9)),
-    ]
-    assert len({first, *others}) == 5
-
-
-def test_only_news_and_the_description_are_told():
-    updates = [update(n, f"entry {n}.", author="Kim" if n == 3 else "Robin") for n in (1, 2, 3)]
-    sent = message(
-        incident(updates=updates, postmortem="It was DNS.", root_cause=None),
-        changes=[Change(3, "incident.updated", AT)],
-        type="incident.updated",
-    )
-    words = text_of(written(sent))
-    assert "2026-03-01 12:30 UTC by Kim:\nentry 3." in words
-    assert "entry 2." not in words
-    assert "Postmortem:\nIt was DNS." in words
-
-
-def test_what_is_said_by_the_first_entry_is_said_once():
-    assert text_of(written(message(incident(updates=[update(42, "Payments take long.")])))).count("Payments") == 1
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["scheduled", "rescheduled", "reminder", "updated", "started", "completed", "cancelled"],
-)
-def test_maintenance_is_told_with_its_times(kind):
-    words = text_of(written(message(window(), "maintenance", type=f"maintenance.{kind}")))
-    assert "Begins: 2026-03-01 12:30 UTC" in words
-    assert "Ends: 2026-03-01 14:30 UTC" in words
-
-
-@pytest.mark.parametrize("kind", ["opened", "updated", "severity_changed", "resolved", "reopened", "still_open"])
-def test_each_type_of_an_incident_has_its_own_words(kind):
-    assert written(message(type=f"incident.{kind}"))["Subject"] == "[Acme] Checkout is slow: investigating"
-
-
-def test_whoever_has_to_agree_is_asked_and_told_nothing_else():
-    letter = written(CONFIRMING)
-    assert letter["Subject"] == "[Acme] Do you want to be told?"
-    assert letter["List-Unsubscribe"] is letter["List-Unsubscribe-Post"] is None
-    token = text_of(letter).partition(f"{SETTINGS.public_url}/confirm/")[2].split()[0]
-    assert Links(SETTINGS).read(CONFIRM, token) == (7, 8)
-    assert f"{SETTINGS.public_url}/confirm/{token}" in text_of(letter, "html")
-
-
-def test_a_test_says_that_it_is_one():
-    letter = written(message({"id": 8}, "subscription", type="subscription.test"))
-    assert letter["Subject"] == "[Acme] This is a test: messages reach you"
-    assert "This is a test" in text_of(letter)
-    assert letter["List-Unsubscribe-Post"]
-
-
-def test_what_people_wrote_is_no_markup():
-    hostile = '<script>alert("1")</script>{{ 7 * 7 }}'
-    html = text_of(written(message(incident(title=hostile, description=hostile))), "html")
-    assert "<script>" not in html
-    assert "{{ 7 * 7 }}" in html
-    assert hostile in text_of(written(message(incident(description=hostile))))
-
-
-@pytest.mark.parametrize(
-    "title",
-    [
-        "One\r\nBcc: everyone@example.com\r\n\r\nbody",
-        "One\nBcc: everyone@example.com",
-        "One\rBcc: x",
-        "\u2028Bcc: x\u2029\x85\x0b\x0c\x1c",
-        "=?utf-8?q?=0ABcc=3A_x?=",
-        "\U0001f525" * 300,
-        "\u05e9\u05dc\u05d5\u05dd \u202eelbisivni\u202c \u2066x",
-        "a" * 300,
-        "Ł" * 300,
-        "\x01\x07\x1b[31m red \x7f",
-        '"quoted", <a@b.example>; (comment) \\',
-        "w " * 150,
-    ],
-)
-def test_no_title_breaks_out_of_its_line(title):
-    letter = written(message(incident(title=title), tenant={"slug": "acme", "name": title}))
-    assert len(letter["Subject"]) <= 200
-    assert letter["Subject"].startswith("[")
-    assert letter["Subject"].endswith(": investigating")
-    assert not any(character in letter["Subject"] for character in "\r\n\u202e\u2066\x1b\x00")
-    assert letter["Bcc"] is None
-    assert len(letter.keys()) == len(set(letter.keys())) == 13
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.text(min_size=1), st.text(), st.text(), st.integers(1, 20_000))
-def test_whatever_people_wrote_an_e_mail_has_no_defects(title, name, words, times):
-    subject = incident(title=title, description=(words * times)[:50_000], updates=[update(42, words)])
-    written(message(subject, tenant={"slug": "acme", "name": name}))
 
 
 # ------------------------------------------------------------------------------------------------ addresses

@@ -293,5 +293,15 @@ async def test_the_command_line(desk, settings):
     assert (await run("resume", "--tenant", "acme")).out == "acme: resumed\npaused now: (all tenants)\n"
     assert (await run("resume")).out == "all tenants: resumed\n"
     assert (await run("resume")).out == "all tenants: was not paused\n"
+    for switch, tenant, changed, paused in (
+        ("pause", ["--tenant", "acme"], True, ["acme"]),
+        ("pause", ["--tenant", "acme"], False, ["acme"]),
+        ("pause", [], True, ["(all tenants)", "acme"]),
+        ("resume", [], True, ["acme"]),
+        ("resume", ["--tenant", "acme"], True, []),
+        ("resume", ["--tenant", "acme"], False, []),
+    ):
+        ran = await run(switch, *tenant, "--json")
+        assert (ran.code, json.loads(ran.out)) == (0, {"changed": changed, "paused": paused})
     key = (await opsentry(environment(settings), "secret-key")).out.strip()
     assert (await opsentry(environment(settings, OPSENTRY_SECRET_KEYS=key), "config")).code == 0

@@ -1,11 +1,5 @@
 """What the queries that run all the time cost: they go by their indexes and read no more rows than they answer."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
-from uuid import UUID
-
-import msgspec
 import pytest
 
 from opsentry.domain.incident import SEVERITIES, OpenIncident, ResolveIncident
@@ -13,81 +7,15 @@ from opsentry.domain.maintenance import CompleteMaintenance, StartMaintenance
 from opsentry.domain.service import RegisterService
 from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
 from opsentry.events import log
-from opsentry.notifications import deliveries, intake, leases
-from opsentry.notifications.operations import backlog
+from opsentry.notifications import deliveries
 from opsentry.projections import impact, incidents, maintenance, outbox, services, subscriptions
 from opsentry.projections.incidents import Incidents
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.projections.runner import Runner
 from opsentry.wiring import projections
 from tests.projections.histories import History, apply, at, schedule
+from tests.projections.plans import Explained, ExplainedOnce, assert_goes_by, most_rows, nodes, plan_of
 from tests.projections.planting import plant
 
 COUNT = 4000
-
-
-class Explained:
-    """A connection that explains queries instead of answering them."""
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-        self.plans: list[dict[str, Any]] = []
-
-    async def fetchrow(self, query: str, *values: Any) -> dict[str, Any]:
-        text = await self._connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}", *values)
-        self.plans.append(msgspec.json.decode(text)[0]["Plan"])
-        return {}
-
-    execute = fetchrow
-
-    async def fetch(self, query: str, *values: Any) -> list[Any]:
-        await self.fetchrow(query, *values)
-        return []
-
-
-class ExplainedOnce(Explained):
-    """The same of the plan that a connection makes once and keeps, for whatever values."""
-
-    async def fetchrow(self, query: str, *values: Any) -> dict[str, Any]:
-        literals = ", ".join("NULL" if value is None else f"'{value}'" for value in values)
-        await self._connection.execute(f"SET plan_cache_mode = force_generic_plan; PREPARE kept AS {query}")
-        text = await self._connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE kept ({literals})")
-        await self._connection.execute("DEALLOCATE kept; RESET plan_cache_mode")
-        self.plans.append(msgspec.json.decode(text)[0]["Plan"])
-        return {}
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for inner in plan.get("Plans", ()):
-        yield from nodes(inner)
-
-
-async def plan_of(connection: Any, query: Any, how: type[Explained] = Explained) -> list[dict[str, Any]]:
-    explained = how(connection)
-    await query(explained)
-    (plan,) = explained.plans
-    return list(nodes(plan))
-
-
-def assert_goes_by(plan: list[dict[str, Any]], table: str, *indexes: str, reads: float) -> None:
-    """No row of `table` is met but by `indexes`, and at most `reads` are."""
-    found = [node for node in plan if node.get("Relation Name") == table]
-    assert found
-    assert "Seq Scan" not in {node["Node Type"] for node in found}
-    by_index = {node["Index Name"] for node in found if "Index Name" in node}
-    bitmaps = {node["Index Name"] for node in plan if node["Node Type"] == "Bitmap Index Scan"}
-    assert set(indexes) <= by_index | bitmaps
-    assert by_index <= set(indexes)
-    assert most_rows(plan, table) <= reads
-
-
-def most_rows(plan: list[dict[str, Any]], table: str) -> float:
-    return max(
-        float((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
-        for node in plan
-        if node.get("Relation Name") == table
-    )
 
 
 @pytest.fixture
@@ -268,159 +196,3 @@ async def test_the_log_is_read_by_its_keys(app_connection, owner, full):
     assert_goes_by(following, "events", "events_pkey", reads=50)
     stream = await plan_of(app_connection, lambda c: log.read_stream(c, full.tenant_id, "incident", 7, after=10))
     assert_goes_by(stream, "events", "events_stream_version", reads=20)
-
-
-# ------------------------------------------------------------------------------------------------ idle polls
-
-# As many tenants as there are to be in all, with some events each, of which all projections have seen all.
-GROW = (
-    "INSERT INTO tenants (slug, name) SELECT 't' || n, 'T' FROM generate_series(1, $1) AS n ON CONFLICT DO NOTHING",
-    """INSERT INTO events SELECT tenant_id, n, 'incident', 1, n, 'incident.updated', 1, now(), now(), '{}', '{}', NULL,
-    NULL, NULL, '' FROM tenants, generate_series(1, 2) AS n WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
-    "UPDATE heads SET seq = 2 WHERE seq = 0 AND tenant_id <= $1",
-    """INSERT INTO checkpoints (tenant_id, projection, position) SELECT tenant_id, p.name, 2 FROM tenants, projections p
-    WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
-    "INSERT INTO outbox_settled SELECT tenant_id, 2 FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
-    """INSERT INTO outbox_intents SELECT tenant_id, md5(tenant_id::text)::uuid, 1, 1, 'webhook', 'incident.opened',
-    'incident', 1, false, now() FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
-    """INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id, seq, channel, topic,
-    created_at, state, settled_at) SELECT tenant_id, intent_id, 1, stream_kind, 1, 1, channel, topic, created_at,
-    'delivered', now() FROM outbox_intents WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
-    "INSERT INTO endpoints SELECT tenant_id, 1, 'webhook' FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
-)
-GROWING = ("events", "heads", "checkpoints", "outbox_intents", "outbox_settled", "deliveries", "endpoints")
-# Of all these, so many: behind, still to be rebuilt, and one whose outbox is parked.
-LAGGING = 3
-LAG = (
-    "INSERT INTO unprojected SELECT tenant_id, 2 FROM heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
-    "UPDATE checkpoints SET position = 1, generation = -1 WHERE tenant_id <= $1",
-    "UPDATE checkpoints SET parked_seq = 2 WHERE tenant_id = $1 AND projection = 'outbox'",
-    "UPDATE deliveries SET state = 'waiting', settled_at = NULL, due_at = now() WHERE tenant_id <= $1",
-    "UPDATE endpoints SET due_at = now() WHERE tenant_id <= $1",
-    "UPDATE outbox_settled SET position = 0 WHERE tenant_id <= $1",
-    "INSERT INTO outbox_fresh SELECT tenant_id, 1 FROM heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
-)
-CATCH_UP = (
-    "UPDATE checkpoints SET position = 2, generation = 0, parked_seq = NULL WHERE tenant_id > $1",
-    "DELETE FROM unprojected WHERE tenant_id > $1",
-    "UPDATE deliveries SET state = 'delivered', settled_at = now(), due_at = NULL WHERE tenant_id > $1",
-    "UPDATE endpoints SET due_at = NULL WHERE tenant_id > $1",
-    "UPDATE outbox_settled SET position = 2 WHERE tenant_id > $1",
-    "DELETE FROM outbox_fresh WHERE tenant_id > $1",
-)
-
-
-class Cost(NamedTuple):
-    """What a poll costs: rows that were met in tables that grow with tenants, and pages of any that were looked at."""
-
-    rows: float
-    pages: int
-
-
-class Polled(Explained):
-    """A database whose queries are explained, with what they cost, planned for the values given or for any."""
-
-    def __init__(self, connection: Any, *, generic: bool) -> None:
-        super().__init__(connection)
-        self._generic = generic
-
-    @asynccontextmanager
-    async def connection(self, _: float) -> AsyncIterator["Polled"]:
-        yield self
-
-    async def fetch(self, query: str, *values: Any, seconds: float = 0) -> list[Any]:  # noqa: ARG002
-        await self.fetchrow(query, *values)
-        return []
-
-    async def fetchrow(self, query: str, *values: Any) -> dict[str, Any]:
-        mode = "force_generic_plan" if self._generic else "force_custom_plan"
-        await self._connection.execute(f"SET plan_cache_mode = {mode}; PREPARE polled AS {query}")
-        given = ", ".join(map(_literal, values))
-        text = await self._connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE polled({given})")
-        await self._connection.execute("DEALLOCATE polled")
-        self.plans.append(msgspec.json.decode(text)[0]["Plan"])
-        return {}
-
-    async def execute(self, query: str, *_: Any) -> dict[str, Any]:
-        await self._connection.execute(query)
-        return {}
-
-    def cost(self) -> Cost:
-        found = [node for plan in self.plans for node in nodes(plan) if node.get("Relation Name") in GROWING]
-        pages = sum(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] for plan in self.plans)
-        return Cost(sum(most_rows([node], node["Relation Name"]) for node in found), pages)
-
-
-def _literal(value: Any) -> str:
-    match value:
-        case int() | float():
-            return str(value)
-        case UUID() | str():
-            return f"'{value}'"
-    return "'{" + ",".join(map(str, value)) + "}'"
-
-
-async def polls(connection: Any) -> dict[str, Cost]:
-    """What each of the polls costs that run all the time, with either kind of plan."""
-    found = {}
-    for generic in (False, True):
-        for name in ("behind", "left", "backlog", "fresh", "claim"):
-            polled: Any = Polled(connection, generic=generic)
-            # What a poll sets, and what it changes, is undone.
-            transaction = connection.transaction()
-            await transaction.start()
-            match name:
-                case "behind":
-                    await Runner(polled, projections()).behind()
-                case "left":
-                    await Rebuilder(polled, projections()).left(20, 300.0)
-                case "backlog":
-                    await backlog(polled, 1001)
-                case "fresh":
-                    await intake.fresh(polled, 0, 50)
-                case _:
-                    await leases.claim(polled, UUID(int=1), "webhook", seconds=60, at_most=10)
-            await transaction.rollback()
-            found[f"{name}, {'any' if generic else 'these'} values"] = polled.cost()
-    return found
-
-
-async def test_idle_polls_cost_the_same_however_many_tenants_there_are(owner, app_connection):
-    async def run(statements, number):
-        for statement in statements:
-            await owner.execute(statement, number)
-
-    for table in (*GROWING, "unprojected"):
-        await owner.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
-    await owner.execute(
-        "INSERT INTO projections (name, version) SELECT unnest($1::text[]), 1", [each.name for each in projections()]
-    )
-    await run(GROW, 10)
-    await run(LAG, LAGGING)
-    await owner.execute("VACUUM ANALYZE")
-    # So few rows would be scanned, which is no measure for many.
-    await app_connection.execute("SET enable_seqscan = off")
-    few = await polls(app_connection)
-    await app_connection.execute("RESET enable_seqscan")
-
-    async def check(statistics: str, *, pages: bool = True) -> None:
-        for name, cost in (await polls(app_connection)).items():
-            assert cost.rows <= few[name].rows, (statistics, name)
-            # An index has three levels instead of one.
-            assert cost.pages <= 3 * few[name].pages or not pages, (statistics, name)
-
-    await run(GROW, 100_000)
-    await check("of when there were few")
-    for table in (*GROWING, "unprojected"):
-        await owner.execute("SELECT pg_clear_relation_stats('public', $1)", table)
-        await owner.execute(
-            "SELECT pg_clear_attribute_stats('public', tablename, attname, false) FROM pg_stats WHERE tablename = $1",
-            table,
-        )
-    await check("that were never taken")
-    await run(LAG, 100_000)
-    await owner.execute("ANALYZE")
-    await run(CATCH_UP, LAGGING)
-    await check("of when all lagged", pages=False)  # what nobody has swept up yet lies in the pages
-    await owner.execute("VACUUM ANALYZE")
-    await check("as they should be")

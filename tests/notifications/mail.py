@@ -1,0 +1,25 @@
+"""E-mails for tests of the channel `email`: settings, and the letters as a mail program reads them."""
+
+from email import message_from_bytes, policy
+
+from opsentry.config import Settings
+from opsentry.notifications.sealing import new_key
+
+SETTINGS = Settings(
+    secret_keys=(new_key(),),
+    mail_from="Acme Status <status@acme.example>",
+    public_url="https://status.acme.example/a/long/way/down/until/the/line/of/a/header/is/full",
+)
+
+
+def parsed(raw):
+    """The e-mail as the standard library reads it; it must find nothing wrong with it."""
+    assert all(len(line) <= 998 for line in raw.split(b"\r\n"))
+    assert raw.count(b"\n") == raw.count(b"\r\n")
+    assert raw.isascii()
+    letter = message_from_bytes(raw, policy=policy.default)
+    for part in letter.walk():
+        assert not part.defects
+        for name, value in part.items():
+            assert not value.defects, name
+    return letter
