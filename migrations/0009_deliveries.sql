@@ -1,6 +1,15 @@
 -- Sending. What must be told is derived from the ledger (outbox_intents) and may be derived anew at any time; what came
 -- of it is a ledger of facts of its own, which no rebuild touches.
 
+-- What exists already comes first, in the order in which passes write it: so no pass waits for this while it is waited for.
+
+-- Scheduled windows that nobody has been reminded of yet: since when people know the hour; NULL for all others.
+ALTER TABLE maintenance ADD COLUMN remind_since timestamptz;
+CREATE INDEX maintenance_to_remind ON maintenance (scheduled_start) WHERE remind_since IS NOT NULL;
+
+-- Incidents whose last message was withheld by a window, of which people hear when it is over. States hold no words.
+CREATE INDEX outbox_state_muted ON outbox_state (tenant_id) WHERE kind = 'incident' AND state LIKE '%"muted":%';
+
 -- Subscriptions, as answers show them and as the sender needs them. A read model; a removed one has no words left.
 CREATE TABLE subscriptions (
     tenant_id       bigint NOT NULL,
@@ -128,13 +137,6 @@ CREATE TABLE outbox_paused (
     tenant_id bigint PRIMARY KEY,
     since     timestamptz NOT NULL DEFAULT now()
 );
-
--- Scheduled windows that nobody has been reminded of yet: since when people know the hour; NULL for all others.
-ALTER TABLE maintenance ADD COLUMN remind_since timestamptz;
-CREATE INDEX maintenance_to_remind ON maintenance (scheduled_start) WHERE remind_since IS NOT NULL;
-
--- Incidents whose last message was withheld by a window, of which people hear when it is over. States hold no words.
-CREATE INDEX outbox_state_muted ON outbox_state (tenant_id) WHERE kind = 'incident' AND state LIKE '%"muted":%';
 
 DROP INDEX outbox_intents_pending;
 CREATE INDEX outbox_intents_by_seq ON outbox_intents (tenant_id, seq);
