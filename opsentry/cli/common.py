@@ -1,5 +1,6 @@
 """What all commands share: settings, the event loop, errors as exit codes, output for people and for machines."""
 
+import gc
 import json
 import os
 import resource
@@ -64,6 +65,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     # The soft limit is often 1,024 for the sake of programs that use select(), which event loops do not.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # What was imported stays; and most garbage goes by reference counts, without a search every 700 objects. A tenth of
+    # the time of a busy sender went into that.
+    gc.freeze()
+    gc.set_threshold(50_000)
     with explained():
         return uvloop.run(work)
 

@@ -19,6 +19,8 @@ from opsentry.projections.runner import NotThereYet
 
 _log = structlog.get_logger()
 
+# An endpoint has its turn for so long, then others do.
+_TURN_SECONDS = 1.0
 # One that needs longer for an answer is not given more at once.
 _SLOW_SECONDS = 2.0
 _JITTER = 0.2
@@ -89,15 +91,20 @@ class Courier:
                 note(_ours(each, str(error)))
             return Served(Release(endpoint.failures, endpoint.width, hold=_OURS_SECONDS))
         course = _Course(endpoint.failures)
+        until: float | None = None
         confirms = state.status == "pending"
         queue = list(reversed(due))
 
         async def send_some() -> None:
+            nonlocal until
             while queue:
                 await self._places.acquire()
                 result = None
                 try:
-                    if queue and course.goes_on and not self._stopping and time.monotonic() < begin_until:
+                    now = time.monotonic()
+                    if until is None:
+                        until = min(begin_until, now + _TURN_SECONDS)
+                    if queue and course.goes_on and not self._stopping and now < until:
                         result = await self.send(target, queue.pop(), course, confirms=confirms)
                 finally:
                     if result is None:

@@ -34,8 +34,12 @@ POLL_SECONDS = 0.5
 TIMEOUT = 10.0
 # Nothing is begun after this part of the lease: what is begun is over before the lease is, in 30 s at most.
 _BEGIN_WITHIN = 0.4
-# An endpoint gets so many rounds of what it takes at once, then others have their turn.
-_ROUNDS = 4
+# So many endpoints are taken at once: while the next ones are, these are sent to.
+_CLAIMED = 16
+# An endpoint gets so many rounds of what it takes at once, if its turn lasts so long.
+_ROUNDS = 16
+# What comes of messages is collected for so long before it is recorded: more of it shares a transaction.
+_COLLECT_SECONDS = 0.01
 # When it stops: so long for what is under way, and then for recording it.
 _STOP_SECONDS = 6.0
 _RECORD_SECONDS = 2.0
@@ -145,7 +149,7 @@ class Dispatcher:
                 uuid4(),
                 self._channel.name,
                 seconds=self._lease_seconds,
-                at_most=max(1, free // widest),
+                at_most=max(1, min(_CLAIMED, free // widest)),
                 passing_over=satisfied,
                 proven=proven_only,
                 proven_of=timid,
@@ -197,7 +201,7 @@ class Dispatcher:
             if not self._to_do:
                 self._recording.clear()
                 await self._recording.wait()
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(_COLLECT_SECONDS)
             work = list(self._to_do)
             try:
                 await self._record(work)

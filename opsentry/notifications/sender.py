@@ -51,18 +51,14 @@ class Sender:
     ) -> None:
         self._database = database
         self._burst = burst
-        self._dispatchers = [
-            Dispatcher(
-                database,
-                commands,
-                channel,
-                Courier(channel, composer, sealing, at_once := min(sockets, channel.at_once or sockets)),
-                sockets=at_once,
-                burst=burst,
-                lease=lease,
+        self._dispatchers = []
+        for channel in channels.values():
+            at_once = min(sockets, channel.at_once or sockets)
+            # While what came of some is recorded, as many others are sent.
+            courier = Courier(channel, composer, sealing, 2 * at_once)
+            self._dispatchers.append(
+                Dispatcher(database, commands, channel, courier, sockets=at_once, burst=burst, lease=lease)
             )
-            for channel in channels.values()
-        ]
         self._taking_over: asyncio.Task[None] | None = None
 
     def start(self) -> None:

@@ -142,7 +142,7 @@ async def test_an_endpoint_is_trusted_with_more_as_it_answers_well_and_with_one_
     desk, channel, sending, settled, owner
 ):
     await desk.subscribe()
-    for _ in range(100):
+    for _ in range(200):
         await desk.open()
     async with sending():
         await settled()
