@@ -8,8 +8,9 @@ import asyncio
 import errno
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
 import aiohttp
@@ -154,10 +155,11 @@ def _address_4(host: str) -> IPv4Address | None:
         raise BadTarget(f"{host} is no address") from None
 
 
-def http_session(
+@asynccontextmanager
+async def http_session(
     open_networks: Sequence[Network], lookups: int, resolver: AbstractResolver | None = None
-) -> aiohttp.ClientSession:
-    """Return a session that connects to nothing that may not be dialled; needs a running loop, and has to be closed.
+) -> AsyncIterator[aiohttp.ClientSession]:
+    """Lend a session that connects to nothing that may not be dialled.
 
     It knows neither proxies nor cookies. Whoever asks it for something has to say that redirects are not followed.
 
@@ -180,10 +182,11 @@ def http_session(
             raise MayNotBeDialled
         return socket.socket(family, kind, protocol)
 
-    return aiohttp.ClientSession(
+    names = resolver or _Resolver(lookups)
+    session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
             socket_factory=guarded,
-            resolver=_Resolver(lookups) if resolver is None else resolver,
+            resolver=names,
             ttl_dns_cache=_NAMES_CACHED_SECONDS,
             limit=0,
             keepalive_timeout=_KEPT_SECONDS,
@@ -192,6 +195,11 @@ def http_session(
         trust_env=False,
         auto_decompress=False,
     )
+    try:
+        yield session
+    finally:
+        await session.close()
+        await names.close()
 
 
 class _Resolver(AbstractResolver):
@@ -213,5 +221,5 @@ class _Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Let the threads end."""
-        self._threads.shutdown(wait=False)
+        """Let the threads end, with what they are at."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -55,7 +55,7 @@ class Courier:
         self._places = asyncio.Semaphore(at_most)
         self._stopping = False
         # What goes through one thing of ours is spread over as many as can be told at once.
-        self.widest = WIDEST if channel.at_once is None else 1
+        self.widest = min(WIDEST, max(1, at_most // 4)) if channel.at_once is None else 1
 
     def recorded(self, results: int) -> None:
         """Say that of so many results it is recorded what came of them."""
@@ -113,9 +113,10 @@ class Courier:
                     return
                 note(result)
 
-        await asyncio.gather(*(send_some() for _ in range(min(endpoint.width, len(due)))))
-        width = min(self.widest, endpoint.width * (2 if course.does_well else 1)) if course.keeps_up else 1
-        return Served(Release(course.failures, width, hold=course.hold, off=course.gone), course.gone)
+        width = min(endpoint.width, self.widest)
+        await asyncio.gather(*(send_some() for _ in range(min(width, len(due)))))
+        width = min(self.widest, width * (2 if course.does_well else 1)) if course.keeps_up else 1
+        return Served(Release(course.failures, width, course.hold, course.failed, course.gone), course.gone)
 
     async def send(self, target: Endpoint, due: Due, course: "_Course", *, confirms: bool) -> Result:
         """Send one message, and take into `course` how that went."""
@@ -133,7 +134,11 @@ class Courier:
         if message is None or confirms != (message.type == "subscription.confirm"):
             return Result(due, "withheld", error="not to be told any more")
         began = time.monotonic()
-        outcome = await self._channel.send(target, message)
+        try:
+            outcome = await self._channel.send(target, message)
+        except Exception:  # noqa: BLE001 - a defect of a channel must not end its endpoint's turn
+            _log.exception("a channel failed", tenant_id=due.tenant_id, subscription_id=due.subscription_id)
+            outcome = Outcome("could not be sent")
         seconds = time.monotonic() - began
         course.note(outcome, seconds)
         if outcome.ours:
@@ -187,6 +192,7 @@ class _Course:
         self._slow = False
         self._retry_after: float | None = None
         self.does_well = False
+        self.failed = False
         self.gone = False
         self.ours = False
 
@@ -201,6 +207,7 @@ class _Course:
             self.does_well = True
         elif not outcome.ours:
             self.failures += 1
+            self.failed = True
             self._retry_after = outcome.retry_after or self._retry_after
 
     @property

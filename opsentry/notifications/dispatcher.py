@@ -10,15 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import structlog
 
 from opsentry.domain import subscription
 from opsentry.domain.decider import TransitionRefused
-from opsentry.domain.subscription import DisableSubscription
-from opsentry.events.codec import Actor, Meta
+from opsentry.domain.subscription import DisableSubscription, Subscription, SubscriptionEvent
+from opsentry.events.codec import Actor, Meta, RecordedEvent
 from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
 from opsentry.events.writer import TenantBusy
 from opsentry.notifications import leases
@@ -26,7 +26,7 @@ from opsentry.notifications.channel import Channel
 from opsentry.notifications.courier import Courier
 from opsentry.notifications.lanes import PROBE_AFTER
 from opsentry.notifications.leases import Claimed, Due, Release, Result, Work
-from opsentry.postgres import Database, DatabaseUnavailable
+from opsentry.postgres import Database, is_passing
 
 _log = structlog.get_logger()
 
@@ -44,8 +44,10 @@ _COLLECT_SECONDS = 0.01
 _STOP_SECONDS = 6.0
 _RECORD_SECONDS = 2.0
 _META = Meta(Actor("sender"))
-# What says that the database or a tenant is busy just now, not that something is wrong.
-_PASSING = (DatabaseUnavailable, TenantBusy, ConcurrentChange)
+# An endpoint whose subscription could not be disabled just now is left alone for so long.
+_SOON_SECONDS = 5.0
+# A claim that passes many by is not made again before some ten times as long has passed.
+_PATIENCE = 10
 
 
 class Dispatcher:
@@ -114,7 +116,8 @@ class Dispatcher:
                 async with asyncio.timeout(_RECORD_SECONDS):
                     await self._recorded.wait()
         finally:
-            recording.cancel()
+            for task in (recording, *self._disabling):
+                task.cancel()
             await asyncio.gather(recording, *self._serving, *self._disabling, return_exceptions=True)
             self._loops = []
 
@@ -123,13 +126,18 @@ class Dispatcher:
     async def _claim_all(self) -> None:
         while True:
             self._more.clear()
-            if not await self._claim():
+            began = time.monotonic()
+            claimed, passed_by = await self._claim()
+            if not claimed:
+                if passed_by:
+                    await asyncio.sleep(min(POLL_SECONDS, _PATIENCE * (time.monotonic() - began)))
                 # Woken by an endpoint that is given back; else whatever is due is found at the next look.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_SECONDS):
                         await self._more.wait()
 
-    async def _claim(self) -> int:
+    async def _claim(self) -> tuple[int, bool]:
+        """Take endpoints; return how many, and whether some were passed by that have their share."""
         used, unproven = self._in_use()
         free, half = self._sockets - used.total(), self._sockets // 2
         # Where all goes through one thing of ours, no endpoint is slow by itself.
@@ -137,7 +145,7 @@ class Dispatcher:
         proven_only = not alike and unproven.total() >= half
         widest = self._courier.widest
         if free < (widest if proven_only else 1):
-            return 0
+            return 0, False
         # There is always a share left for one more tenant.
         shares = len(used) + 1
         satisfied = [tenant_id for tenant_id, count in used.items() if count >= max(widest, self._sockets // shares)]
@@ -161,9 +169,9 @@ class Dispatcher:
         for endpoint in claimed:
             messages = waiting.get((endpoint.tenant_id, endpoint.subscription_id), [])
             task = asyncio.create_task(self._serve(endpoint, messages, began + self._lease_seconds * _BEGIN_WITHIN))
-            self._serving[task] = endpoint, min(endpoint.width, len(messages))
+            self._serving[task] = endpoint, min(endpoint.width, widest, len(messages))
             task.add_done_callback(self._served)
-        return len(claimed)
+        return len(claimed), bool(satisfied or timid or proven_only)
 
     def _in_use(self) -> tuple[Counter[int], Counter[int]]:
         """Return the sockets that each tenant has in use: all, and at endpoints that have not shown to answer well."""
@@ -177,9 +185,14 @@ class Dispatcher:
     async def _serve(self, endpoint: Claimed, due: Sequence[Due], begin_until: float) -> None:
         """Have what is due at an endpoint be sent, and give it back."""
         served = await self._courier.serve(endpoint, due, begin_until, lambda result: self._note(endpoint, [result]))
-        if served.gone:
-            await self._disable(endpoint, "gone")
-        self._note(endpoint, (), served.release)
+        release = served.release
+        try:
+            if served.gone and not await self._disable(endpoint, "gone"):
+                release = release._replace(off=False)
+        except Exception as error:  # noqa: BLE001 - the next answer says it again
+            tell("disable", error)
+            release = release._replace(off=False, hold=_SOON_SECONDS)
+        self._note(endpoint, (), release)
 
     def _served(self, task: "asyncio.Task[None]") -> None:
         del self._serving[task]
@@ -205,9 +218,10 @@ class Dispatcher:
             work = list(self._to_do)
             try:
                 await self._record(work)
-            except _PASSING:
-                raise
-            except Exception:  # noqa: BLE001 - what cannot be recorded must not hold up what can
+            except Exception as error:
+                if _is_passing(error):
+                    raise
+                # What cannot be recorded must not hold up what can.
                 _log.exception("results could not be recorded together; each by itself")
                 await self._record_each(work)
 
@@ -215,9 +229,10 @@ class Dispatcher:
         for each in work:
             try:
                 await self._record([each])
-            except _PASSING:
-                raise
-            except Exception:  # noqa: BLE001 - a defect; the lease runs out, and it is sent again
+            except Exception as error:
+                if _is_passing(error):
+                    raise
+                # A defect; the lease runs out, and it is sent again.
                 endpoint = each.endpoint
                 _log.exception(
                     "a result could not be recorded",
@@ -248,27 +263,56 @@ class Dispatcher:
 
     async def _give_up(self, endpoint: Claimed) -> None:
         try:
-            await self._disable(endpoint, "failing")
-            async with self._database.transaction(TIMEOUT) as connection:
-                await leases.turn_off(connection, endpoint)
-        except _PASSING as error:
-            _log.warning("a subscription could not be disabled; will try again", error=str(error))
-        except Exception:  # noqa: BLE001 - nobody waits for it
-            _log.exception("a subscription could not be disabled; will try again")
+            if await self._disable(endpoint, "failing"):
+                async with self._database.transaction(TIMEOUT) as connection:
+                    await leases.turn_off(connection, endpoint)
+        except Exception as error:  # noqa: BLE001 - nobody waits for it
+            tell("disable", error)
 
-    async def _disable(self, endpoint: Claimed, reason: str) -> None:
-        """Put on the tenant's record that nothing is sent there any more. Doing so again changes nothing."""
-        command = DisableSubscription(reason=reason)
-        with suppress(TransitionRefused, NoSuchStream):  # removed meanwhile
-            await self._commands.execute(
-                subscription.DECIDER, endpoint.tenant_id, endpoint.subscription_id, command, _META
-            )
-        _log.info(
-            "subscription disabled",
-            tenant_id=endpoint.tenant_id,
-            subscription_id=endpoint.subscription_id,
-            reason=reason,
-        )
+    async def _disable(self, endpoint: Claimed, reason: str) -> bool:
+        """Put on the tenant's record that nothing is sent there any more; return whether that is so.
+
+        It is not where the subscription names another endpoint by now. Doing it again changes nothing.
+        """
+        key = endpoint.tenant_id, endpoint.subscription_id
+
+        def command(history: Sequence[RecordedEvent]) -> DisableSubscription:
+            state = subscription.DECIDER.fold(cast("SubscriptionEvent", recorded.event) for recorded in history)
+            if _where(state) != _where(endpoint.subscription):
+                raise _SentElsewhere
+            return DisableSubscription(reason=reason)
+
+        try:
+            executed = await self._commands.execute(subscription.DECIDER, *key, command, _META)
+        except (TransitionRefused, NoSuchStream):  # removed meanwhile
+            return True
+        except _SentElsewhere:
+            return False
+        if executed.appended:
+            _log.info("subscription disabled", tenant_id=key[0], subscription_id=key[1], reason=reason)
+        return executed.state.status not in {"active", "pending"}
+
+
+class _SentElsewhere(Exception):
+    """The subscription names another endpoint than the one that a message was sent to."""
+
+
+def _where(state: Subscription | None) -> tuple[str, str | None] | None:
+    """Return what tells one endpoint from another: the target, sealed where it is a secret."""
+    return None if state is None else (state.target, state.sealed)
+
+
+def _is_passing(error: Exception) -> bool:
+    """Return whether the database or a tenant is busy just now, and nothing is wrong with what was to be done."""
+    return is_passing(error) or isinstance(error, (TenantBusy, ConcurrentChange))
+
+
+def tell(task: str, error: Exception) -> None:
+    """Log that something failed and will be tried again."""
+    if _is_passing(error):
+        _log.warning("will try again", task=task, error=str(error))
+    else:
+        _log.error("unexpected error; will try again", task=task, exc_info=error)
 
 
 async def surviving(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -276,10 +320,8 @@ async def surviving(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
     while True:
         try:
             await loop()
-        except _PASSING as error:
-            _log.warning("will try again", task=loop.__name__, error=str(error))
-        except Exception:  # noqa: BLE001 - a loop that dies of a defect would end all sending
-            _log.exception("unexpected error; will try again", task=loop.__name__)
+        except Exception as error:  # noqa: BLE001 - a loop that dies of a defect would end all sending
+            tell(loop.__name__, error)
         await asyncio.sleep(POLL_SECONDS)
 
 

@@ -92,7 +92,7 @@ async def fresh(connection: Connection, after: int, limit: int) -> list[int]:
     return [row["tenant_id"] for row in await connection.fetch(_FRESH, after, limit)]
 
 
-async def take_over(connection: Connection, tenant_ids: Sequence[int], burst: float, at_most: int = 5_000) -> int:
+async def take_over(connection: Connection, tenant_ids: Sequence[int], burst: float, at_most: int = 10_000) -> int:
     """Take tenants' intents over, in the caller's transaction; return how many lanes that gave something new.
 
     Args:

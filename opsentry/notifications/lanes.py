@@ -14,6 +14,12 @@ from opsentry.postgres import Connection
 Key: TypeAlias = tuple[int, int]
 Lane: TypeAlias = tuple[int, int, str, int]
 
+# Whether nothing is paused, not everywhere and not for a tenant; asked once, however many rows it is held against.
+IS_ON = """
+NOT EXISTS (SELECT FROM outbox_paused WHERE tenant_id = 0)
+    AND {tenant} <> ALL(ARRAY(SELECT tenant_id FROM outbox_paused))
+"""
+
 # An endpoint that failed so often in a row is tried with one message at a time.
 PROBE_AFTER = 10
 
@@ -58,15 +64,15 @@ WHERE d.tenant_id = lane.tenant_id AND d.subscription_id = lane.subscription_id 
     AND d.stream_id = lane.stream_id AND d.settled_at IS NULL AND d.due_at IS NOT NULL
 """
 
-# When the next delivery of an endpoint is due.
-_NEXT_DUE = """
+# When the next delivery of an endpoint `e` is due.
+NEXT_DUE = """
 (SELECT d.due_at FROM deliveries d WHERE d.tenant_id = e.tenant_id AND d.subscription_id = e.subscription_id
     AND d.due_at IS NOT NULL ORDER BY d.due_at LIMIT 1)
 """
 
 # One that somebody is at looks again by itself, and one that is to be left alone for a while is left alone.
 _WAKE_ENDPOINTS = f"""
-UPDATE endpoints e SET due_at = least(e.due_at, greatest({_NEXT_DUE}, e.held_until))
+UPDATE endpoints e SET due_at = least(e.due_at, greatest({NEXT_DUE}, e.held_until))
 FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS woken
 WHERE e.tenant_id = woken.tenant_id AND e.subscription_id = woken.subscription_id AND e.lease IS NULL
 """

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import asyncpg
 import msgspec
 
 from opsentry.domain.subscription import Subscription
 from opsentry.notifications import lanes
 from opsentry.notifications.channel import Change
-from opsentry.notifications.lanes import PROBE_AFTER, begin, columns
+from opsentry.notifications.lanes import IS_ON, NEXT_DUE, PROBE_AFTER, Lane, begin, columns
 from opsentry.postgres import Connection
 
 # After the first attempt, and after each further one: 5 s, 5 min, 30 min, 2 h, 5 h, 10 h, 10 h. Then it is parked.
@@ -18,22 +19,24 @@ RETRY_SECONDS = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 36000.0)
 PROBE_SECONDS = 300.0
 FAILING_DAYS = 5
 WIDEST = 8
+_ENDED_AT_ONCE = 5_000
 
 # Leases endpoints of a channel ($7) where something is due, the one that has waited longest first, found by where they
 # lie: one that was moved while it was being locked is left for the next time. Tenants that have their share are passed
 # over ($3), and endpoints that have not shown that they answer well where those have theirs: all of them ($4), or a
 # tenant's ($6).
-_CLAIM = """
+_CLAIM = f"""
 UPDATE endpoints e SET lease = $1, due_at = statement_timestamp() + $5 * interval '1 second'
 WHERE e.ctid = ANY(ARRAY(
     SELECT due.ctid FROM endpoints due
     WHERE due.channel = $7 AND due.due_at <= statement_timestamp() AND due.tenant_id <> ALL($3)
-        AND (due.width > 1 OR (NOT $4 AND due.tenant_id <> ALL($6)))
-        AND NOT EXISTS (SELECT FROM outbox_paused p WHERE p.tenant_id = 0 OR p.tenant_id = due.tenant_id)
+        AND (due.width > 1 OR (NOT $4 AND due.tenant_id <> ALL($6))) AND {IS_ON.format(tenant="due.tenant_id")}
     ORDER BY due.due_at LIMIT $2 FOR UPDATE SKIP LOCKED))
 RETURNING e.tenant_id, e.subscription_id, e.failures, e.width,
     (SELECT s.state FROM subscriptions s
      WHERE s.tenant_id = e.tenant_id AND s.subscription_id = e.subscription_id LIMIT 1) AS state,
+    (SELECT s.version FROM subscriptions s
+     WHERE s.tenant_id = e.tenant_id AND s.subscription_id = e.subscription_id LIMIT 1) AS version,
     coalesce((SELECT c.position FROM checkpoints c
      WHERE c.tenant_id = e.tenant_id AND c.projection = 'subscriptions' LIMIT 1), 0) AS shown
 """
@@ -90,13 +93,18 @@ CROSS JOIN LATERAL (
 
 # What came of each. `delay` in seconds is until the next attempt, NULL at an end; `milliseconds` is NULL where there
 # was none. One that somebody else has ended meanwhile, an operator for one, stays as it is; so does one whose attempt
-# is recorded already, which is not known where the connection was lost at the commit.
+# is recorded already, which is not known where the connection was lost at the commit. Where an older one of the lane
+# came back meanwhile, what is to be tried again waits behind that.
 _RECORD = """
 WITH results AS (
     SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::float8[], $5::int[], $6::text[], $7::int[],
         $8::int[]) AS row (tenant_id, intent_id, state, delay, answer, error, milliseconds, tried)),
 moved AS (
-    UPDATE deliveries d SET state = r.state, due_at = statement_timestamp() + r.delay * interval '1 second',
+    UPDATE deliveries d SET state = r.state, due_at = CASE WHEN r.delay IS NOT NULL AND NOT EXISTS (
+            SELECT FROM deliveries o WHERE o.tenant_id = d.tenant_id AND o.subscription_id = d.subscription_id
+                AND o.stream_kind = d.stream_kind AND o.stream_id = d.stream_id AND o.settled_at IS NULL
+                AND (o.created_at, o.seq) < (d.created_at, d.seq))
+            THEN statement_timestamp() + r.delay * interval '1 second' END,
         settled_at = CASE WHEN r.delay IS NULL THEN statement_timestamp() END, answer = r.answer, error = r.error,
         attempts = d.attempts + (r.milliseconds IS NOT NULL)::int, tried = d.tried + (r.milliseconds IS NOT NULL)::int
     FROM results r
@@ -109,36 +117,48 @@ FROM moved m JOIN results r USING (tenant_id, intent_id) WHERE r.milliseconds IS
 ON CONFLICT DO NOTHING
 """
 
-# Nothing is sent to a subscription that is off: all that waits there ends, up to the event until which that is known.
-_TURN_OFF = """
+# Nothing is sent to a subscription that is off: what waits there ends, up to the event until which that is known; some
+# of it, if it is very much, and the rest when the endpoint is looked at again.
+_TURN_OFF = f"""
 UPDATE deliveries d SET state = 'disabled', due_at = NULL, settled_at = statement_timestamp(),
     error = coalesce(d.error, 'the subscription is off')
-FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS off (tenant_id, subscription_id, shown)
-WHERE d.tenant_id = off.tenant_id AND d.subscription_id = off.subscription_id AND d.settled_at IS NULL
-    AND d.seq <= off.shown
+FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS off (tenant_id, subscription_id, shown) CROSS JOIN LATERAL (
+    SELECT intent_id FROM deliveries
+    WHERE tenant_id = off.tenant_id AND subscription_id = off.subscription_id AND settled_at IS NULL
+        AND seq <= off.shown
+    LIMIT {_ENDED_AT_ONCE}) AS ending
+WHERE d.tenant_id = off.tenant_id AND d.intent_id = ending.intent_id
+RETURNING d.tenant_id, d.subscription_id, d.stream_kind, d.stream_id
 """
 
-# Gives endpoints back, to the end of the line. One that fails again and again is looked at after a while only.
+# Gives endpoints back, to the end of the line. One that fails again and again is looked at after a while only. How it
+# went says nothing of a subscription that was changed meanwhile: it may be another endpoint, or a mended one.
 _RELEASE = f"""
-UPDATE endpoints e SET lease = NULL, failures = r.failures, width = r.width,
-    held_until = statement_timestamp() + r.hold * interval '1 second',
-    failing_since = CASE WHEN r.failures > 0 THEN coalesce(e.failing_since, statement_timestamp()) END,
-    due_at = CASE WHEN next.due_at IS NOT NULL
-        THEN greatest(next.due_at, statement_timestamp() + coalesce(r.hold, 0) * interval '1 second') END
-FROM unnest($1::bigint[], $2::bigint[], $3::int[], $4::int[], $5::float8[])
-    AS r (tenant_id, subscription_id, failures, width, hold)
-CROSS JOIN LATERAL (
-    SELECT (SELECT d.due_at FROM deliveries d WHERE d.tenant_id = r.tenant_id
-        AND d.subscription_id = r.subscription_id AND d.due_at IS NOT NULL ORDER BY d.due_at LIMIT 1) AS due_at) AS next
-WHERE e.tenant_id = r.tenant_id AND e.subscription_id = r.subscription_id
-RETURNING e.tenant_id, e.subscription_id,
-    e.failures >= {PROBE_AFTER} AND e.failing_since < statement_timestamp() - interval '{FAILING_DAYS} days' AS hopeless
+WITH released AS (
+    SELECT r.*, version IS NOT DISTINCT FROM (
+        SELECT s.version FROM subscriptions s
+        WHERE s.tenant_id = r.tenant_id AND s.subscription_id = r.subscription_id LIMIT 1) AS same, (
+        SELECT d.due_at FROM deliveries d WHERE d.tenant_id = r.tenant_id AND d.subscription_id = r.subscription_id
+            AND d.due_at IS NOT NULL ORDER BY d.due_at LIMIT 1) AS next_due
+    FROM unnest($1::bigint[], $2::bigint[], $3::int[], $4::int[], $5::float8[], $6::bool[], $7::int[])
+        AS r (tenant_id, subscription_id, failures, width, hold, failed, version))
+UPDATE endpoints e SET lease = NULL,
+    failures = CASE WHEN same THEN r.failures ELSE 0 END,
+    width = CASE WHEN same THEN r.width ELSE 1 END,
+    held_until = CASE WHEN same THEN statement_timestamp() + r.hold * interval '1 second' END,
+    failing_since = CASE WHEN same AND r.failures > 0 THEN coalesce(e.failing_since, statement_timestamp()) END,
+    due_at = CASE WHEN next_due IS NOT NULL
+        THEN greatest(next_due, statement_timestamp() + CASE WHEN same THEN r.hold END * interval '1 second',
+            statement_timestamp()) END
+FROM released r WHERE e.tenant_id = r.tenant_id AND e.subscription_id = r.subscription_id
+RETURNING e.tenant_id, e.subscription_id, r.failed AND e.failures >= {PROBE_AFTER}
+    AND e.failing_since < statement_timestamp() - interval '{FAILING_DAYS} days' AS hopeless
 """
 
-# Whoever enables it again begins anew.
-_REST = """
-UPDATE endpoints SET failures = 0, failing_since = NULL, width = 1, held_until = NULL,
-    due_at = CASE WHEN lease IS NOT NULL THEN due_at END
+# Whoever enables it again begins anew. What still waits there is looked at when it is due.
+_REST = f"""
+UPDATE endpoints e SET failures = 0, failing_since = NULL, width = 1, held_until = NULL,
+    due_at = CASE WHEN lease IS NOT NULL THEN due_at ELSE {NEXT_DUE} END
 WHERE tenant_id = $1 AND subscription_id = $2
 """
 
@@ -154,6 +174,8 @@ class Claimed(NamedTuple):
     failures: int
     width: int
     subscription: Subscription | None
+    version: int | None
+    """Of the subscription."""
     shown: int
     """Up to which event the read model goes that `subscription` is from."""
 
@@ -219,12 +241,14 @@ class Release(NamedTuple):
         failures: In a row.
         width: So many messages at once it is trusted to take.
         hold: For so many seconds it is to be left alone.
+        failed: Whether an attempt failed just now.
         off: Whether its subscription is: all that waits there ends.
     """
 
     failures: int
     width: int
     hold: float | None = None
+    failed: bool = False
     off: bool = False
 
 
@@ -269,6 +293,7 @@ async def claim(
             row["failures"],
             row["width"],
             _subscription(row["state"]),
+            row["version"],
             row["shown"],
         )
         for row in rows
@@ -312,23 +337,25 @@ async def record(connection: Connection, work: Sequence[Work], burst: float) -> 
     if results := [result for w in work for result in w.results]:
         await connection.execute(_RECORD, *columns(map(_result_row, results)))
     released = [(w.endpoint, w.release) for w in work if w.release is not None]
+    ended = [r.due.lane for r in results if r.delay is None]
     if off := [(e.tenant_id, e.subscription_id, e.shown) for e, release in released if release.off]:
-        await connection.execute(_TURN_OFF, *columns(off))
-    if ended := [r.due.lane for r in results if r.delay is None]:
+        ended += map(_lane, await connection.fetch(_TURN_OFF, *columns(off)))
+    if ended:
         await lanes.make_due(connection, ended, burst)
     if not released:
         return []
-    rows = [(e.tenant_id, e.subscription_id, r.failures, r.width, r.hold) for e, r in released]
+    rows = [(e.tenant_id, e.subscription_id, r.failures, r.width, r.hold, r.failed, e.version) for e, r in released]
     hopeless = {tuple(row)[:2] for row in await connection.fetch(_RELEASE, *columns(rows)) if row["hopeless"]}
     return [endpoint for endpoint, _ in released if (endpoint.tenant_id, endpoint.subscription_id) in hopeless]
 
 
 async def turn_off(connection: Connection, endpoint: Claimed) -> None:
-    """End all that waits for a subscription that was disabled, in the caller's transaction."""
+    """End what waits for a subscription that was disabled, in the caller's transaction."""
     key = (endpoint.tenant_id, endpoint.subscription_id)
     await begin(connection)
     await lanes.lock(connection, [key])
-    await connection.execute(_TURN_OFF, *columns([(*key, endpoint.shown)]))
+    if ended := [_lane(row) for row in await connection.fetch(_TURN_OFF, *columns([(*key, endpoint.shown)]))]:
+        await lanes.make_due(connection, ended, 0.0)
     await connection.execute(_REST, *key)
 
 
@@ -338,6 +365,10 @@ def _subscription(state: str | None) -> Subscription | None:
         return None if state is None else _decode(state)
     except msgspec.MsgspecError:
         return None
+
+
+def _lane(row: asyncpg.Record) -> Lane:
+    return row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]
 
 
 def _result_row(result: Result) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from uuid import UUID
 import asyncpg
 
 from opsentry.notifications import lanes
-from opsentry.notifications.lanes import PROBE_AFTER
+from opsentry.notifications.lanes import IS_ON, PROBE_AFTER
 from opsentry.postgres import Connection, Database
 
 # Counting stops here: more makes no difference to whoever looks.
@@ -38,7 +38,7 @@ due AS (
         SELECT due_at FROM deliveries
         WHERE tenant_id = e.tenant_id AND subscription_id = e.subscription_id AND due_at <= statement_timestamp()
         ORDER BY due_at LIMIT $1) AS d
-    WHERE NOT {_PAUSED.format(tenant="e.tenant_id")}
+    WHERE {IS_ON.format(tenant="e.tenant_id")}
     LIMIT $1),
 untaken AS (
     SELECT i.created_at AS since FROM (SELECT DISTINCT tenant_id FROM outbox_fresh) AS f
@@ -47,7 +47,7 @@ untaken AS (
         WHERE tenant_id = f.tenant_id AND NOT suppressed AND seq > coalesce((
             SELECT position FROM outbox_settled s WHERE s.tenant_id = f.tenant_id LIMIT 1), 0)
         ORDER BY seq LIMIT $1) AS i
-    WHERE NOT {_PAUSED.format(tenant="f.tenant_id")}
+    WHERE {IS_ON.format(tenant="f.tenant_id")}
     LIMIT $1),
 pending AS (SELECT since FROM due UNION ALL SELECT since FROM untaken)
 SELECT

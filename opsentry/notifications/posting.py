@@ -22,8 +22,9 @@ _READ_BYTES = 1024
 _TIMEOUT = aiohttp.ClientTimeout(total=TOTAL_SECONDS, sock_connect=CONNECT_SECONDS)
 _HEADERS = {"Content-Type": "application/json", "User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
 _GONE = 410
-# Files, memory or ports that this machine has no more of: the endpoint was not even asked.
-_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
+# Files or memory that this machine has no more of: the endpoint was not even asked. Not EADDRNOTAVAIL: that is said of
+# any IPv6 address too, where there is no IPv6.
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 async def post(http: aiohttp.ClientSession, url: str, body: bytes, headers: Mapping[str, str] = {}) -> Outcome:

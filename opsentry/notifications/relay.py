@@ -4,7 +4,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import cached_property
 from urllib.parse import unquote, urlsplit
 
@@ -81,10 +81,15 @@ class Relay:
             connection, timer = self._idle.pop()
             timer.cancel()
             # It may have been closed meanwhile; asked before, it is not in doubt whether a letter was taken.
-            with suppress(aiosmtplib.SMTPException, OSError):
+            try:
                 await connection.noop()
+            except (aiosmtplib.SMTPException, OSError):
+                connection.close()
+            except BaseException:
+                connection.close()
+                raise
+            else:
                 return connection
-            connection.close()
         url, implicit = self._url, self._url.scheme == "smtps"
         connection = aiosmtplib.SMTP(
             hostname=url.hostname,
@@ -102,6 +107,9 @@ class Relay:
             await connection.connect()
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
             self._rest(_words(error))
+            raise
+        except BaseException:
+            connection.close()
             raise
         return connection
 

@@ -15,12 +15,13 @@ from opsentry.notifications import intake
 from opsentry.notifications.channel import Channel
 from opsentry.notifications.composing import Composer
 from opsentry.notifications.courier import Courier
-from opsentry.notifications.dispatcher import POLL_SECONDS, TIMEOUT, Dispatcher, surviving
+from opsentry.notifications.dispatcher import POLL_SECONDS, TIMEOUT, Dispatcher, surviving, tell
 from opsentry.notifications.sealing import Sealing
 from opsentry.postgres import Database
 
 LEASE_SECONDS = 60.0
-_FRESH = 50
+# The intents of so many tenants are taken over at once.
+_TENANTS = 10
 
 
 class Sender:
@@ -76,12 +77,22 @@ class Sender:
 
     async def _take_over_all(self) -> None:
         after = lanes = 0
+        at_once = _TENANTS
         while True:
             async with self._database.connection(TIMEOUT) as connection:
-                found = await intake.fresh(connection, after, _FRESH)
+                found = await intake.fresh(connection, after, at_once)
             if found:
-                async with self._database.transaction(TIMEOUT) as connection:
-                    lanes += await intake.take_over(connection, found, self._burst)
+                try:
+                    async with self._database.transaction(TIMEOUT) as connection:
+                        lanes += await intake.take_over(connection, found, self._burst)
+                except Exception as error:  # noqa: BLE001 - each alone then, and past the one where it fails
+                    tell(f"take over intents of tenants {found}", error)
+                    if len(found) == 1:
+                        after = found[-1]
+                    at_once = 1
+                    await asyncio.sleep(POLL_SECONDS)
+                    continue
+                at_once = min(_TENANTS, 2 * at_once)
                 for dispatcher in self._dispatchers:
                     dispatcher.look()
                 after = found[-1]

@@ -38,6 +38,8 @@ class Scripted:
         self.widest[endpoint.target] = max(self.widest[endpoint.target], self.open[endpoint.target])
         try:
             answer = self.answers[endpoint.target]
+            if callable(answer):
+                return await answer()
             if isinstance(answer, asyncio.Event):
                 await answer.wait()
                 return OK

@@ -2,11 +2,16 @@
 
 import asyncio
 
-from opsentry.notifications import dispatcher
+import asyncpg
+import pytest
+
+from opsentry.domain import subscription
+from opsentry.notifications import dispatcher, intake, leases
 from opsentry.notifications.channel import Outcome
 from opsentry.notifications.dispatcher import Dispatcher
+from tests.conftest import META
 from tests.notifications.desk import Desk
-from tests.notifications.sending import BROKEN, Scripted, hurry
+from tests.notifications.sending import BROKEN, OK, Scripted, hurry
 from tests.system.processes import until
 
 X = "https://example.com/x"
@@ -152,3 +157,108 @@ async def test_a_loop_that_fails_begins_again(desk, channel, sending, settled, m
     async with sending():
         await settled()
     assert (len(failed), len(channel.sent)) == (2, 1)
+
+
+@pytest.mark.parametrize("answer", [Outcome("answered 410", 410, gone=True), OK])
+async def test_a_subscription_that_was_changed_meanwhile_is_not_disabled_for_its_old_target(
+    desk, channel, sending, settled, owner, answer
+):
+    number, asked = await desk.subscribe(), asyncio.Event()
+
+    async def late():
+        await asked.wait()
+        return answer
+
+    channel.answers[X] = late
+    await desk.open()
+    async with sending():
+        await desk.take_over()
+        await until(lambda: has(channel.to(X)))
+        change = subscription.ChangeSubscription(target="https://example.com/mended")
+        await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, change, META)
+        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        asked.set()
+        await settled()
+        await desk.open()
+        await settled()
+    assert len(channel.to("https://example.com/mended")) == 1
+    assert await owner.fetchval("SELECT count(*) FROM events WHERE type = 'subscription.disabled'") == 0
+
+
+async def test_a_channel_that_fails_by_a_defect_ends_nobodys_turn(desk, channel, sending, settled, owner):
+    await desk.subscribe()
+
+    async def defect():
+        raise KeyError("a type of newer code")
+
+    channel.answers[X] = defect
+    await desk.open()
+    async with sending():
+        await settled()
+        (row,) = await desk.rows()
+        assert (row["state"], row["attempts"], row["error"]) == ("waiting", 1, "could not be sent")
+        channel.answers[X] = OK
+        await hurry(owner, 400)
+        await settled()
+    assert await desk.states() == ["delivered"]
+
+
+async def test_a_database_that_refuses_for_the_moment_makes_nothing_be_sent_again(
+    desk, channel, sending, settled, monkeypatch
+):
+    record = leases.record
+    refused: list[int] = []
+
+    async def refusing(*arguments):
+        if len(refused) < 3:
+            refused.append(1)
+            raise asyncpg.QueryCanceledError("canceling statement due to statement timeout")
+        return await record(*arguments)
+
+    monkeypatch.setattr(leases, "record", refusing)
+    await desk.subscribe()
+    await desk.open()
+    async with sending(lease=1000.0):
+        await settled()
+    assert (len(refused), len(channel.sent)) == (3, 1)
+    assert await desk.states() == ["delivered"]
+
+
+async def test_few_sockets_are_enough_for_who_answers_well(desk, globex, channel, sending, settled):
+    other = Desk(desk.parts, globex)
+    await desk.subscribe()
+    for _ in range(3):
+        await desk.open()
+    async with sending(sockets=4):
+        await settled()  # it has shown that it answers well
+        for each, target in ((desk, "https://example.com/hangs"), (other, "https://example.com/too")):
+            await each.subscribe(target=target)
+            channel.answers[target] = asyncio.Event()
+        await other.open()
+        await other.take_over()
+        await until(lambda: has(channel.to("https://example.com/too")))
+        for number in range(4, 7):
+            await desk.open()
+            await desk.take_over()
+            await until(lambda: has(len(channel.to(X)) == number))  # noqa: B023
+        assert channel.to("https://example.com/hangs")
+
+
+async def test_a_tenant_whose_intents_cannot_be_taken_over_holds_up_no_other(
+    desk, globex, channel, sending, monkeypatch
+):
+    take_over, other = intake.take_over, Desk(desk.parts, globex)
+
+    async def failing(connection, tenant_ids, *more):
+        if desk.tenant.id in tenant_ids:
+            raise ZeroDivisionError
+        return await take_over(connection, tenant_ids, *more)
+
+    monkeypatch.setattr(intake, "take_over", failing)
+    for each, target in ((desk, X), (other, "https://example.com/other")):
+        await each.subscribe(target=target)
+        await each.open()
+        await each.parts.runner.catch_up(each.tenant.id, 0)
+    async with sending():
+        await until(lambda: has(channel.to("https://example.com/other")))
+    assert channel.to(X) == []

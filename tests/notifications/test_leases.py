@@ -3,9 +3,11 @@
 import asyncio
 from uuid import uuid4
 
+from opsentry.domain import subscription
 from opsentry.domain.incident import PostUpdate, ResolveIncident
-from opsentry.notifications import leases
+from opsentry.notifications import deliveries, leases
 from opsentry.notifications.leases import RETRY_SECONDS, Release, Result, Work
+from tests.conftest import META
 from tests.notifications.desk import AGE, Desk, delivered
 
 
@@ -164,7 +166,11 @@ async def test_an_endpoint_that_fails_for_days_is_told_apart_and_turning_it_off_
     await owner.execute("UPDATE endpoints SET failing_since = failing_since - interval '6 days', due_at = now()")
     await owner.execute("UPDATE deliveries SET due_at = now() WHERE due_at IS NOT NULL")
     (endpoint,), (due,) = await desk.claim()
-    hopeless = await desk.record(Work(endpoint, [failed], Release(11, 1, hold=300.0)))
+    # Not where nothing was tried, for a reason of ours.
+    assert await desk.record(Work(endpoint, [], Release(10, 1, hold=0.0))) == []
+    (endpoint,), (due,) = await desk.claim()
+    failed = failed._replace(due=due)
+    hopeless = await desk.record(Work(endpoint, [failed], Release(11, 1, hold=300.0, failed=True)))
     assert hopeless == [endpoint]
     async with desk.parts.database.transaction(10) as connection:
         await leases.turn_off(connection, endpoint)
@@ -197,3 +203,78 @@ async def test_a_session_that_stands_still_with_the_locks_is_thrown_out(desk, ow
     async with desk.parts.database.connection(10) as connection, connection.transaction():
         await leases.claim(connection, uuid4(), "webhook", seconds=60, at_most=1, passing_over=[], proven=False)
         assert await connection.fetchval("SHOW idle_in_transaction_session_timeout") == "3s"
+
+
+async def test_what_follows_on_what_is_turned_off_goes_on(desk, owner):
+    """Up to which event a subscription is off is known at the claim; what comes later is looked at then."""
+    await desk.subscribe()
+    one, _ = await desk.open(), await desk.open()
+    await desk.take_over()
+    (endpoint,), dues = await desk.claim()
+    await desk.tell(one, ResolveIncident())
+    await desk.take_over()
+    gone = Result(next(due for due in dues if due.stream_id != one), "disabled", None, 410, "answered 410", 3)
+    await desk.record(Work(endpoint, [gone], Release(1, 1, off=True)))
+    assert await desk.states() == ["disabled", "disabled", "waiting"]
+    assert (await desk.rows())[-1]["due_at"] is not None
+    assert len((await desk.claim())[1]) == 1
+
+
+async def test_what_comes_while_an_endpoint_is_given_up_is_looked_at(desk, owner):
+    await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    (endpoint,), _ = await desk.claim()
+    await desk.record(Work(endpoint, [], Release(11, 1, hold=300.0)))
+    await desk.open()
+    await desk.take_over()
+    async with desk.parts.database.transaction(10) as connection:
+        await leases.turn_off(connection, endpoint)
+    assert await desk.states() == ["disabled", "waiting"]
+    assert len((await desk.claim())[1]) == 1
+
+
+async def test_very_much_that_is_turned_off_ends_some_at_a_time(desk, monkeypatch):
+    monkeypatch.setattr(leases, "_TURN_OFF", leases._TURN_OFF.replace("LIMIT 5000", "LIMIT 2"))
+    await desk.subscribe()
+    for _ in range(5):
+        await desk.open()
+    await desk.take_over()
+    ended = []
+    while (claimed := await desk.claim())[0]:
+        await desk.record(Work(claimed[0][0], [], Release(0, 1, off=True)))
+        ended.append((await desk.states()).count("disabled"))
+    assert ended == [2, 4, 5]
+
+
+async def test_what_came_back_goes_before_what_is_tried_again(desk, owner):
+    number = await desk.subscribe()
+    one = await desk.open()
+    await desk.tell(one, PostUpdate(message="m"))
+    await desk.take_over()
+    (endpoint,), (first,) = await desk.claim()
+    await desk.record(Work(endpoint, [Result(first, "parked", None, 500, "answered 500", 3)], Release(0, 1)))
+    (endpoint,), (second,) = await desk.claim()
+    async with desk.parts.database.transaction(10) as connection:
+        assert await deliveries.redeliver(connection, desk.tenant.id, number, first.intent_id)
+    await desk.record(Work(endpoint, [Result(second, "waiting", 5.0, 500, "answered 500", 3)], Release(0, 1)))
+    assert [row["due_at"] is None for row in await desk.rows()] == [False, True]
+    (endpoint,), (again,) = await desk.claim()
+    assert again.intent_id == first.intent_id
+    await desk.record(delivered(endpoint, again))
+    assert [due.intent_id for due in (await desk.claim())[1]] == [second.intent_id]
+
+
+async def test_how_it_went_says_nothing_of_a_subscription_that_was_changed_meanwhile(desk, owner):
+    number = await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    (endpoint,), (due,) = await desk.claim()
+    change = subscription.ChangeSubscription(target="https://example.com/mended")
+    await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, change, META)
+    await desk.parts.runner.catch_up(desk.tenant.id, 0)
+    failed = Result(due, "waiting", 0.0, None, "no answer", 15_000)
+    await desk.record(Work(endpoint, [failed], Release(10, 1, hold=300.0, failed=True)))
+    (endpoint,), _ = await desk.claim()
+    assert (endpoint.failures, endpoint.width) == (0, 1)
+    assert await owner.fetchval("SELECT failing_since FROM endpoints") is None
