@@ -46,8 +46,9 @@ _RECORD_SECONDS = 2.0
 _META = Meta(Actor("sender"))
 # An endpoint whose subscription could not be disabled just now is left alone for so long.
 _SOON_SECONDS = 5.0
-# A claim that passes many by is not made again before some ten times as long has passed.
-_PATIENCE = 10
+# A claim that takes so long because of all those that it passes by is made again after some times as long.
+_LONG_SECONDS = 0.05
+_PATIENCE = 3
 
 
 class Dispatcher:
@@ -129,8 +130,8 @@ class Dispatcher:
             began = time.monotonic()
             claimed, passed_by = await self._claim()
             if not claimed:
-                if passed_by:
-                    await asyncio.sleep(min(POLL_SECONDS, _PATIENCE * (time.monotonic() - began)))
+                if passed_by and (took := time.monotonic() - began) > _LONG_SECONDS:
+                    await asyncio.sleep(min(POLL_SECONDS, _PATIENCE * took))
                 # Woken by an endpoint that is given back; else whatever is due is found at the next look.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_SECONDS):
