@@ -28,6 +28,8 @@ _JITTER = 0.2
 _OURS_SECONDS = 60.0
 # And this, where the database is slow, or a read model is not there yet.
 _SOON_SECONDS = 5.0
+# Who is sent to is not known as of the event: something is parked or paused.
+_UNKNOWN_SECONDS = 30.0
 
 
 class Served(NamedTuple):
@@ -79,8 +81,8 @@ class Courier:
         """
         state = endpoint.subscription
         if state is None or any(each.sequence > endpoint.shown for each in due):
-            # Its read model is being derived.
-            return Served(Release(endpoint.failures, endpoint.width, hold=_SOON_SECONDS))
+            # Its read model cannot be derived: else it is as far as what is told.
+            return Served(Release(endpoint.failures, endpoint.width, hold=_UNKNOWN_SECONDS))
         if state.status not in {"active", "pending"}:
             return Served(Release(0, 1, off=True))
         try:

@@ -145,7 +145,7 @@ class Dispatcher:
         alike = self._channel.at_once is not None
         proven_only = not alike and unproven.total() >= half
         widest = self._courier.widest
-        if free < (widest if proven_only else 1):
+        if free < widest:
             return 0, False
         # There is always a share left for one more tenant.
         shares = len(used) + 1
@@ -158,7 +158,7 @@ class Dispatcher:
                 uuid4(),
                 self._channel.name,
                 seconds=self._lease_seconds,
-                at_most=max(1, min(_CLAIMED, free // widest)),
+                at_most=min(_CLAIMED, free // widest),
                 passing_over=satisfied,
                 proven=proven_only,
                 proven_of=timid,
