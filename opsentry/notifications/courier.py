@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 
@@ -30,13 +30,6 @@ _OURS_SECONDS = 60.0
 _SOON_SECONDS = 5.0
 # Who is sent to is not known as of the event: something is parked or paused.
 _UNKNOWN_SECONDS = 30.0
-
-
-class Served(NamedTuple):
-    """How an endpoint is given back, and whether it said that it is no more."""
-
-    release: Release
-    gone: bool = False
 
 
 class Courier:
@@ -70,8 +63,8 @@ class Courier:
 
     async def serve(
         self, endpoint: Claimed, due: Sequence[Due], begin_until: float, note: Callable[[Result], None]
-    ) -> Served:
-        """Send what is due at an endpoint, as far as it can take it.
+    ) -> Release:
+        """Send what is due at an endpoint, as far as it can take it; return how to give it back.
 
         Args:
             endpoint: It is leased.
@@ -82,16 +75,16 @@ class Courier:
         state = endpoint.subscription
         if state is None or any(each.sequence > endpoint.shown for each in due):
             # Its read model cannot be derived: else it is as far as what is told.
-            return Served(Release(endpoint.failures, endpoint.width, hold=_UNKNOWN_SECONDS))
+            return Release(endpoint.failures, endpoint.width, hold=_UNKNOWN_SECONDS)
         if state.status not in {"active", "pending"}:
-            return Served(Release(0, 1, off=True))
+            return Release(0, 1, off=True)
         try:
             target = self._target(endpoint)
         except CannotOpen as error:
             for each in due:
                 await self._places.acquire()
                 note(_ours(each, str(error)))
-            return Served(Release(endpoint.failures, endpoint.width, hold=_OURS_SECONDS))
+            return Release(endpoint.failures, endpoint.width, hold=_OURS_SECONDS)
         course = _Course(endpoint.failures)
         until: float | None = None
         confirms = state.status == "pending"
@@ -118,7 +111,7 @@ class Courier:
         width = min(endpoint.width, self.widest)
         await asyncio.gather(*(send_some() for _ in range(min(width, len(due)))))
         width = min(self.widest, width * (2 if course.does_well else 1)) if course.keeps_up else 1
-        return Served(Release(course.failures, width, course.hold, course.failed, course.gone), course.gone)
+        return Release(course.failures, width, course.hold, course.failed, course.gone)
 
     async def send(self, target: Endpoint, due: Due, course: "_Course", *, confirms: bool) -> Result:
         """Send one message, and take into `course` how that went."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, cast
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import structlog
 
@@ -38,6 +38,10 @@ _BEGIN_WITHIN = 0.4
 _CLAIMED = 16
 # An endpoint gets so many rounds of what it takes at once, if its turn lasts so long.
 _ROUNDS = 16
+# So much is recorded in one transaction at most; where more waits for that, nothing more is taken.
+_RECORDED = 500
+# What could not be recorded is sent again after so long.
+_LOST_SECONDS = 60.0
 # What comes of messages is collected for so long before it is recorded: more of it shares a transaction.
 _COLLECT_SECONDS = 0.01
 # When it stops: so long for what is under way, and then for recording it.
@@ -84,6 +88,8 @@ class Dispatcher:
         self._lease_seconds = lease
         self._more = asyncio.Event()
         self._to_do: list[Work] = []
+        # Endpoints, as they are leased, where something could not be recorded.
+        self._lost: set[tuple[int, int, UUID]] = set()
         self._recording = asyncio.Event()
         self._recorded = asyncio.Event()
         self._recorded.set()
@@ -145,7 +151,7 @@ class Dispatcher:
         alike = self._channel.at_once is not None
         proven_only = not alike and unproven.total() >= half
         widest = self._courier.widest
-        if free < widest:
+        if free < widest or len(self._to_do) >= _RECORDED:
             return 0, False
         # There is always a share left for one more tenant.
         shares = len(used) + 1
@@ -185,15 +191,20 @@ class Dispatcher:
 
     async def _serve(self, endpoint: Claimed, due: Sequence[Due], begin_until: float) -> None:
         """Have what is due at an endpoint be sent, and give it back."""
-        served = await self._courier.serve(endpoint, due, begin_until, lambda result: self._note(endpoint, [result]))
-        release = served.release
-        try:
-            if served.gone and not await self._disable(endpoint, "gone"):
-                release = release._replace(off=False)
-        except Exception as error:  # noqa: BLE001 - the next answer says it again
-            tell("disable", error)
+        gone: list[Result] = []
+
+        def note(result: Result) -> None:
+            if result.state == "disabled":
+                gone.append(result)
+            else:
+                self._note(endpoint, [result])
+
+        release = await self._courier.serve(endpoint, due, begin_until, note)
+        if gone and not await self._is_gone(endpoint):
+            # It has another target by now, or what it answered is asked for again.
+            gone = [result._replace(state="waiting", delay=_SOON_SECONDS) for result in gone]
             release = release._replace(off=False, hold=_SOON_SECONDS)
-        self._note(endpoint, (), release)
+        self._note(endpoint, gone, release)
 
     def _served(self, task: "asyncio.Task[None]") -> None:
         del self._serving[task]
@@ -210,13 +221,13 @@ class Dispatcher:
         self._recording.set()
 
     async def _record_all(self) -> None:
-        """Record what has come of deliveries, all that there is in one transaction, while the next are sent."""
+        """Record what has come of deliveries, much of it in one transaction, while the next are sent."""
         while True:
             if not self._to_do:
                 self._recording.clear()
                 await self._recording.wait()
             await asyncio.sleep(_COLLECT_SECONDS)
-            work = list(self._to_do)
+            work = self._to_do[:_RECORDED]
             try:
                 await self._record(work)
             except Exception as error:
@@ -233,8 +244,9 @@ class Dispatcher:
             except Exception as error:
                 if _is_passing(error):
                     raise
-                # A defect; the lease runs out, and it is sent again.
+                # A defect; it is sent again, but not at once.
                 endpoint = each.endpoint
+                self._lost.add(_key(endpoint))
                 _log.exception(
                     "a result could not be recorded",
                     tenant_id=endpoint.tenant_id,
@@ -244,7 +256,7 @@ class Dispatcher:
 
     async def _record(self, work: Sequence[Work]) -> None:
         async with self._database.transaction(TIMEOUT) as connection:
-            hopeless = await leases.record(connection, work, self._burst)
+            hopeless = await leases.record(connection, [self._put_off(each) for each in work], self._burst)
         self._forget(work)
         for endpoint in hopeless:
             # Not waited for: commands may take long. Forgotten by a crash, it is found again at the next probe.
@@ -252,15 +264,29 @@ class Dispatcher:
             self._disabling.add(task)
             task.add_done_callback(self._disabling.discard)
 
+    def _put_off(self, work: Work) -> Work:
+        """Return work whose endpoint is left alone for a while if something of it could not be recorded."""
+        if work.release is None or _key(work.endpoint) not in self._lost:
+            return work
+        return work._replace(release=work.release._replace(hold=_LOST_SECONDS))
+
     def _forget(self, work: Sequence[Work]) -> None:
         """Strike off what was recorded, which is the oldest."""
         del self._to_do[: len(work)]
         self._courier.recorded(sum(len(each.results) for each in work))
+        self._lost -= {_key(each.endpoint) for each in work if each.release is not None}
         if not self._to_do:
             self._recorded.set()
         self._more.set()
 
     # ---------------------------------------------------------------------------------------- disabling
+
+    async def _is_gone(self, endpoint: Claimed) -> bool:
+        try:
+            return await self._disable(endpoint, "gone")
+        except Exception as error:  # noqa: BLE001 - the next answer says it again
+            tell("disable", error)
+            return False
 
     async def _give_up(self, endpoint: Claimed) -> None:
         try:
@@ -292,6 +318,10 @@ class Dispatcher:
         if executed.appended:
             _log.info("subscription disabled", tenant_id=key[0], subscription_id=key[1], reason=reason)
         return executed.state.status not in {"active", "pending"}
+
+
+def _key(endpoint: Claimed) -> tuple[int, int, UUID]:
+    return endpoint.tenant_id, endpoint.subscription_id, endpoint.lease
 
 
 class _SentElsewhere(Exception):

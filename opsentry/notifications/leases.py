@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import asyncpg
 import msgspec
 
 from opsentry.domain.subscription import Subscription
@@ -119,14 +118,14 @@ ON CONFLICT DO NOTHING
 
 # Nothing is sent to a subscription that is off: what waits there ends, up to the event until which that is known; some
 # of it, if it is very much, and the rest when the endpoint is looked at again.
-_TURN_OFF = f"""
+_TURN_OFF = """
 UPDATE deliveries d SET state = 'disabled', due_at = NULL, settled_at = statement_timestamp(),
     error = coalesce(d.error, 'the subscription is off')
 FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS off (tenant_id, subscription_id, shown) CROSS JOIN LATERAL (
     SELECT intent_id FROM deliveries
     WHERE tenant_id = off.tenant_id AND subscription_id = off.subscription_id AND settled_at IS NULL
         AND seq <= off.shown
-    LIMIT {_ENDED_AT_ONCE}) AS ending
+    LIMIT $4) AS ending
 WHERE d.tenant_id = off.tenant_id AND d.intent_id = ending.intent_id
 RETURNING d.tenant_id, d.subscription_id, d.stream_kind, d.stream_id
 """
@@ -339,7 +338,7 @@ async def record(connection: Connection, work: Sequence[Work], burst: float) -> 
     released = [(w.endpoint, w.release) for w in work if w.release is not None]
     ended = [r.due.lane for r in results if r.delay is None]
     if off := [(e.tenant_id, e.subscription_id, e.shown) for e, release in released if release.off]:
-        ended += map(_lane, await connection.fetch(_TURN_OFF, *columns(off)))
+        ended += await _turn_off(connection, off)
     if ended:
         await lanes.make_due(connection, ended, burst)
     if not released:
@@ -354,7 +353,7 @@ async def turn_off(connection: Connection, endpoint: Claimed) -> None:
     key = (endpoint.tenant_id, endpoint.subscription_id)
     await begin(connection)
     await lanes.lock(connection, [key])
-    if ended := [_lane(row) for row in await connection.fetch(_TURN_OFF, *columns([(*key, endpoint.shown)]))]:
+    if ended := await _turn_off(connection, [(*key, endpoint.shown)]):
         await lanes.make_due(connection, ended, 0.0)
     await connection.execute(_REST, *key)
 
@@ -367,8 +366,9 @@ def _subscription(state: str | None) -> Subscription | None:
         return None
 
 
-def _lane(row: asyncpg.Record) -> Lane:
-    return row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]
+async def _turn_off(connection: Connection, off: Sequence[tuple[int, int, int]]) -> list[Lane]:
+    rows = await connection.fetch(_TURN_OFF, *columns(off), max(1, _ENDED_AT_ONCE // len(off)))
+    return [(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in rows]
 
 
 def _result_row(result: Result) -> tuple[Any, ...]:

@@ -102,6 +102,11 @@ async def test_what_cannot_be_recorded_holds_up_nothing_else(desk, channel, send
             await desk.open()
         await desk.take_over()
         await until(lambda: owner.fetchval("SELECT count(*) = 5 FROM deliveries WHERE state = 'delivered'"))
+        await until(lambda: owner.fetchval("SELECT count(*) = 0 FROM endpoints WHERE lease IS NOT NULL"))
+    # Sent again later, not again and again.
+    sent = [message.id for message in channel.to("https://example.com/odd")]
+    assert len(sent) == len(set(sent))
+    assert await owner.fetchval("SELECT max(due_at) > now() + interval '30 seconds' FROM endpoints")
     odd = [row for row in await desk.rows() if row["state"] != "delivered"]
     assert [(row["state"], row["tried"]) for row in odd] == [("waiting", 0)] * 5
 
@@ -181,7 +186,11 @@ async def test_a_subscription_that_was_changed_meanwhile_is_not_disabled_for_its
         await settled()
         await desk.open()
         await settled()
-    assert len(channel.to("https://example.com/mended")) == 1
+        await hurry(owner, 10)
+        await settled()
+    # What the old target did not take goes to the new one.
+    assert len(channel.to("https://example.com/mended")) == (2 if answer.gone else 1)
+    assert await desk.states() == ["delivered"] * 2
     assert await owner.fetchval("SELECT count(*) FROM events WHERE type = 'subscription.disabled'") == 0
 
 
@@ -262,3 +271,27 @@ async def test_a_tenant_whose_intents_cannot_be_taken_over_holds_up_no_other(
     async with sending():
         await until(lambda: has(channel.to("https://example.com/other")))
     assert channel.to(X) == []
+
+
+async def test_very_many_endpoints_that_are_off_are_ended_some_at_a_time(desk, sending, channel, owner, monkeypatch):
+    monkeypatch.setattr(dispatcher, "_RECORDED", 20)
+    monkeypatch.setattr(leases, "_ENDED_AT_ONCE", 40)
+    record, sizes = leases.record, []
+
+    async def noting(connection, work, burst):
+        sizes.append(len(work))
+        return await record(connection, work, burst)
+
+    monkeypatch.setattr(leases, "record", noting)
+    numbers = [await desk.subscribe(target=f"https://example.com/{number}") for number in range(100)]
+    for _ in range(5):
+        await desk.open()
+    await desk.take_over()
+    for number in numbers:
+        command = subscription.ChangeSubscription(enabled=False)
+        await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, command, META)
+    await desk.parts.runner.catch_up(desk.tenant.id, 0)
+    async with sending():
+        await until(lambda: owner.fetchval("SELECT count(*) = 500 FROM deliveries WHERE state = 'disabled'"))
+    assert max(sizes) <= 20
+    assert channel.sent == []

@@ -235,7 +235,7 @@ async def test_what_comes_while_an_endpoint_is_given_up_is_looked_at(desk, owner
 
 
 async def test_very_much_that_is_turned_off_ends_some_at_a_time(desk, monkeypatch):
-    monkeypatch.setattr(leases, "_TURN_OFF", leases._TURN_OFF.replace("LIMIT 5000", "LIMIT 2"))
+    monkeypatch.setattr(leases, "_ENDED_AT_ONCE", 2)
     await desk.subscribe()
     for _ in range(5):
         await desk.open()
