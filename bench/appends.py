@@ -13,10 +13,10 @@ from bench import peers
 from bench.figure import Figure
 from bench.servers import Servers
 from opsentry.domain.incident import IncidentOpened
+from opsentry.events.appender import Appender
 from opsentry.events.codec import Actor, Meta, encode, encode_meta
-from opsentry.events.log import Append, Appended, NewEvent
-from opsentry.events.writer import Writer
-from opsentry.postgres import Database
+from opsentry.events.store import Append, Appended, NewEvent
+from opsentry.infrastructure.postgres import Database
 
 SECONDS = 5.0
 TENANTS = 1000
@@ -61,7 +61,7 @@ async def _tenants(url: str) -> None:
 async def _appends(url: str, waiting: int, tenants: int) -> float:
     database = Database(url, size=16)
     await database.open()
-    writer = Writer(database)
+    appender = Appender(database)
     done = 0
 
     async def loop(number: int, end: float) -> None:
@@ -76,7 +76,7 @@ async def _appends(url: str, waiting: int, tenants: int) -> float:
                 expected_version=0,
                 events=[NewEvent(EVENT, META)],
             )
-            outcome = await writer.append(append)
+            outcome = await appender.append(append)
             done += isinstance(outcome, Appended)
 
     for seconds in (1.0, SECONDS):  # the first is for warming up
@@ -92,10 +92,12 @@ def _pgbench(servers: Servers, url: str) -> float:
     asyncio.run(_plain_table(url))
     encoded = encode(EVENT)
     # pgbench takes a colon before a letter or a digit for one of its variables.
-    data, meta, words = (text.replace(":", ": ") for text in (encoded.data, encode_meta(META), encoded.words or ""))
+    data, meta, erasable = (
+        text.replace(":", ": ") for text in (encoded.data, encode_meta(META), encoded.erasable or "")
+    )
     insert = f"""\\set id random(1, 1000000000000)
 INSERT INTO plain VALUES (1, nextval('plain_seq'), 'incident', :id, 1, '{encoded.type}', 1, now(), now(),
-    '{data}', '{meta}', '{words}', decode(repeat('ab', 16), 'hex'),
+    '{data}', '{meta}', '{erasable}', decode(repeat('ab', 16), 'hex'),
     decode(repeat('cd', 32), 'hex'), decode(repeat('ef', 32), 'hex'));
 """
     binaries = _binaries()
@@ -114,7 +116,8 @@ async def _plain_table(url: str) -> None:
     connection = await asyncpg.connect(url)
     await connection.execute(
         "CREATE TABLE plain (LIKE events INCLUDING DEFAULTS); CREATE SEQUENCE plain_seq;"
-        "ALTER TABLE plain ADD PRIMARY KEY (tenant_id, seq), ADD UNIQUE (tenant_id, stream_kind, stream_id, version)"
+        "ALTER TABLE plain ADD PRIMARY KEY (tenant_id, position), ADD UNIQUE (tenant_id, stream_kind,"
+        " stream_id, version)"
     )
     await connection.close()
 

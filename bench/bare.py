@@ -30,7 +30,9 @@ async def serve() -> None:
 
         async def listing(_: web.Request) -> web.Response:
             async with pool.acquire() as connection:
-                row = await incidents.page(connection, tenant_id, status=None, severity=None, limit=50, offset=0)
+                row = await incidents.select_incidents(
+                    connection, tenant_id, status=None, severity=None, limit=50, offset=0
+                )
             body = b'{"incidents":[' + row["items"] + b'],"total":%d,"limit":50,"offset":0}' % row["total"]
             return web.Response(body=body, content_type="application/json")
 

@@ -35,9 +35,9 @@ class Figure:
 
 def table(figures: list[Figure]) -> Table:
     shown = Table("figure", "ours", "peer", "", "ratio", "goal", "note", title="Opsentry bench")
-    words = {True: "[green]reached[/]", False: "[red]missed[/]", None: ""}
+    erasable = {True: "[green]reached[/]", False: "[red]missed[/]", None: ""}
     for figure in figures:
-        goal = "" if figure.goal is None else f"≥ {figure.goal:g} {words[figure.reached]}"
+        goal = "" if figure.goal is None else f"≥ {figure.goal:g} {erasable[figure.reached]}"
         ratio = "-" if figure.ratio is None else f"{figure.ratio:.2f}×"
         shown.add_row(
             figure.name,

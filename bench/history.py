@@ -18,10 +18,10 @@ from opsentry.domain.incident import (
 from opsentry.domain.maintenance import MaintenanceCompleted, MaintenanceScheduled, MaintenanceStarted
 from opsentry.domain.service import ServiceRegistered
 from opsentry.domain.subscription import SubscriptionCreated
-from opsentry.events import log
+from opsentry.events import store
 from opsentry.events.codec import Actor, Meta
-from opsentry.events.log import Append, NewEvent
-from opsentry.postgres import Database
+from opsentry.events.store import Append, NewEvent
+from opsentry.infrastructure.postgres import Database
 
 META = Meta(Actor("token", 12), "5b1b8a8a8e1f00000001")
 SERVICES = 5
@@ -29,7 +29,7 @@ SUBSCRIPTION = SubscriptionCreated(
     channel="webhook",
     target="https://example.org/hook",
     audience="public",
-    lowest_severity="informational",
+    min_severity="informational",
     service_ids=(1,),
     incidents=True,
     maintenance=True,
@@ -120,6 +120,6 @@ async def _fill_one(database: Database, tenant_id: int, events: int) -> None:
             for kind, stream in batch
         ]
         async with database.connection(60) as connection:
-            outcomes = await log.append(connection, appends, wait=True)
-        if not all(isinstance(outcome, log.Appended) for outcome in outcomes):
+            outcomes = await store.append_events(connection, appends, wait=True)
+        if not all(isinstance(outcome, store.Appended) for outcome in outcomes):
             raise RuntimeError(f"not appended: {outcomes}")

@@ -13,11 +13,11 @@ from bench.figure import Figure
 from bench.servers import Servers, environment, opsentry, process
 from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import IncidentOpened, IncidentSeverityChanged, IncidentUpdated
-from opsentry.events import export, verify
+from opsentry.events import export, verification
+from opsentry.events.appender import Appender
 from opsentry.events.codec import Actor, Meta
-from opsentry.events.log import Append, Appended, NewEvent
-from opsentry.events.writer import Writer
-from opsentry.postgres import Database
+from opsentry.events.store import Append, Appended, NewEvent
+from opsentry.infrastructure.postgres import Database
 
 EVENTS = 200_000
 SIZES = (10, 100, 1_000, 10_000)
@@ -65,15 +65,15 @@ def _verification(url: str, tenant: int) -> list[Figure]:
         await database.close()
 
     began = time.perf_counter()
-    (verdict,) = uvloop.run(verify.verify(url, tenant_id=tenant, jobs=1))
+    (verdict,) = uvloop.run(verification.verify(url, tenant_id=tenant, jobs=1))
     rate = verdict.events / (time.perf_counter() - began)
     with tempfile.TemporaryDirectory(prefix="opsentry-bench-") as folder:
         file = Path(folder) / "ledger.ndjson"
         asyncio.run(exported(file))
         began = time.perf_counter()
-        from_file = verify.verify_export(file)
+        from_file = verification.verify_export(file)
         file_rate = from_file.events / (time.perf_counter() - began)
-    if verdict.damage or from_file.damage:
+    if verdict.violation or from_file.violation:
         raise RuntimeError("the ledger should be whole")
     note = f"{verdict.events:,} events"
     return [
@@ -110,17 +110,17 @@ def _events(size: int) -> list[AnyEvent]:
 async def _write(url: str, tenant: int, streams: list[list[AnyEvent]]) -> list[tuple[int, int, int]]:
     database = Database(url, size=4)
     await database.open()
-    writer = Writer(database)
+    appender = Appender(database)
 
     async def one(events: list[AnyEvent]) -> tuple[int, int, int]:
         number = version = first = last = 0
         for begin in range(0, len(events), 200):
             new = [NewEvent(event, META) for event in events[begin : begin + 200]]
             append = Append(tenant_id=tenant, kind="incident", stream_id=number, expected_version=version, events=new)
-            outcome = await writer.append(append)
+            outcome = await appender.append(append)
             if not isinstance(outcome, Appended):
                 raise TypeError(outcome)
-            number, version, last = outcome.stream_id, outcome.version, outcome.seq
+            number, version, last = outcome.stream_id, outcome.version, outcome.position
             first = first or last - version + 1
         return number, first, last
 

@@ -87,8 +87,8 @@ def main() -> None:
         last = app.save(incident)[-1].notification.id
         events += len(stream)
     began = time.perf_counter()
-    with ProjectionRunner(application_class=Incidents, projection_class=Shown, view_class=Table, env=env) as runner:
-        runner.wait(last, timeout=300)
+    with ProjectionRunner(application_class=Incidents, projection_class=Shown, view_class=Table, env=env) as projector:
+        projector.wait(last, timeout=300)
         print(json.dumps({"rate": events / (time.perf_counter() - began)}))
     app.close()
 

@@ -19,9 +19,9 @@ from bench import history, peers
 from bench.figure import Figure
 from bench.load import visible
 from bench.servers import ROOT, Servers, environment, opsentry, process, running
-from opsentry.events import log
+from opsentry.bootstrap import projections
+from opsentry.events import store
 from opsentry.events.codec import encode, readable
-from opsentry.wiring import projections
 
 TENANTS, EVENTS = 1_000, 1_000
 LARGE = 1_000_000
@@ -51,7 +51,7 @@ def _speed(servers: Servers) -> list[Figure]:
         file = Path(folder) / "streams.json"
         streams = [stream for kind, stream in history.streams(PEER_EVENTS) if kind == "incident"]
         encoded = [[(event.TYPE, encode(event)) for event in stream] for stream in streams]
-        file.write_text(json.dumps([[[t, readable(e.data, e.words)] for t, e in stream] for stream in encoded]))
+        file.write_text(json.dumps([[[t, readable(e.data, e.erasable)] for t, e in stream] for stream in encoded]))
         peer, said = peers.projection(servers, file)
     what = f"rebuild of all projections, {TENANTS:,} tenants"
     return [
@@ -100,7 +100,7 @@ async def _copy_share(owner: str, number: int) -> None:
         like[table.name] = [tuple(row) for row in rows]
     for tenant_id in range(1 + number, TENANTS + 1, JOBS):
         for kind in ("service", "subscription", "maintenance", "incident"):
-            await connection.fetch(log._BY_STREAM, tenant_id, kind, 0, EVENTS, EVENTS)  # noqa: SLF001 - the same reading
+            await connection.fetch(store._BY_STREAM, tenant_id, kind, 0, EVENTS, EVENTS)  # noqa: SLF001 - the same reading
         async with connection.transaction():
             for table_name, rows in like.items():
                 records = [(tenant_id, *row) for row in rows]

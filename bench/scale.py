@@ -15,6 +15,7 @@ import uvloop
 from bench.figure import Figure
 from bench.load import load
 from bench.servers import Servers, environment, opsentry, process
+from opsentry.bootstrap import projections
 from opsentry.domain import incident, service
 from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import (
@@ -26,7 +27,6 @@ from opsentry.domain.incident import (
 )
 from opsentry.domain.service import ServiceRegistered
 from opsentry.events.codec import Actor, Meta, RecordedEvent
-from opsentry.wiring import projections
 
 SMALL, LARGE = 10_000, 1_000_000
 LIMIT = 1.5
@@ -36,7 +36,9 @@ APART = timedelta(minutes=5)
 ROUNDS = 5
 SECONDS = 0.4
 META = Meta(Actor("operator"))
-WORDS = "Health checks of the new release are failing; we are rolling it back and will tell more within the hour."
+REDACTABLE_FIELDS = (
+    "Health checks of the new release are failing; we are rolling it back and will tell more within the hour."
+)
 
 # The least that an offset costs: walking past what it skips.
 _BARE = """
@@ -141,35 +143,35 @@ async def _fill(url: str, tenant_id: int, count: int, newest: datetime) -> None:
     for connection in connections:
         await connection.execute("SET synchronous_commit = off")
     by_name = {projection.name: projection for projection in projections()}
-    seq = await owner.fetchval("SELECT seq FROM heads WHERE tenant_id = $1", tenant_id)
+    position = await owner.fetchval("SELECT position FROM ledger_heads WHERE tenant_id = $1", tenant_id)
     began = newest - (count + 1) * APART
     services = [
-        RecordedEvent(tenant_id, seq + number, service.KIND, number, 1, _service(number), began, began, META)
+        RecordedEvent(tenant_id, position + number, service.KIND, number, 1, _service(number), began, began, META)
         for number in range(1, SERVICES + 1)
     ]
     await by_name["services"].apply(owner, tenant_id, services)
-    seq += SERVICES
+    position += SERVICES
     for first in range(1, count + 1, 2000):
         events: list[RecordedEvent] = []
         for number in range(first, min(first + 2000, count + 1)):
             age = count - number
             for version, (event, after) in enumerate(_incident(age), 1):
-                seq += 1
+                position += 1
                 moment = newest - age * APART + timedelta(minutes=after)
                 events.append(
-                    RecordedEvent(tenant_id, seq, incident.KIND, number, version, event, moment, moment, META)
+                    RecordedEvent(tenant_id, position, incident.KIND, number, version, event, moment, moment, META)
                 )
         await asyncio.gather(
             by_name["incidents"].apply(connections[0], tenant_id, events),
             by_name["impact"].apply(connections[1], tenant_id, events),
         )
-    await owner.execute("UPDATE heads SET seq = $2 WHERE tenant_id = $1", tenant_id, seq)
+    await owner.execute("UPDATE ledger_heads SET position = $2 WHERE tenant_id = $1", tenant_id, position)
     await owner.execute(
         "INSERT INTO checkpoints (tenant_id, projection, position) SELECT $1, unnest($2::text[]), $3"
         " ON CONFLICT (tenant_id, projection) DO UPDATE SET position = excluded.position",
         tenant_id,
         list(by_name),
-        seq,
+        position,
     )
     await owner.execute("VACUUM ANALYZE")
     await owner.execute("CHECKPOINT")
@@ -189,14 +191,14 @@ def _incident(age: int) -> Iterator[tuple[AnyEvent, int]]:
     yield (
         IncidentOpened(
             title="Deploy failed",
-            description=WORDS,
+            description=REDACTABLE_FIELDS,
             severity=SEVERITIES[age % len(SEVERITIES)],
             visibility="public",
             service_ids=(age // len(SEVERITIES) % SERVICES + 1,),
         ),
         0,
     )
-    yield IncidentUpdated(message=WORDS, status="investigating"), 0
+    yield IncidentUpdated(message=REDACTABLE_FIELDS, status="investigating"), 0
     if age % 4 or age >= 4 * OPEN:
         yield IncidentResolved(root_cause="An expired certificate."), 20
     elif status := ("", "identified", "monitoring")[age // 4 % 3]:

@@ -13,15 +13,15 @@ import uvloop
 
 from bench.figure import Figure
 from bench.servers import ROOT, Servers, environment, process, running
-from opsentry.access import tenants
-from opsentry.config import Settings
+from opsentry.bootstrap import Core, core
 from opsentry.domain import incident, subscription
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.events.codec import Actor, Meta
-from opsentry.notifications.sealing import Sealing, new_key
-from opsentry.notifications.signing import new_secret
-from opsentry.wiring import Core, core
+from opsentry.identity import tenants
+from opsentry.infrastructure.encryption import SecretBox, new_key
+from opsentry.notifications.messages.signing import new_secret
+from opsentry.settings import Settings
 
 META = Meta(Actor("operator"))
 # An incident with a description is two events.
@@ -56,9 +56,9 @@ def _ask(url: str, what: str) -> Any:
 def _environment(servers: Servers, key: str) -> dict[str, str]:
     return {
         **environment(servers, "sending"),
-        "OPSENTRY_SECRET_KEYS": key,
-        "OPSENTRY_OPEN_NETWORKS": "127.0.0.0/8",
-        "OPSENTRY_BURST_SECONDS": "0",
+        "OPSENTRY_ENCRYPTION_KEYS": key,
+        "OPSENTRY_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.0/8",
+        "OPSENTRY_COALESCE_SECONDS": "0",
     }
 
 
@@ -112,10 +112,10 @@ async def _tell(env: dict[str, str], targets: list[str], incidents: int, pace: f
     settings = replace(Settings.from_environment(env), log_level="error")
     async with core(settings) as parts:
         async with parts.database.connection(10) as connection:
-            tenant_id = await tenants.create(connection, slug="acme", name="Acme", meta=META)
+            tenant_id = await tenants.create_tenant(connection, slug="acme", name="Acme", meta=META)
         for target in targets:
-            sealed = Sealing(settings.secret_keys).seal(new_secret())
-            command = CreateSubscription(channel="webhook", target=target, sealed=sealed)
+            encrypted_secret = SecretBox(settings.encryption_keys).seal(new_secret())
+            command = CreateSubscription(channel="webhook", target=target, encrypted_secret=encrypted_secret)
             await parts.commands.create(subscription.DECIDER, tenant_id, command, META)
         await asyncio.gather(*(_open(parts, tenant_id, number, pace) for number in range(incidents)))
 
@@ -124,4 +124,4 @@ async def _open(parts: Core, tenant_id: int, number: int, pace: float) -> None:
     await asyncio.sleep(number * pace)
     command = OpenIncident(title=f"Deploy {number} failed", description="Health checks failing post-deploy")
     opened = await parts.commands.create(incident.DECIDER, tenant_id, command, META)
-    await parts.runner.catch_up(tenant_id, opened.seq)
+    await parts.projector.catch_up(tenant_id, opened.position)

@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 
 from opsentry.demo.embedded import APP_USER, EmbeddedPostgres, EmbeddedValkey
-from opsentry.postgres import migrate, migrations
+from opsentry.infrastructure.postgres import migrate, migrations
 
 ROOT = Path(__file__).parent.parent
 

@@ -64,7 +64,7 @@ async def _make_idle(owner: str, tenants: int) -> None:
     names = ["services", "incidents", "maintenance", "subscriptions", "impact", "outbox"]
     connection = await asyncpg.connect(owner)
     await connection.execute(_IDLE, tenants, names)
-    await connection.execute("UPDATE heads SET seq = 1")
+    await connection.execute("UPDATE ledger_heads SET position = 1")
     await connection.execute("TRUNCATE unprojected")
     await connection.execute("VACUUM ANALYZE")
     await connection.close()

@@ -2,8 +2,8 @@
 CREATE TABLE checkpoints (
     tenant_id  bigint NOT NULL,
     projection text NOT NULL,
-    position   bigint NOT NULL DEFAULT 0, -- seq of the last event that was applied
-    parked_seq bigint,                    -- an event that could not be applied: nothing after it is, until a retry
+    position   bigint NOT NULL DEFAULT 0, -- position of the last event that was applied
+    halted_at bigint,                    -- an event that could not be applied: nothing after it is, until a retry
     error      text,
     PRIMARY KEY (tenant_id, projection)
 ) WITH (fillfactor = 50);
@@ -122,7 +122,7 @@ CREATE VIEW service_status AS
 CREATE TABLE outbox_intents (
     tenant_id       bigint NOT NULL,
     intent_id       uuid NOT NULL,
-    seq             bigint NOT NULL,  -- the event to tell of
+    position             bigint NOT NULL,  -- the event to tell of
     subscription_id bigint NOT NULL,
     channel         text NOT NULL,
     topic           text NOT NULL,    -- the event's type

@@ -7,7 +7,7 @@ CREATE TABLE idempotency_keys (
     stream_kind text NOT NULL,
     stream_id   bigint NOT NULL,
     version     integer NOT NULL, -- the stream's, after the command
-    seq         bigint NOT NULL,  -- where the ledger ended then
+    position         bigint NOT NULL,  -- where the ledger ended then
     recorded_at timestamptz NOT NULL,
     PRIMARY KEY (tenant_id, key)
 );
@@ -15,30 +15,30 @@ CREATE INDEX idempotency_keys_oldest ON idempotency_keys (recorded_at);
 
 GRANT SELECT, DELETE ON idempotency_keys TO opsentry_app;
 
--- The same function as before, and two things more: keys, and words that an event orders to be erased. The new
+-- The same function as before, and two things more: keys, and erasable that an event orders to be erased. The new
 -- parameters have defaults, so that a process of the version before goes on appending while this one is rolled out.
 DROP FUNCTION append_events;
 
 -- Appends a batch of commands, each with its own outcome, in one round trip and one commit.
 --
--- Command i is (tenants[i], kinds[i], streams[i], expected[i], sizes[i], claimed[i]); its events are the next
--- sizes[i] entries of the event arrays. streams[i] = 0 asks for a new stream id. Commands come sorted by tenant.
+-- Command i is (tenants[i], kinds[i], streams[i], expected[i], sizes[i], reserved[i]); its events are the next
+-- sizes[i] entries of the event arrays. streams[i] = 0 asks for a new stream id. CommandHandler come sorted by tenant.
 -- occurred is in microseconds since 1970 UTC; NULL means the moment of recording.
 -- keys[i], where not NULL, makes the command safe to send again; fingerprints[i] tells what was asked for under it.
 -- wait = false never waits for a head that another writer holds: its commands are answered 'busy'.
 --
--- outcomes: appended | repeated (stream_ids, versions, seqs: of the first time) | key_reused | conflict (versions: the
--- actual one) | claimed (stream_ids: the holder) | busy | no_tenant.
--- versions, seqs: of the command's last event, or what they were already where it has none.
+-- outcomes: appended | replayed (stream_ids, versions, positions: of the first time) | key_reused | conflict (versions: the
+-- actual one) | reserved (stream_ids: the holder) | busy | no_tenant.
+-- versions, positions: of the command's last event, or what they were already where it has none.
 -- recorded: of its first event; each further one is 1 microsecond later.
 CREATE FUNCTION append_events(
-    tenants bigint[], kinds text[], streams bigint[], expected integer[], sizes integer[], claimed text[],
-    types text[], schemas smallint[], occurred bigint[], datas text[], metas text[], wordss text[], salts bytea[],
+    tenants bigint[], kinds text[], streams bigint[], expected integer[], sizes integer[], reserved text[],
+    types text[], schemas smallint[], occurred bigint[], datas text[], metas text[], erasables text[], salts bytea[],
     wait boolean, keys bytea[] DEFAULT NULL, fingerprints bytea[] DEFAULT NULL,
-    OUT outcomes text[], OUT stream_ids bigint[], OUT versions integer[], OUT seqs bigint[], OUT recorded timestamptz[]
+    OUT outcomes text[], OUT stream_ids bigint[], OUT versions integer[], OUT positions bigint[], OUT recorded timestamptz[]
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '1s' AS $$
 DECLARE
-    head heads;
+    head ledger_heads;
     head_is text;             -- 'open' | 'busy' | 'no_tenant': how taking the current tenant's head went
     current_tenant bigint;
     first integer;            -- index of the command's first event
@@ -51,7 +51,7 @@ DECLARE
     happened timestamptz;
     happened_us bigint;
     digest bytea;
-    name_of_claim text;
+    reserved_name text;
     earlier idempotency_keys;
 BEGIN
     FOR c IN 1 .. cardinality(tenants) LOOP
@@ -61,18 +61,18 @@ BEGIN
 
         IF current_tenant IS DISTINCT FROM tenants[c] THEN
             IF head_is = 'open' THEN
-                UPDATE heads SET seq = head.seq, hash = head.hash, recorded_at = head.recorded_at
-                WHERE heads.tenant_id = current_tenant;
+                UPDATE ledger_heads SET position = head.position, hash = head.hash, recorded_at = head.recorded_at
+                WHERE ledger_heads.tenant_id = current_tenant;
             END IF;
             current_tenant := tenants[c];
             IF wait THEN
-                SELECT * INTO head FROM heads WHERE heads.tenant_id = current_tenant FOR NO KEY UPDATE;
+                SELECT * INTO head FROM ledger_heads WHERE ledger_heads.tenant_id = current_tenant FOR NO KEY UPDATE;
             ELSE
-                SELECT * INTO head FROM heads WHERE heads.tenant_id = current_tenant FOR NO KEY UPDATE SKIP LOCKED;
+                SELECT * INTO head FROM ledger_heads WHERE ledger_heads.tenant_id = current_tenant FOR NO KEY UPDATE SKIP LOCKED;
             END IF;
             IF FOUND THEN
                 head_is := 'open';
-            ELSIF EXISTS (SELECT FROM heads WHERE heads.tenant_id = current_tenant) THEN
+            ELSIF EXISTS (SELECT FROM ledger_heads WHERE ledger_heads.tenant_id = current_tenant) THEN
                 head_is := 'busy';
             ELSE
                 head_is := 'no_tenant';
@@ -82,7 +82,7 @@ BEGIN
         IF head_is <> 'open' THEN
             outcomes[c] := head_is;
             stream_ids[c] := stream;
-            versions[c] := NULL; seqs[c] := NULL; recorded[c] := NULL;
+            versions[c] := NULL; positions[c] := NULL; recorded[c] := NULL;
             CONTINUE;
         END IF;
 
@@ -90,9 +90,9 @@ BEGIN
         IF keys[c] IS NOT NULL THEN
             SELECT * INTO earlier FROM idempotency_keys k WHERE k.tenant_id = current_tenant AND k.key = keys[c];
             IF FOUND THEN
-                outcomes[c] := CASE WHEN earlier.fingerprint = fingerprints[c] THEN 'repeated' ELSE 'key_reused' END;
+                outcomes[c] := CASE WHEN earlier.fingerprint = fingerprints[c] THEN 'replayed' ELSE 'key_reused' END;
                 stream_ids[c] := earlier.stream_id;
-                versions[c] := earlier.version; seqs[c] := earlier.seq; recorded[c] := NULL;
+                versions[c] := earlier.version; positions[c] := earlier.position; recorded[c] := NULL;
                 CONTINUE;
             END IF;
         END IF;
@@ -107,7 +107,7 @@ BEGIN
         IF actual <> expected[c] THEN
             outcomes[c] := 'conflict';
             stream_ids[c] := stream;
-            versions[c] := actual; seqs[c] := NULL; recorded[c] := NULL;
+            versions[c] := actual; positions[c] := NULL; recorded[c] := NULL;
             CONTINUE;
         END IF;
 
@@ -115,16 +115,16 @@ BEGIN
             stream := nextval((kinds[c] || '_ids')::regclass);
         END IF;
 
-        name_of_claim := claimed[c];
-        IF name_of_claim IS NOT NULL THEN
-            INSERT INTO claims VALUES (current_tenant, name_of_claim, kinds[c], stream)
+        reserved_name := reserved[c];
+        IF reserved_name IS NOT NULL THEN
+            INSERT INTO reservations VALUES (current_tenant, reserved_name, kinds[c], stream)
             ON CONFLICT (tenant_id, name) DO NOTHING;
             IF NOT FOUND THEN
-                SELECT claims.stream_id INTO holder FROM claims
-                WHERE claims.tenant_id = current_tenant AND claims.name = name_of_claim;
-                outcomes[c] := 'claimed';
+                SELECT reservations.stream_id INTO holder FROM reservations
+                WHERE reservations.tenant_id = current_tenant AND reservations.name = reserved_name;
+                outcomes[c] := 'reserved';
                 stream_ids[c] := holder;
-                versions[c] := NULL; seqs[c] := NULL; recorded[c] := NULL;
+                versions[c] := NULL; positions[c] := NULL; recorded[c] := NULL;
                 CONTINUE;
             END IF;
         END IF;
@@ -134,7 +134,7 @@ BEGIN
         recorded[c] := moment;
         FOR i IN first .. e LOOP
             actual := actual + 1;
-            head.seq := head.seq + 1;
+            head.position := head.position + 1;
             head.recorded_at := moment;
             IF occurred[i] IS NULL THEN
                 happened := moment;
@@ -145,12 +145,12 @@ BEGIN
                 happened := timestamptz 'epoch' + (happened_us / 1000000) * interval '1 second'
                     + (happened_us % 1000000) * interval '1 microsecond';
             END IF;
-            digest := sha256(salts[i] || convert_to(wordss[i], 'UTF8'));
+            digest := sha256(salts[i] || convert_to(erasables[i], 'UTF8'));
             -- One concat() of netstrings: a chain of || copies the growing text at every step, and the hash of an
             -- event then costs more than its insert.
             head.hash := sha256(head.hash || convert_to(concat(
                 octet_length(current_tenant::text), ':', current_tenant, ',',
-                octet_length(head.seq::text), ':', head.seq, ',',
+                octet_length(head.position::text), ':', head.position, ',',
                 octet_length(kinds[c]), ':', kinds[c], ',',
                 octet_length(stream::text), ':', stream, ',',
                 octet_length(actual::text), ':', actual, ',',
@@ -162,13 +162,13 @@ BEGIN
                 octet_length(metas[i]), ':', metas[i], ',',
                 coalesce(2 * octet_length(digest), 0), ':', encode(digest, 'hex'), ','), 'UTF8'));
             INSERT INTO events VALUES (
-                current_tenant, head.seq, kinds[c], stream, actual, types[i], schemas[i], happened, moment,
-                datas[i], metas[i], wordss[i], salts[i], digest, head.hash);
-            -- The one way to erase words: by the event that names them. There is no erasure without its record.
+                current_tenant, head.position, kinds[c], stream, actual, types[i], schemas[i], happened, moment,
+                datas[i], metas[i], erasables[i], salts[i], digest, head.hash);
+            -- The one way to erase erasable: by the event that names them. There is no erasure without its record.
             IF types[i] LIKE '%.redacted' THEN
-                UPDATE events SET words = NULL, salt = NULL
+                UPDATE events SET erasable = NULL, salt = NULL
                 WHERE events.tenant_id = current_tenant AND stream_kind = kinds[c] AND events.stream_id = stream
-                    AND version < actual AND words_digest IS NOT NULL AND version IN (
+                    AND version < actual AND erasable_digest IS NOT NULL AND version IN (
                         SELECT named::integer FROM json_array_elements_text(datas[i]::json -> 'versions') AS named);
             END IF;
             moment := moment + interval '1 microsecond';
@@ -177,18 +177,18 @@ BEGIN
 
         IF keys[c] IS NOT NULL THEN
             INSERT INTO idempotency_keys VALUES (
-                current_tenant, keys[c], fingerprints[c], kinds[c], stream, actual, head.seq, clock_timestamp());
+                current_tenant, keys[c], fingerprints[c], kinds[c], stream, actual, head.position, clock_timestamp());
         END IF;
 
         outcomes[c] := 'appended';
         stream_ids[c] := stream;
         versions[c] := actual;
-        seqs[c] := head.seq;
+        positions[c] := head.position;
     END LOOP;
 
     IF head_is = 'open' THEN
-        UPDATE heads SET seq = head.seq, hash = head.hash, recorded_at = head.recorded_at
-        WHERE heads.tenant_id = current_tenant;
+        UPDATE ledger_heads SET position = head.position, hash = head.hash, recorded_at = head.recorded_at
+        WHERE ledger_heads.tenant_id = current_tenant;
     END IF;
 END
 $$;

@@ -1,16 +1,16 @@
 -- Looking back: from a moment to a place in the ledger, and from there to a stream as it was.
 
--- The last seq that was recorded at `moment` or before, 0 if there is none. recorded_at rises with seq, so a binary
+-- The last position that was recorded at `moment` or before, 0 if there is none. recorded_at rises with position, so a binary
 -- search over the key finds it, and appends pay for no further index.
-CREATE FUNCTION seq_at(tenant bigint, moment timestamptz) RETURNS bigint LANGUAGE plpgsql STABLE AS $$
+CREATE FUNCTION position_at(tenant bigint, moment timestamptz) RETURNS bigint LANGUAGE plpgsql STABLE AS $$
 DECLARE
     low bigint := 0;
-    high bigint := coalesce((SELECT seq FROM heads WHERE tenant_id = tenant), 0);
+    high bigint := coalesce((SELECT position FROM ledger_heads WHERE tenant_id = tenant), 0);
     middle bigint;
 BEGIN
     WHILE low < high LOOP
         middle := (low + high + 1) / 2;
-        IF (SELECT recorded_at FROM events WHERE tenant_id = tenant AND seq = middle) <= moment THEN
+        IF (SELECT recorded_at FROM events WHERE tenant_id = tenant AND position = middle) <= moment THEN
             low := middle;
         ELSE
             high := middle - 1;
@@ -32,7 +32,7 @@ DECLARE
 BEGIN
     WHILE low < high LOOP
         middle := (low + high + 1) / 2;
-        IF (SELECT seq FROM events WHERE tenant_id = tenant AND stream_kind = kind AND stream_id = stream
+        IF (SELECT position FROM events WHERE tenant_id = tenant AND stream_kind = kind AND stream_id = stream
             AND version = middle) <= place THEN
             low := middle;
         ELSE

@@ -12,46 +12,46 @@ INSERT INTO projections (name, version) SELECT DISTINCT projection, 1 FROM check
 ALTER TABLE checkpoints
     ADD COLUMN generation    integer NOT NULL DEFAULT 0, -- -1: derived by an older version of the code, or not at all
     ADD COLUMN rebuilt_at    timestamptz,
-    ADD COLUMN rebuild_seq   bigint, -- an event that a rebuild could not apply: the rows are as they were before it
+    ADD COLUMN rebuild_halted_at   bigint, -- an event that a rebuild could not apply: the rows are as they were before it
     ADD COLUMN rebuild_error text;
 
 -- Who is still to be rebuilt, and who stands still: found without looking at the others.
 CREATE INDEX checkpoints_generation ON checkpoints (projection, generation) WHERE rebuild_error IS NULL;
 CREATE INDEX checkpoints_stopped ON checkpoints (projection)
-    WHERE parked_seq IS NOT NULL OR rebuild_error IS NOT NULL;
+    WHERE halted_at IS NOT NULL OR rebuild_error IS NOT NULL;
 
 -- Where ledgers have grown and nobody has projected it yet: written with the append, deleted with the checkpoint. So the
 -- worker's poll finds who lags without looking at those who do not. Rows are only ever inserted and deleted, never
 -- updated, so that an append waits for no projector, not even for one that is frozen.
 CREATE TABLE unprojected (
     tenant_id bigint NOT NULL,
-    seq       bigint NOT NULL,
-    PRIMARY KEY (tenant_id, seq)
+    position       bigint NOT NULL,
+    PRIMARY KEY (tenant_id, position)
 );
-INSERT INTO unprojected SELECT tenant_id, seq FROM heads WHERE seq > 0;
+INSERT INTO unprojected SELECT tenant_id, position FROM ledger_heads WHERE position > 0;
 
 -- The same function as before, which now also notes whose ledgers have grown.
 
 -- Appends a batch of commands, each with its own outcome, in one round trip and one commit.
 --
--- Command i is (tenants[i], kinds[i], streams[i], expected[i], sizes[i], claimed[i]); its events are the next
--- sizes[i] entries of the event arrays. streams[i] = 0 asks for a new stream id. Commands come sorted by tenant.
+-- Command i is (tenants[i], kinds[i], streams[i], expected[i], sizes[i], reserved[i]); its events are the next
+-- sizes[i] entries of the event arrays. streams[i] = 0 asks for a new stream id. CommandHandler come sorted by tenant.
 -- occurred is in microseconds since 1970 UTC; NULL means the moment of recording.
 -- keys[i], where not NULL, makes the command safe to send again; fingerprints[i] tells what was asked for under it.
 -- wait = false never waits for a head that another writer holds: its commands are answered 'busy'.
 --
--- outcomes: appended | repeated (stream_ids, versions, seqs: of the first time) | key_reused | conflict (versions: the
--- actual one) | claimed (stream_ids: the holder) | busy | no_tenant.
--- versions, seqs: of the command's last event, or what they were already where it has none.
+-- outcomes: appended | replayed (stream_ids, versions, positions: of the first time) | key_reused | conflict (versions: the
+-- actual one) | reserved (stream_ids: the holder) | busy | no_tenant.
+-- versions, positions: of the command's last event, or what they were already where it has none.
 -- recorded: of its first event; each further one is 1 microsecond later.
 CREATE OR REPLACE FUNCTION append_events(
-    tenants bigint[], kinds text[], streams bigint[], expected integer[], sizes integer[], claimed text[],
-    types text[], schemas smallint[], occurred bigint[], datas text[], metas text[], wordss text[], salts bytea[],
+    tenants bigint[], kinds text[], streams bigint[], expected integer[], sizes integer[], reserved text[],
+    types text[], schemas smallint[], occurred bigint[], datas text[], metas text[], erasables text[], salts bytea[],
     wait boolean, keys bytea[] DEFAULT NULL, fingerprints bytea[] DEFAULT NULL,
-    OUT outcomes text[], OUT stream_ids bigint[], OUT versions integer[], OUT seqs bigint[], OUT recorded timestamptz[]
+    OUT outcomes text[], OUT stream_ids bigint[], OUT versions integer[], OUT positions bigint[], OUT recorded timestamptz[]
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '1s' AS $$
 DECLARE
-    head heads;
+    head ledger_heads;
     head_is text;             -- 'open' | 'busy' | 'no_tenant': how taking the current tenant's head went
     current_tenant bigint;
     first integer;            -- index of the command's first event
@@ -64,9 +64,9 @@ DECLARE
     happened timestamptz;
     happened_us bigint;
     digest bytea;
-    name_of_claim text;
+    reserved_name text;
     earlier idempotency_keys;
-    began bigint;             -- the seq at which the current tenant's head was taken
+    began bigint;             -- the position at which the current tenant's head was taken
     grown bigint[] := '{}';   -- tenants whose ledgers have grown, and to where
     grown_to bigint[] := '{}';
 BEGIN
@@ -76,22 +76,22 @@ BEGIN
         stream := streams[c];
 
         IF current_tenant IS DISTINCT FROM tenants[c] THEN
-            IF head_is = 'open' AND head.seq > began THEN
-                UPDATE heads SET seq = head.seq, hash = head.hash, recorded_at = head.recorded_at
-                WHERE heads.tenant_id = current_tenant;
+            IF head_is = 'open' AND head.position > began THEN
+                UPDATE ledger_heads SET position = head.position, hash = head.hash, recorded_at = head.recorded_at
+                WHERE ledger_heads.tenant_id = current_tenant;
                 grown := grown || current_tenant;
-                grown_to := grown_to || head.seq;
+                grown_to := grown_to || head.position;
             END IF;
             current_tenant := tenants[c];
             IF wait THEN
-                SELECT * INTO head FROM heads WHERE heads.tenant_id = current_tenant FOR NO KEY UPDATE;
+                SELECT * INTO head FROM ledger_heads WHERE ledger_heads.tenant_id = current_tenant FOR NO KEY UPDATE;
             ELSE
-                SELECT * INTO head FROM heads WHERE heads.tenant_id = current_tenant FOR NO KEY UPDATE SKIP LOCKED;
+                SELECT * INTO head FROM ledger_heads WHERE ledger_heads.tenant_id = current_tenant FOR NO KEY UPDATE SKIP LOCKED;
             END IF;
             IF FOUND THEN
                 head_is := 'open';
-                began := head.seq;
-            ELSIF EXISTS (SELECT FROM heads WHERE heads.tenant_id = current_tenant) THEN
+                began := head.position;
+            ELSIF EXISTS (SELECT FROM ledger_heads WHERE ledger_heads.tenant_id = current_tenant) THEN
                 head_is := 'busy';
             ELSE
                 head_is := 'no_tenant';
@@ -101,7 +101,7 @@ BEGIN
         IF head_is <> 'open' THEN
             outcomes[c] := head_is;
             stream_ids[c] := stream;
-            versions[c] := NULL; seqs[c] := NULL; recorded[c] := NULL;
+            versions[c] := NULL; positions[c] := NULL; recorded[c] := NULL;
             CONTINUE;
         END IF;
 
@@ -109,9 +109,9 @@ BEGIN
         IF keys[c] IS NOT NULL THEN
             SELECT * INTO earlier FROM idempotency_keys k WHERE k.tenant_id = current_tenant AND k.key = keys[c];
             IF FOUND THEN
-                outcomes[c] := CASE WHEN earlier.fingerprint = fingerprints[c] THEN 'repeated' ELSE 'key_reused' END;
+                outcomes[c] := CASE WHEN earlier.fingerprint = fingerprints[c] THEN 'replayed' ELSE 'key_reused' END;
                 stream_ids[c] := earlier.stream_id;
-                versions[c] := earlier.version; seqs[c] := earlier.seq; recorded[c] := NULL;
+                versions[c] := earlier.version; positions[c] := earlier.position; recorded[c] := NULL;
                 CONTINUE;
             END IF;
         END IF;
@@ -126,7 +126,7 @@ BEGIN
         IF actual <> expected[c] THEN
             outcomes[c] := 'conflict';
             stream_ids[c] := stream;
-            versions[c] := actual; seqs[c] := NULL; recorded[c] := NULL;
+            versions[c] := actual; positions[c] := NULL; recorded[c] := NULL;
             CONTINUE;
         END IF;
 
@@ -134,16 +134,16 @@ BEGIN
             stream := nextval((kinds[c] || '_ids')::regclass);
         END IF;
 
-        name_of_claim := claimed[c];
-        IF name_of_claim IS NOT NULL THEN
-            INSERT INTO claims VALUES (current_tenant, name_of_claim, kinds[c], stream)
+        reserved_name := reserved[c];
+        IF reserved_name IS NOT NULL THEN
+            INSERT INTO reservations VALUES (current_tenant, reserved_name, kinds[c], stream)
             ON CONFLICT (tenant_id, name) DO NOTHING;
             IF NOT FOUND THEN
-                SELECT claims.stream_id INTO holder FROM claims
-                WHERE claims.tenant_id = current_tenant AND claims.name = name_of_claim;
-                outcomes[c] := 'claimed';
+                SELECT reservations.stream_id INTO holder FROM reservations
+                WHERE reservations.tenant_id = current_tenant AND reservations.name = reserved_name;
+                outcomes[c] := 'reserved';
                 stream_ids[c] := holder;
-                versions[c] := NULL; seqs[c] := NULL; recorded[c] := NULL;
+                versions[c] := NULL; positions[c] := NULL; recorded[c] := NULL;
                 CONTINUE;
             END IF;
         END IF;
@@ -153,7 +153,7 @@ BEGIN
         recorded[c] := moment;
         FOR i IN first .. e LOOP
             actual := actual + 1;
-            head.seq := head.seq + 1;
+            head.position := head.position + 1;
             head.recorded_at := moment;
             IF occurred[i] IS NULL THEN
                 happened := moment;
@@ -164,12 +164,12 @@ BEGIN
                 happened := timestamptz 'epoch' + (happened_us / 1000000) * interval '1 second'
                     + (happened_us % 1000000) * interval '1 microsecond';
             END IF;
-            digest := sha256(salts[i] || convert_to(wordss[i], 'UTF8'));
+            digest := sha256(salts[i] || convert_to(erasables[i], 'UTF8'));
             -- One concat() of netstrings: a chain of || copies the growing text at every step, and the hash of an
             -- event then costs more than its insert.
             head.hash := sha256(head.hash || convert_to(concat(
                 octet_length(current_tenant::text), ':', current_tenant, ',',
-                octet_length(head.seq::text), ':', head.seq, ',',
+                octet_length(head.position::text), ':', head.position, ',',
                 octet_length(kinds[c]), ':', kinds[c], ',',
                 octet_length(stream::text), ':', stream, ',',
                 octet_length(actual::text), ':', actual, ',',
@@ -181,13 +181,13 @@ BEGIN
                 octet_length(metas[i]), ':', metas[i], ',',
                 coalesce(2 * octet_length(digest), 0), ':', encode(digest, 'hex'), ','), 'UTF8'));
             INSERT INTO events VALUES (
-                current_tenant, head.seq, kinds[c], stream, actual, types[i], schemas[i], happened, moment,
-                datas[i], metas[i], wordss[i], salts[i], digest, head.hash);
-            -- The one way to erase words: by the event that names them. There is no erasure without its record.
+                current_tenant, head.position, kinds[c], stream, actual, types[i], schemas[i], happened, moment,
+                datas[i], metas[i], erasables[i], salts[i], digest, head.hash);
+            -- The one way to erase erasable: by the event that names them. There is no erasure without its record.
             IF types[i] LIKE '%.redacted' THEN
-                UPDATE events SET words = NULL, salt = NULL
+                UPDATE events SET erasable = NULL, salt = NULL
                 WHERE events.tenant_id = current_tenant AND stream_kind = kinds[c] AND events.stream_id = stream
-                    AND version < actual AND words_digest IS NOT NULL AND version IN (
+                    AND version < actual AND erasable_digest IS NOT NULL AND version IN (
                         SELECT named::integer FROM json_array_elements_text(datas[i]::json -> 'versions') AS named);
             END IF;
             moment := moment + interval '1 microsecond';
@@ -196,20 +196,20 @@ BEGIN
 
         IF keys[c] IS NOT NULL THEN
             INSERT INTO idempotency_keys VALUES (
-                current_tenant, keys[c], fingerprints[c], kinds[c], stream, actual, head.seq, clock_timestamp());
+                current_tenant, keys[c], fingerprints[c], kinds[c], stream, actual, head.position, clock_timestamp());
         END IF;
 
         outcomes[c] := 'appended';
         stream_ids[c] := stream;
         versions[c] := actual;
-        seqs[c] := head.seq;
+        positions[c] := head.position;
     END LOOP;
 
-    IF head_is = 'open' AND head.seq > began THEN
-        UPDATE heads SET seq = head.seq, hash = head.hash, recorded_at = head.recorded_at
-        WHERE heads.tenant_id = current_tenant;
+    IF head_is = 'open' AND head.position > began THEN
+        UPDATE ledger_heads SET position = head.position, hash = head.hash, recorded_at = head.recorded_at
+        WHERE ledger_heads.tenant_id = current_tenant;
         grown := grown || current_tenant;
-        grown_to := grown_to || head.seq;
+        grown_to := grown_to || head.position;
     END IF;
     INSERT INTO unprojected SELECT * FROM unnest(grown, grown_to);
 END

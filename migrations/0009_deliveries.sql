@@ -7,10 +7,10 @@
 ALTER TABLE maintenance ADD COLUMN remind_since timestamptz;
 CREATE INDEX maintenance_to_remind ON maintenance (scheduled_start) WHERE remind_since IS NOT NULL;
 
--- Incidents whose last message was withheld by a window, of which people hear when it is over. States hold no words.
+-- Incidents whose last message was withheld by a window, of which people hear when it is over. States hold no erasable.
 CREATE INDEX outbox_state_muted ON outbox_state (tenant_id) WHERE kind = 'incident' AND state LIKE '%"muted":%';
 
--- Subscriptions, as answers show them and as the sender needs them. A read model; a removed one has no words left.
+-- Subscriptions, as answers show them and as the sender needs them. A read model; a removed one has no erasable left.
 CREATE TABLE subscriptions (
     tenant_id       bigint NOT NULL,
     subscription_id bigint NOT NULL,
@@ -19,7 +19,7 @@ CREATE TABLE subscriptions (
     channel         text NOT NULL,
     target          text NOT NULL, -- as answers show it
     created_at      timestamptz NOT NULL,
-    state           text NOT NULL, -- the aggregate's state as JSON, sealed secrets among it
+    state           text NOT NULL, -- the aggregate's state as JSON, encrypted_secret secrets among it
     body            text NOT NULL, -- the answer
     PRIMARY KEY (tenant_id, subscription_id)
 ) WITH (fillfactor = 80);
@@ -35,23 +35,23 @@ CREATE TABLE outbox_settled (
 ) WITH (fillfactor = 50);
 
 -- What happened before there was a sender is not told now.
-INSERT INTO outbox_settled (tenant_id, position) SELECT tenant_id, seq FROM heads;
+INSERT INTO outbox_settled (tenant_id, position) SELECT tenant_id, position FROM ledger_heads;
 
 -- Tenants that have intents beyond there, as `unprojected` has those with events that were not projected: rows are only
 -- inserted and deleted, so that nobody waits for anybody.
 CREATE TABLE outbox_fresh (
     tenant_id bigint NOT NULL,
-    seq       bigint NOT NULL,
-    PRIMARY KEY (tenant_id, seq)
+    position       bigint NOT NULL,
+    PRIMARY KEY (tenant_id, position)
 );
 
 -- Whoever writes intents, a pass or a rebuild of whatever version of the code, leaves the note in the same transaction.
 CREATE FUNCTION note_fresh_intents() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO outbox_fresh (tenant_id, seq)
-    SELECT n.tenant_id, max(n.seq) FROM new_intents n
+    INSERT INTO outbox_fresh (tenant_id, position)
+    SELECT n.tenant_id, max(n.position) FROM new_intents n
     LEFT JOIN LATERAL (SELECT position FROM outbox_settled WHERE tenant_id = n.tenant_id LIMIT 1) AS s ON true
-    WHERE n.seq > coalesce(s.position, 0)
+    WHERE n.position > coalesce(s.position, 0)
     GROUP BY n.tenant_id
     ON CONFLICT DO NOTHING;
     RETURN NULL;
@@ -69,7 +69,7 @@ CREATE TABLE deliveries (
     subscription_id bigint NOT NULL,
     stream_kind     text NOT NULL,
     stream_id       bigint NOT NULL,
-    seq             bigint NOT NULL,      -- the event that is told
+    position             bigint NOT NULL,      -- the event that is told
     channel         text NOT NULL,
     topic           text NOT NULL,
     created_at      timestamptz NOT NULL, -- when the event was recorded
@@ -83,7 +83,7 @@ CREATE TABLE deliveries (
         'dropped',     -- an operator said so
         'disabled')),  -- the subscription was disabled or removed before
     due_at          timestamptz,
-    until_seq       bigint,               -- the last event that its message tells, once that is settled
+    until_position       bigint,               -- the last event that its message tells, once that is settled
     leader          uuid,
     attempts        integer NOT NULL DEFAULT 0, -- of this round; a redelivery begins another
     tried           integer NOT NULL DEFAULT 0, -- ever
@@ -97,9 +97,9 @@ CREATE TABLE deliveries (
 -- What may be tried, by endpoint; what waits, by subscription and stream, in order. That order has another name than in
 -- the index for lists, so that no planner ever takes that one instead.
 CREATE INDEX deliveries_due ON deliveries (tenant_id, subscription_id, due_at) WHERE due_at IS NOT NULL;
-CREATE INDEX deliveries_waiting ON deliveries (tenant_id, subscription_id, stream_kind, stream_id, created_at, seq)
+CREATE INDEX deliveries_waiting ON deliveries (tenant_id, subscription_id, stream_kind, stream_id, created_at, position)
     WHERE settled_at IS NULL;
-CREATE INDEX deliveries_of_subscription ON deliveries (tenant_id, subscription_id, seq DESC, intent_id);
+CREATE INDEX deliveries_of_subscription ON deliveries (tenant_id, subscription_id, position DESC, intent_id);
 CREATE INDEX deliveries_parked ON deliveries (tenant_id) WHERE state = 'parked';
 CREATE INDEX deliveries_settled ON deliveries (settled_at) WHERE settled_at IS NOT NULL;
 
@@ -139,7 +139,7 @@ CREATE TABLE outbox_paused (
 );
 
 DROP INDEX outbox_intents_pending;
-CREATE INDEX outbox_intents_by_seq ON outbox_intents (tenant_id, seq);
+CREATE INDEX outbox_intents_by_position ON outbox_intents (tenant_id, position);
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON
     subscriptions, outbox_settled, outbox_fresh, deliveries, delivery_attempts, endpoints, outbox_paused

@@ -15,15 +15,15 @@ import aiohttp
 import asyncpg
 import pytest
 
-from opsentry.access import tenants, tokens
-from opsentry.config import Settings
+from opsentry.bootstrap import Core, core, serving
 from opsentry.demo.embedded import APP_USER, EmbeddedPostgres, EmbeddedValkey
 from opsentry.domain import service
 from opsentry.domain.service import RegisterService
 from opsentry.events.codec import Actor, Meta
-from opsentry.notifications.sealing import new_key
-from opsentry.postgres import migrate, migrations
-from opsentry.wiring import Core, core, serving
+from opsentry.identity import api_tokens, tenants
+from opsentry.infrastructure.encryption import new_key
+from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.settings import Settings
 
 META = Meta(Actor("operator"))
 SECRET_KEY = new_key()
@@ -95,13 +95,13 @@ def settings_for(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_na
     """Return settings of the application's own role, with limits that no test meets by accident."""
     return Settings(
         database_url=postgres.url(database_name, APP_USER),
-        migrate_database_url=postgres.url(database_name),
+        migration_database_url=postgres.url(database_name),
         redis_url=valkey.url,
         port=0,
         rate_limit="1000000/minute",
-        auth_failure_limit="1000000/minute",
-        subscribe_limit="1000000/minute",
-        secret_keys=(SECRET_KEY,),
+        auth_failure_rate_limit="1000000/minute",
+        subscribe_rate_limit="1000000/minute",
+        encryption_keys=(SECRET_KEY,),
         log_level="error",
     )
 
@@ -115,7 +115,7 @@ def settings(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_name: 
 @pytest.fixture
 async def owner(settings: Settings) -> AsyncIterator[Any]:
     """A connection of the database's owner, a superuser."""
-    connection = await asyncpg.connect(settings.migrate_database_url)
+    connection = await asyncpg.connect(settings.migration_database_url)
     yield connection
     await connection.close()
 
@@ -145,8 +145,10 @@ class Tenant:
 
 async def make_tenant(parts: Core, slug: str) -> Tenant:
     async with parts.database.connection(10) as connection:
-        tenant_id = await tenants.create(connection, slug=slug, name=slug.title(), meta=META)
-        token = await tokens.create(connection, tenant_id, name=f"{slug} token", scopes=tokens.SCOPES, meta=META)
+        tenant_id = await tenants.create_tenant(connection, slug=slug, name=slug.title(), meta=META)
+        token = await api_tokens.create_api_token(
+            connection, tenant_id, name=f"{slug} token", scopes=api_tokens.SCOPES, meta=META
+        )
     return Tenant(tenant_id, slug, token)
 
 
@@ -154,9 +156,9 @@ async def make_service(parts: Core, tenant_id: int, slug: str, **fields: Any) ->
     occurred_at = fields.pop("occurred_at", None)
     command = RegisterService(slug=slug, name=fields.pop("name", slug), **fields)
     executed = await parts.commands.create(
-        service.DECIDER, tenant_id, command, META, claim=service.claim(slug), occurred_at=occurred_at
+        service.DECIDER, tenant_id, command, META, reservation=service.slug_reservation(slug), occurred_at=occurred_at
     )
-    await parts.runner.catch_up(tenant_id, executed.seq)
+    await parts.projector.catch_up(tenant_id, executed.position)
     return executed.stream_id
 
 
@@ -230,7 +232,7 @@ async def anonymous(http: aiohttp.ClientSession, base_url: str) -> Client:
 
 @pytest.fixture
 async def limited_settings(settings: Settings) -> Settings:
-    return replace(settings, rate_limit="5/minute", auth_failure_limit="3/minute")
+    return replace(settings, rate_limit="5/minute", auth_failure_rate_limit="3/minute")
 
 
 @pytest.fixture(scope="session")

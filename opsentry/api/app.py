@@ -9,22 +9,22 @@ import structlog
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
-from opsentry.access.operators import OperatorToken
-from opsentry.access.rate_limit import RateLimiter
-from opsentry.access.tokens import AnyToken, BadToken, Lookup, Token
 from opsentry.api import deliveries, errors, health, incidents, ledger, maintenance, services, subscriptions, uptime
-from opsentry.api.answers import unless_known
+from opsentry.api.context import Dependencies, RequestContext
 from opsentry.api.errors import MissingScope, NotFound, RateLimited, rate_headers
 from opsentry.api.health import Readiness
-from opsentry.api.http import Call, Parts
-from opsentry.api.incoming import MAX_BODY, REQUEST_ID, address
-from opsentry.api.ops import Ops
+from opsentry.api.operator import Ops
+from opsentry.api.request import MAX_BODY, REQUEST_ID, address
+from opsentry.api.responses import unless_known
+from opsentry.identity.api_tokens import InvalidToken, Token, TokenFacts, TokenLookup
+from opsentry.identity.operator_tokens import OperatorToken
+from opsentry.infrastructure.rate_limit import RateLimiter
 
 _log = structlog.get_logger()
 
-T = TypeVar("T", bound=AnyToken)
+T = TypeVar("T", bound=TokenFacts)
 
-Endpoint = Callable[[Call], Awaitable[web.StreamResponse]]
+Endpoint = Callable[[RequestContext], Awaitable[web.StreamResponse]]
 
 READ = ("read:status",)
 INCIDENTS = ("write:incidents",)
@@ -79,7 +79,7 @@ _requests = count(1)
 
 
 def create_app(
-    parts: Parts, readiness: Readiness, ops: Ops, pages: Mapping[str, Mapping[str, Handler]]
+    parts: Dependencies, readiness: Readiness, ops: Ops, pages: Mapping[str, Mapping[str, Handler]]
 ) -> web.Application:
     """Return the HTTP application; `pages` are handlers for people, by path and method.
 
@@ -94,7 +94,7 @@ def create_app(
         "/health/ready": {"GET": readiness.ready},
         "/ops/outbox": {"GET": _for_operators(parts, ops.outbox)},
         "/ops/projections": {"GET": _for_operators(parts, ops.projections)},
-        "/ops/projections/parked": {"GET": _for_operators(parts, ops.parked)},
+        "/ops/projections/halted": {"GET": _for_operators(parts, ops.halted)},
     }
     for method, path, scopes, endpoint in ROUTES:
         routes.setdefault(f"/api/v1{path}", {})[method] = _for_tenants(parts, scopes, endpoint)
@@ -148,18 +148,18 @@ def _unrouted(resources: Sequence[web.Resource]) -> Handler:
     return handle
 
 
-def _for_tenants(parts: Parts, scopes: Sequence[str], endpoint: Endpoint) -> Handler:
+def _for_tenants(parts: Dependencies, scopes: Sequence[str], endpoint: Endpoint) -> Handler:
     """Return a handler that lets in tenants' tokens with the scopes."""
 
     async def respond(request: web.Request, token: Token, rate: Mapping[str, str]) -> web.StreamResponse:
         _require(token, scopes)
         request_id = request[REQUEST_ID]
-        return await endpoint(Call(request, request_id, token, parts, {**rate, "X-Request-ID": request_id}))
+        return await endpoint(RequestContext(request, request_id, token, parts, {**rate, "X-Request-ID": request_id}))
 
     return _guarded(parts, parts.tokens, respond)
 
 
-def _for_operators(parts: Parts, handler: Handler) -> Handler:
+def _for_operators(parts: Dependencies, handler: Handler) -> Handler:
     """Return a handler that lets in operators' tokens, and logs which one asked."""
 
     async def respond(request: web.Request, token: OperatorToken, _: Mapping[str, str]) -> web.StreamResponse:
@@ -170,8 +170,8 @@ def _for_operators(parts: Parts, handler: Handler) -> Handler:
 
 
 def _guarded(
-    parts: Parts,
-    tokens: Lookup[T],
+    parts: Dependencies,
+    tokens: TokenLookup[T],
     respond: Callable[[web.Request, T, Mapping[str, str]], Awaitable[web.StreamResponse]],
 ) -> Handler:
     """Return a handler that lets in who may: a working token of the kind, within its rate, as `respond` decides."""
@@ -199,11 +199,11 @@ def _require(token: Token, scopes: Sequence[str]) -> None:
             raise MissingScope(scope)
 
 
-async def _authenticate(tokens: Lookup[T], failures: RateLimiter, request: web.Request, sender: str) -> T:
+async def _authenticate(tokens: TokenLookup[T], failures: RateLimiter, request: web.Request, sender: str) -> T:
     kind, _, value = request.headers.get("Authorization", "").partition(" ")
     try:
         return await tokens.authenticate(value.strip() if kind.lower() == "bearer" else "")
-    except BadToken:
+    except InvalidToken:
         # Counted after the fact: a token that works is let in however many others failed from the same address.
         standing = failures.hit(sender)
         if not standing.allowed:

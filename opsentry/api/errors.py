@@ -7,14 +7,14 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from opsentry.access.rate_limit import Standing
-from opsentry.access.tokens import BadToken
-from opsentry.domain.decider import DomainError, InvalidField, TransitionRefused
-from opsentry.events.execute import ConcurrentChange, KeyTaken, NoSuchStream
-from opsentry.events.writer import TenantBusy
-from opsentry.notifications.sealing import CannotOpen, NoKey
-from opsentry.postgres import DatabaseUnavailable, OutcomeUnknown
-from opsentry.projections.runner import NotThereYet
+from opsentry.domain.decider import DomainError, IllegalTransition, InvalidField
+from opsentry.events.appender import TenantBusy
+from opsentry.events.command_handler import ConcurrencyConflict, IdempotencyKeyReused, StreamNotFound
+from opsentry.identity.api_tokens import InvalidToken
+from opsentry.infrastructure.encryption import DecryptionFailed, EncryptionKeyMissing
+from opsentry.infrastructure.postgres import DatabaseUnavailable, OutcomeUnknown
+from opsentry.infrastructure.rate_limit import Standing
+from opsentry.projections.engine.projector import PositionNotReached
 
 _log = structlog.get_logger()
 
@@ -96,21 +96,21 @@ def _wait_for_window(error: Exception) -> Mapping[str, str]:
 TABLE: Mapping[type[Exception], Row] = {
     BadRequest: Row(400),
     InvalidField: Row(400),
-    BadToken: Row(
+    InvalidToken: Row(
         401, "missing, unknown, expired or revoked API token", lambda _: {"WWW-Authenticate": 'Bearer realm="opsentry"'}
     ),
     BodyBroken: Row(400, "body: did not arrive whole, or is not encoded as Content-Encoding says", closes=True),
     MissingScope: Row(403),
     NotFound: Row(404, "not found"),
-    NoSuchStream: Row(404, "not found"),
+    StreamNotFound: Row(404, "not found"),
     BodyTooSlow: Row(408, "the request body did not arrive in time", closes=True),
-    TransitionRefused: Row(409),
-    ConcurrentChange: Row(409, "changed by others at the same time; read it and try again"),
+    IllegalTransition: Row(409),
+    ConcurrencyConflict: Row(409, "changed by others at the same time; read it and try again"),
     PreconditionFailed: Row(412, headers=_current),
     DomainError: Row(400),
     BodyTooLarge: Row(413, "the request body must have at most 65536 bytes", closes=True),
     NotJson: Row(415, "the request body must be JSON, with Content-Type: application/json"),
-    KeyTaken: Row(422, "Idempotency-Key: was used before for another request; take a new one"),
+    IdempotencyKeyReused: Row(422, "Idempotency-Key: was used before for another request; take a new one"),
     RateLimited: Row(429, headers=_wait_for_window),
     TenantBusy: Row(503, "too many writers at once; nothing was changed, try again", _retry),
     OutcomeUnknown: Row(
@@ -119,9 +119,9 @@ TABLE: Mapping[type[Exception], Row] = {
         " Idempotency-Key if it had one, or read before trying again",
         _retry,
     ),
-    NotThereYet: Row(503, headers=_retry),
-    NoKey: Row(503),
-    CannotOpen: Row(503),
+    PositionNotReached: Row(503, headers=_retry),
+    EncryptionKeyMissing: Row(503),
+    DecryptionFailed: Row(503),
     DatabaseUnavailable: Row(503, "the database does not answer; nothing was changed", _retry),
 }
 

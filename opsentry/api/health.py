@@ -11,10 +11,10 @@ from aiohttp import web
 from multidict import CIMultiDict
 from redis.exceptions import RedisError
 
-from opsentry.api.answers import object_response
-from opsentry.api.http import Call
-from opsentry.notifications import operations
-from opsentry.postgres import Database, DatabaseUnavailable
+from opsentry.api.context import RequestContext
+from opsentry.api.responses import object_response
+from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
+from opsentry.notifications.delivery import management
 
 CHECK_TIMEOUT = 0.5
 CACHE_SECONDS = 1.0
@@ -118,13 +118,13 @@ class Readiness:
 
     async def _outbox(self) -> dict[str, float]:
         async with self._database.transaction(CHECK_TIMEOUT) as connection:
-            row = await operations.backlog(connection, MAX_PENDING + 1)
+            row = await management.backlog(connection, MAX_PENDING + 1)
         details = {
             "pending": row["pending"],
             "oldest_pending_seconds": round(row["pending_seconds"] or 0.0, 3),
             "lag_events": row["unseen"],
             "lag_seconds": round(row["unseen_seconds"] or 0.0, 3),
-            "parked": row["parked"],
+            "halted": row["halted"],
             # What need not drain the fleet: it waits for its hour, or for an operator.
             "waiting": max(0, row["waiting"] - row["due"]),
             "parked_deliveries": row["parked_deliveries"],
@@ -137,7 +137,7 @@ class Readiness:
         return details
 
 
-async def ping(call: Call) -> web.Response:
+async def ping(call: RequestContext) -> web.Response:
     """`GET /api/v1/health`: whether the token works, and what it carries."""
     token = call.token
     answer = {

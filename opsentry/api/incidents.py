@@ -8,9 +8,9 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from opsentry.api import commands
-from opsentry.api.answers import list_response, one_as_of, one_or_recorded, page_as_of
-from opsentry.api.http import Call, Id, Moment, name_choices
+from opsentry.api.context import Id, Moment, RequestContext, name_choices
 from opsentry.api.ledger import RedactionBody, erasure, stream_history
+from opsentry.api.responses import list_response, one_as_of, one_or_recorded, page_as_of
 from opsentry.domain import incident
 from opsentry.domain.incident import (
     SEVERITIES,
@@ -71,46 +71,50 @@ class ResolveBody(msgspec.Struct):
     occurred_at: Moment | None = None
 
 
-async def listing(call: Call) -> web.Response:
+async def listing(call: RequestContext) -> web.Response:
     """`GET /incidents`."""
     status = call.choice("status", STATUSES)
     severity = call.choice("severity", SEVERITIES)
     limit, offset = call.page(default=50)
-    if (seq := await call.as_of()) is not None:
+    if (position := await call.as_of()) is not None:
 
         def wanted(view: IncidentView) -> bool:
             return status in {None, view.status} and severity in {None, view.severity}
 
-        found = await call.parts.moments.incidents(call.tenant_id, seq, wanted, limit, offset)
+        found = await call.parts.as_of_queries.incidents(call.tenant_id, position, wanted, limit, offset)
         return page_as_of(call, "incidents", found, (limit, offset))
     row = await call.read(
-        lambda connection: incidents.page(
+        lambda connection: incidents.select_incidents(
             connection, call.tenant_id, status=status, severity=severity, limit=limit, offset=offset
         )
     )
     return list_response(call, "incidents", row, (limit, offset))
 
 
-async def active(call: Call) -> web.Response:
+async def active(call: RequestContext) -> web.Response:
     """`GET /incidents/active`."""
-    if (seq := await call.as_of()) is not None:
-        found = await call.parts.moments.incidents(call.tenant_id, seq, lambda view: view.status != "resolved", None, 0)
+    if (position := await call.as_of()) is not None:
+        found = await call.parts.as_of_queries.incidents(
+            call.tenant_id, position, lambda view: view.status != "resolved", None, 0
+        )
         return page_as_of(call, "incidents", found)
     return list_response(
-        call, "incidents", await call.read(lambda connection: incidents.active(connection, call.tenant_id))
+        call,
+        "incidents",
+        await call.read(lambda connection: incidents.select_active_incidents(connection, call.tenant_id)),
     )
 
 
-async def one(call: Call) -> web.Response:
+async def one(call: RequestContext) -> web.Response:
     """`GET /incidents/:id`."""
     incident_id = call.id()
-    if (seq := await call.as_of()) is not None:
-        return one_as_of(await call.parts.moments.incident(call.tenant_id, incident_id, seq), seq)
-    row = await call.read(lambda connection: incidents.one(connection, call.tenant_id, incident_id))
-    return await one_or_recorded(row, partial(call.parts.moments.recorded_incident, call.tenant_id, incident_id))
+    if (position := await call.as_of()) is not None:
+        return one_as_of(await call.parts.as_of_queries.incident(call.tenant_id, incident_id, position), position)
+    row = await call.read(lambda connection: incidents.select_incident(connection, call.tenant_id, incident_id))
+    return await one_or_recorded(row, partial(call.parts.as_of_queries.recorded_incident, call.tenant_id, incident_id))
 
 
-async def create(call: Call) -> web.Response:
+async def create(call: RequestContext) -> web.Response:
     """`POST /incidents`."""
     body = await call.body(CreateBody)
     occurred_at = commands.happened(body.occurred_at)
@@ -122,7 +126,7 @@ async def create(call: Call) -> web.Response:
         service_ids=body.service_ids or (),
     )
     refs = None
-    executed = await commands.repeated(call, incident.DECIDER)
+    executed = await commands.find_replay(call, incident.DECIDER)
     if executed is None:
         incident.decide(None, command)  # what is wrong with the words is said before services are looked up
         refs = await call.refs(command.service_ids)
@@ -130,11 +134,11 @@ async def create(call: Call) -> web.Response:
     return await commands.answer(call, executed, render, status=201, location="incidents", refs=refs)
 
 
-async def change(call: Call) -> web.Response:
+async def change(call: RequestContext) -> web.Response:
     """`PATCH /incidents/:id`."""
     call.id()
     body = await call.body(ChangeBody)
-    executed = await commands.repeated(call, incident.DECIDER)
+    executed = await commands.find_replay(call, incident.DECIDER)
     if executed is None:
         service_ids: tuple[int, ...] | UnsetType = UNSET
         if body.service_ids is not UNSET:
@@ -154,7 +158,7 @@ async def change(call: Call) -> web.Response:
     return await commands.answer(call, executed, render)
 
 
-async def post_update(call: Call) -> web.Response:
+async def post_update(call: RequestContext) -> web.Response:
     """`POST /incidents/:id/updates`."""
     call.id()
     body = await call.body(UpdateBody)
@@ -164,7 +168,7 @@ async def post_update(call: Call) -> web.Response:
     return await commands.answer(call, executed, render, status=201, location="incidents")
 
 
-async def resolve(call: Call) -> web.Response:
+async def resolve(call: RequestContext) -> web.Response:
     """`POST /incidents/:id/resolve`."""
     call.id()
     body = await call.body(ResolveBody, optional=True)
@@ -173,18 +177,18 @@ async def resolve(call: Call) -> web.Response:
     return await commands.answer(call, executed, render)
 
 
-async def redact(call: Call) -> web.Response:
+async def redact(call: RequestContext) -> web.Response:
     """`POST /incidents/:id/redactions`."""
     call.id()
     body = await call.body(RedactionBody)
 
     def command(history: Sequence[RecordedEvent]) -> IncidentCommand:
-        return RedactIncident(erasure=erasure(history, incident.WORDS, body), reason=body.reason)
+        return RedactIncident(erasure=erasure(history, incident.REDACTABLE_FIELDS, body), reason=body.reason)
 
     executed = await commands.execute(call, incident.DECIDER, command)
     return await commands.answer(call, executed, render, status=201, location="incidents")
 
 
-async def history(call: Call) -> web.Response:
+async def history(call: RequestContext) -> web.Response:
     """`GET /incidents/:id/events`."""
     return await stream_history(call, incident.KIND)

@@ -7,14 +7,14 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from opsentry.api.answers import add_digest, add_links, object_response
+from opsentry.api.context import Id, RequestContext
 from opsentry.api.errors import BadRequest, NotFound
-from opsentry.api.http import Call, Id
+from opsentry.api.responses import add_digest, add_links, object_response
 from opsentry.domain.events import EVENT_TYPES
-from opsentry.domain.redaction import Erasure, plan
-from opsentry.events import export, ledger
+from opsentry.domain.redaction import RedactionPlan, plan
+from opsentry.events import audit, export
+from opsentry.events.audit import Entry
 from opsentry.events.codec import RecordedEvent, written
-from opsentry.events.ledger import Entry
 
 _log = structlog.get_logger()
 
@@ -34,12 +34,12 @@ class RedactionBody(msgspec.Struct):
     events: tuple[Id, ...] = ()
 
 
-def erasure(history: Sequence[RecordedEvent], own: Sequence[str], body: RedactionBody) -> Erasure:
+def erasure(history: Sequence[RecordedEvent], own: Sequence[str], body: RedactionBody) -> RedactionPlan:
     """Return what `body` asks to erase of a stream; raises as `redaction.plan`."""
     return plan(written(history), own, body.fields, body.events)
 
 
-async def stream_history(call: Call, kind: str) -> web.Response:
+async def stream_history(call: RequestContext, kind: str) -> web.Response:
     """Answer with the events of the stream that the path names.
 
     Raises:
@@ -48,45 +48,47 @@ async def stream_history(call: Call, kind: str) -> web.Response:
     stream_id, after, limit = call.id(), call.number("after", 0), _limit(call)
     head = await call.head()
     async with call.parts.database.connection() as connection:
-        entries, more = await ledger.stream_page(connection, call.tenant_id, kind, stream_id, after=after, limit=limit)
+        entries, more = await audit.read_stream_page(
+            connection, call.tenant_id, kind, stream_id, after=after, limit=limit
+        )
         found = entries
         if not found:  # past the end of it, or is there none?
-            found, _ = await ledger.stream_page(connection, call.tenant_id, kind, stream_id, after=0, limit=1)
+            found, _ = await audit.read_stream_page(connection, call.tenant_id, kind, stream_id, after=0, limit=1)
     if not found:
         raise NotFound
-    return _page(call, entries, more, after, limit, head.seq)
+    return _page(call, entries, more, after, limit, head.position)
 
 
-async def page(call: Call) -> web.Response:
+async def page(call: RequestContext) -> web.Response:
     """`GET /events`."""
     after, limit = call.number("after", 0), _limit(call)
     type_ = call.choice("type", sorted(EVENT_TYPES))
     head = await call.head()
     async with call.parts.database.connection() as connection:
-        entries, more = await ledger.page(connection, call.tenant_id, after=after, limit=limit, type_=type_)
-    return _page(call, entries, more, after, limit, head.seq)
+        entries, more = await audit.read_ledger_page(connection, call.tenant_id, after=after, limit=limit, type_=type_)
+    return _page(call, entries, more, after, limit, head.position)
 
 
-async def head(call: Call) -> web.Response:
+async def head(call: RequestContext) -> web.Response:
     """`GET /events/head`."""
     found = await call.head()
     response = add_digest(object_response(msgspec.json.encode(found)))
-    response.headers["Opsentry-Seq"] = str(found.seq)
+    response.headers["Opsentry-Position"] = str(found.position)
     return response
 
 
-async def export_lines(call: Call) -> web.StreamResponse:
+async def export_lines(call: RequestContext) -> web.StreamResponse:
     """`GET /events/export`: the ledger as lines of JSON, read and sent some at a time."""
-    first = call.number("from_seq", 1, lowest=1)
-    ends = (await call.head()).seq
-    last = min(call.number("to_seq", ends), ends)
+    first = call.number("from_position", 1, lowest=1)
+    ends = (await call.head()).position
+    last = min(call.number("to_position", ends), ends)
     if first > last + 1:
-        raise BadRequest(f"from_seq: the export ends at position {last}")
+        raise BadRequest(f"from_position: the export ends at position {last}")
     headers = {
         **call.headers,
         "Content-Type": "application/x-ndjson",
         "Content-Disposition": f'attachment; filename="ledger-{call.tenant_id}-{first}-{last}.ndjson"',
-        "Opsentry-Seq": str(last),
+        "Opsentry-Position": str(last),
         "Vary": "Accept-Encoding",
     }
     if call.request.method == "HEAD":
@@ -114,14 +116,16 @@ async def export_lines(call: Call) -> web.StreamResponse:
     return response
 
 
-def _limit(call: Call) -> int:
+def _limit(call: RequestContext) -> int:
     return min(call.number("limit", DEFAULT_LIMIT, lowest=1), MAX_LIMIT)
 
 
-def _page(call: Call, entries: Sequence[Entry], more: int | None, after: int, limit: int, head: int) -> web.Response:
+def _page(
+    call: RequestContext, entries: Sequence[Entry], more: int | None, after: int, limit: int, head: int
+) -> web.Response:
     answer = {"events": entries, "after": after, "limit": limit, "next": more}
     response = add_digest(object_response(msgspec.json.encode(answer)))
     if more is not None:
         add_links(call, response, {"next": {"after": more}})
-    response.headers["Opsentry-Seq"] = str(head)
+    response.headers["Opsentry-Position"] = str(head)
     return response

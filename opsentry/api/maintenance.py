@@ -8,10 +8,10 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from opsentry.api import commands
-from opsentry.api.answers import list_response, one_as_of, one_or_recorded, page_as_of
+from opsentry.api.context import Id, Moment, RequestContext, utc
 from opsentry.api.errors import NotFound
-from opsentry.api.http import Call, Id, Moment, utc
 from opsentry.api.ledger import RedactionBody, erasure, stream_history
+from opsentry.api.responses import list_response, one_as_of, one_or_recorded, page_as_of
 from opsentry.domain import maintenance
 from opsentry.domain.decider import set_fields
 from opsentry.domain.maintenance import (
@@ -65,40 +65,40 @@ class ChangeBody(msgspec.Struct):
     auto_complete: bool | UnsetType = UNSET
 
 
-async def listing(call: Call) -> web.Response:
+async def listing(call: RequestContext) -> web.Response:
     """`GET /maintenance`."""
     status = call.choice("status", STATUSES)
     limit, offset = call.page(default=50)
-    if (seq := await call.as_of()) is not None:
+    if (position := await call.as_of()) is not None:
 
         def wanted(view: MaintenanceView) -> bool:
             return status in {None, view.status}
 
-        found = await call.parts.moments.windows(call.tenant_id, seq, wanted, limit, offset)
+        found = await call.parts.as_of_queries.windows(call.tenant_id, position, wanted, limit, offset)
         return page_as_of(call, "maintenance", found, (limit, offset))
     row = await call.read(
-        lambda connection: windows.page(connection, call.tenant_id, status=status, limit=limit, offset=offset)
+        lambda connection: windows.select_windows(connection, call.tenant_id, status=status, limit=limit, offset=offset)
     )
     return list_response(call, "maintenance", row, (limit, offset))
 
 
-async def upcoming(call: Call) -> web.Response:
+async def upcoming(call: RequestContext) -> web.Response:
     """`GET /maintenance/upcoming`."""
     call.refuse("as_of")
-    row = await call.read(lambda connection: windows.upcoming(connection, call.tenant_id))
+    row = await call.read(lambda connection: windows.select_upcoming_windows(connection, call.tenant_id))
     return list_response(call, "maintenance", row, timeless=False)
 
 
-async def one(call: Call) -> web.Response:
+async def one(call: RequestContext) -> web.Response:
     """`GET /maintenance/:id`."""
     maintenance_id = call.id()
-    if (seq := await call.as_of()) is not None:
-        return one_as_of(await call.parts.moments.maintenance(call.tenant_id, maintenance_id, seq), seq)
-    row = await call.read(lambda connection: windows.one(connection, call.tenant_id, maintenance_id))
-    return await one_or_recorded(row, partial(call.parts.moments.maintenance, call.tenant_id, maintenance_id))
+    if (position := await call.as_of()) is not None:
+        return one_as_of(await call.parts.as_of_queries.maintenance(call.tenant_id, maintenance_id, position), position)
+    row = await call.read(lambda connection: windows.select_window(connection, call.tenant_id, maintenance_id))
+    return await one_or_recorded(row, partial(call.parts.as_of_queries.maintenance, call.tenant_id, maintenance_id))
 
 
-async def create(call: Call) -> web.Response:
+async def create(call: RequestContext) -> web.Response:
     """`POST /maintenance`."""
     body = await call.body(CreateBody)
     command = ScheduleMaintenance(
@@ -114,7 +114,7 @@ async def create(call: Call) -> web.Response:
         auto_complete=body.auto_complete,
     )
     refs = None
-    executed = await commands.repeated(call, maintenance.DECIDER)
+    executed = await commands.find_replay(call, maintenance.DECIDER)
     if executed is None:
         maintenance.decide(None, command)  # what is wrong with the words is said before services are looked up
         refs = await call.refs(command.service_ids)
@@ -122,11 +122,11 @@ async def create(call: Call) -> web.Response:
     return await commands.answer(call, executed, windows.render, status=201, location="maintenance", refs=refs)
 
 
-async def change(call: Call) -> web.Response:
+async def change(call: RequestContext) -> web.Response:
     """`PATCH /maintenance/:id`."""
     call.id()
     body = await call.body(ChangeBody)
-    executed = await commands.repeated(call, maintenance.DECIDER)
+    executed = await commands.find_replay(call, maintenance.DECIDER)
     if executed is None:
         wanted = set_fields(body)
         for name in {"scheduled_start", "scheduled_end"} & wanted.keys():
@@ -138,7 +138,7 @@ async def change(call: Call) -> web.Response:
     return await commands.answer(call, executed, windows.render)
 
 
-async def act(call: Call) -> web.Response:
+async def act(call: RequestContext) -> web.Response:
     """`POST /maintenance/:id/:action`."""
     command = ACTIONS.get(call.request.match_info["action"])
     if command is None:
@@ -147,18 +147,18 @@ async def act(call: Call) -> web.Response:
     return await commands.answer(call, executed, windows.render)
 
 
-async def redact(call: Call) -> web.Response:
+async def redact(call: RequestContext) -> web.Response:
     """`POST /maintenance/:id/redactions`."""
     call.id()
     body = await call.body(RedactionBody)
 
     def command(history: Sequence[RecordedEvent]) -> MaintenanceCommand:
-        return RedactMaintenance(erasure=erasure(history, maintenance.WORDS, body), reason=body.reason)
+        return RedactMaintenance(erasure=erasure(history, maintenance.REDACTABLE_FIELDS, body), reason=body.reason)
 
     executed = await commands.execute(call, maintenance.DECIDER, command)
     return await commands.answer(call, executed, windows.render, status=201, location="maintenance")
 
 
-async def history(call: Call) -> web.Response:
+async def history(call: RequestContext) -> web.Response:
     """`GET /maintenance/:id/events`."""
     return await stream_history(call, maintenance.KIND)

@@ -2,27 +2,27 @@
 
 from aiohttp import web
 
-from opsentry.api.answers import (
+from opsentry.api.context import RequestContext
+from opsentry.api.responses import (
     add_digest,
     list_response,
     one_as_of,
     one_response,
     page_as_of,
 )
-from opsentry.api.http import Call
 from opsentry.domain.service import STATUSES, VISIBILITIES
 from opsentry.projections import services
-from opsentry.projections.moments import One
+from opsentry.projections.as_of import One
 from opsentry.projections.services import ServiceView
 
 
-async def listing(call: Call) -> web.Response:
+async def listing(call: RequestContext) -> web.Response:
     """`GET /services`."""
     status = call.choice("status", STATUSES)
     visibility = call.choice("visibility", VISIBILITIES)
     search = call.text("search")
     limit, offset = call.page(default=100)
-    if (seq := await call.as_of()) is not None:
+    if (position := await call.as_of()) is not None:
         sought = (search or "").lower()
 
         def wanted(view: ServiceView) -> bool:
@@ -32,10 +32,10 @@ async def listing(call: Call) -> web.Response:
                 and (sought in view.name.lower() or sought in view.slug)
             )
 
-        found = await call.parts.moments.services(call.tenant_id, seq, wanted, limit, offset)
+        found = await call.parts.as_of_queries.services(call.tenant_id, position, wanted, limit, offset)
         return page_as_of(call, "services", found, (limit, offset))
     row = await call.read(
-        lambda connection: services.page(
+        lambda connection: services.select_services(
             connection,
             call.tenant_id,
             status=status,
@@ -48,10 +48,14 @@ async def listing(call: Call) -> web.Response:
     return list_response(call, "services", row, (limit, offset))
 
 
-async def one(call: Call) -> web.Response:
+async def one(call: RequestContext) -> web.Response:
     """`GET /services/:id`."""
     service_id = call.id()
-    if (seq := await call.as_of()) is not None:
-        found = await call.parts.moments.services(call.tenant_id, seq, lambda view: view.id == service_id, 1, 0)
-        return add_digest(one_as_of(One(found["items"], None) if found["total"] else None, seq))
-    return one_response(await call.read(lambda connection: services.one(connection, call.tenant_id, service_id)))
+    if (position := await call.as_of()) is not None:
+        found = await call.parts.as_of_queries.services(
+            call.tenant_id, position, lambda view: view.id == service_id, 1, 0
+        )
+        return add_digest(one_as_of(One(found["items"], None) if found["total"] else None, position))
+    return one_response(
+        await call.read(lambda connection: services.select_service(connection, call.tenant_id, service_id))
+    )

@@ -1,6 +1,6 @@
 """`/subscriptions…`: who is told of what, over which channel.
 
-A secret leaves the house once, in the answer to the command that made it; kept it is sealed alone.
+A secret leaves the house once, in the answer to the command that made it; kept it is encrypted_secret alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from opsentry.api import commands
-from opsentry.api.answers import list_response, one_response
+from opsentry.api.context import Id, RequestContext, name_choices
 from opsentry.api.errors import BadRequest, NotFound
-from opsentry.api.http import Call, Id, name_choices
+from opsentry.api.responses import list_response, one_response
 from opsentry.domain import subscription
-from opsentry.domain.decider import REDACTED, InvalidField, TransitionRefused
+from opsentry.domain.decider import REDACTED, IllegalTransition, InvalidField
 from opsentry.domain.incident import SEVERITIES
-from opsentry.domain.redaction import worded
+from opsentry.domain.redaction import erasable_versions
 from opsentry.domain.subscription import (
     AUDIENCES,
     STATUSES,
@@ -35,17 +35,17 @@ from opsentry.domain.subscription import (
     SubscriptionSecretRotated,
 )
 from opsentry.events.codec import RecordedEvent, written
-from opsentry.events.execute import Executed
-from opsentry.notifications import deliveries
+from opsentry.events.command_handler import CommandResult
+from opsentry.infrastructure.encryption import DecryptionFailed
+from opsentry.infrastructure.postgres import DatabaseUnavailable
 from opsentry.notifications.channel import BadTarget, Channel
-from opsentry.notifications.sealing import CannotOpen
-from opsentry.notifications.signing import new_secret
-from opsentry.postgres import DatabaseUnavailable
+from opsentry.notifications.delivery import history
+from opsentry.notifications.messages.signing import new_secret
 from opsentry.projections import subscriptions
 
 MAX_OVERLAP_HOURS = 168
 
-name_choices({"audience": AUDIENCES, "lowest_severity": SEVERITIES})
+name_choices({"audience": AUDIENCES, "min_severity": SEVERITIES})
 
 
 class CreateBody(msgspec.Struct):
@@ -57,7 +57,7 @@ class CreateBody(msgspec.Struct):
     incidents: bool = True
     maintenance: bool = True
     service_ids: tuple[Id, ...] = ()
-    lowest_severity: str = "informational"
+    min_severity: str = "informational"
 
 
 class ChangeBody(msgspec.Struct):
@@ -68,7 +68,7 @@ class ChangeBody(msgspec.Struct):
     incidents: bool | UnsetType = UNSET
     maintenance: bool | UnsetType = UNSET
     service_ids: tuple[Id, ...] | UnsetType = UNSET
-    lowest_severity: str | UnsetType = UNSET
+    min_severity: str | UnsetType = UNSET
     enabled: bool | UnsetType = UNSET
 
 
@@ -78,54 +78,56 @@ class RotateBody(msgspec.Struct):
     overlap_hours: int = 24
 
 
-async def listing(call: Call) -> web.Response:
+async def listing(call: RequestContext) -> web.Response:
     """`GET /subscriptions`."""
     call.refuse("as_of")
     channel = call.choice("channel", sorted(call.parts.channels))
     status = call.choice("status", [status for status in STATUSES if status != "removed"])
     limit, offset = call.page(default=50)
     row = await call.read(
-        lambda connection: subscriptions.page(
+        lambda connection: subscriptions.select_subscriptions(
             connection, call.tenant_id, channel=channel, status=status, limit=limit, offset=offset
         )
     )
     return list_response(call, "subscriptions", row, (limit, offset))
 
 
-async def one(call: Call) -> web.Response:
+async def one(call: RequestContext) -> web.Response:
     """`GET /subscriptions/:id`."""
     number = call.id()
     call.refuse("as_of")
-    return one_response(await call.read(lambda connection: subscriptions.one(connection, call.tenant_id, number)))
+    return one_response(
+        await call.read(lambda connection: subscriptions.select_subscription(connection, call.tenant_id, number))
+    )
 
 
-async def create(call: Call) -> web.Response:
+async def create(call: RequestContext) -> web.Response:
     """`POST /subscriptions`."""
     body = await call.body(CreateBody)
-    executed = await commands.repeated(call, subscription.DECIDER)
+    executed = await commands.find_replay(call, subscription.DECIDER)
     if executed is None:
         command = CreateSubscription(**msgspec.structs.asdict(body))
         channel = _channel(call, command.channel)
         subscription.decide(None, command)  # what is wrong with the words is said before anything is looked up
         whole = _checked(channel, command.target)
         await call.refs(command.service_ids)
-        sealed = _sealed(call, channel, whole)
-        if sealed is None and channel.signs:
-            sealed = call.parts.sealing.seal(new_secret())
-        command = msgspec.structs.replace(command, target=_shown(channel, whole), sealed=sealed)
+        encrypted_secret = _sealed(call, channel, whole)
+        if encrypted_secret is None and channel.signs:
+            encrypted_secret = call.parts.sealing.seal(new_secret())
+        command = msgspec.structs.replace(command, target=_shown(channel, whole), encrypted_secret=encrypted_secret)
         executed = await commands.create(call, subscription.DECIDER, command)
     answer = subscriptions.render(executed.history)
     made = cast("SubscriptionCreated", executed.history[0].event)
-    if made.sealed is not None and _signs(call, made.channel):
-        answer = _with(answer, secret=_opened(call, made.sealed))
+    if made.encrypted_secret is not None and _signs(call, made.channel):
+        answer = _with(answer, secret=_opened(call, made.encrypted_secret))
     return await commands.answer_alone(call, executed, answer, status=201, location="subscriptions")
 
 
-async def change(call: Call) -> web.Response:
+async def change(call: RequestContext) -> web.Response:
     """`PATCH /subscriptions/:id`."""
     call.id()
     body = await call.body(ChangeBody)
-    executed = await commands.repeated(call, subscription.DECIDER)
+    executed = await commands.find_replay(call, subscription.DECIDER)
     if executed is None:
         if body.service_ids is not UNSET:
             await call.refs(body.service_ids)
@@ -134,11 +136,11 @@ async def change(call: Call) -> web.Response:
             # Only how soon it is tried hangs on this, so the change stands without it.
             with suppress(DatabaseUnavailable):
                 async with call.parts.database.transaction() as connection:
-                    await deliveries.anew(connection, call.tenant_id, executed.stream_id)
+                    await history.reset_endpoint(connection, call.tenant_id, executed.stream_id)
     return await commands.answer_alone(call, executed, subscriptions.render(executed.history))
 
 
-async def remove(call: Call) -> web.Response:
+async def remove(call: RequestContext) -> web.Response:
     """`DELETE /subscriptions/:id`: whom it was for is forgotten."""
     executed = await _execute(call, lambda _, history: removal(history))
     return await commands.answer_alone(call, executed, b"", status=204)
@@ -146,16 +148,16 @@ async def remove(call: Call) -> web.Response:
 
 def removal(history: Sequence[RecordedEvent], *, unsubscribed: bool = False) -> RemoveSubscription:
     """Return the command that removes the subscription with these events, and with it their words."""
-    return RemoveSubscription(unsubscribed=unsubscribed, versions=worded(written(history)))
+    return RemoveSubscription(unsubscribed=unsubscribed, versions=erasable_versions(written(history)))
 
 
-async def test(call: Call) -> web.Response:
+async def test(call: RequestContext) -> web.Response:
     """`POST /subscriptions/:id/test`."""
     executed = await _execute(call, lambda _state, _history: RequestTest())
     return await commands.answer_alone(call, executed, subscriptions.render(executed.history), status=202)
 
 
-async def rotate_secret(call: Call) -> web.Response:
+async def rotate_secret(call: RequestContext) -> web.Response:
     """`POST /subscriptions/:id/rotate-secret`."""
     call.id()
     body = await call.body(RotateBody, optional=True)
@@ -164,23 +166,25 @@ async def rotate_secret(call: Call) -> web.Response:
 
     def command(state: Subscription, _: Sequence[RecordedEvent]) -> SubscriptionCommand:
         if not _signs(call, state.channel):
-            raise TransitionRefused(f"messages to {state.channel} are not signed")
-        sealed = call.parts.sealing.seal(new_secret())
-        return RotateSecret(sealed=sealed, previous_until=datetime.now(UTC) + timedelta(hours=body.overlap_hours))
+            raise IllegalTransition(f"messages to {state.channel} are not signed")
+        encrypted_secret = call.parts.sealing.seal(new_secret())
+        return RotateSecret(
+            encrypted_secret=encrypted_secret, previous_until=datetime.now(UTC) + timedelta(hours=body.overlap_hours)
+        )
 
     executed = await _execute(call, command)
     rotated = cast("SubscriptionSecretRotated", executed.history[-1].event)
     answer = _with(
         subscriptions.render(executed.history),
-        secret=_opened(call, rotated.sealed),
+        secret=_opened(call, rotated.encrypted_secret),
         previous_valid_until=executed.state.previous_until,
     )
     return await commands.answer_alone(call, executed, answer)
 
 
 async def _execute(
-    call: Call, command: Callable[[Subscription, Sequence[RecordedEvent]], SubscriptionCommand]
-) -> Executed[Subscription]:
+    call: RequestContext, command: Callable[[Subscription, Sequence[RecordedEvent]], SubscriptionCommand]
+) -> CommandResult[Subscription]:
     """Change a subscription as `command` says of its state and its events.
 
     Raises as `commands.execute`, and:
@@ -196,7 +200,7 @@ async def _execute(
     return await commands.execute(call, subscription.DECIDER, build)
 
 
-def _change(call: Call, state: Subscription, body: ChangeBody) -> ChangeSubscription:
+def _change(call: RequestContext, state: Subscription, body: ChangeBody) -> ChangeSubscription:
     command = ChangeSubscription(**msgspec.structs.asdict(body))
     # What is shown of a target stands for the target itself: so an answer may be sent back as it came.
     if command.target is UNSET or command.target == state.target:
@@ -208,21 +212,23 @@ def _change(call: Call, state: Subscription, body: ChangeBody) -> ChangeSubscrip
         return msgspec.structs.replace(command, target=whole)
     if whole == _hidden(call, state):
         return msgspec.structs.replace(command, target=UNSET)
-    sealed = _sealed(call, channel, whole)
-    return msgspec.structs.replace(command, target=_shown(channel, whole), sealed=UNSET if sealed is None else sealed)
+    encrypted_secret = _sealed(call, channel, whole)
+    return msgspec.structs.replace(
+        command, target=_shown(channel, whole), encrypted_secret=UNSET if encrypted_secret is None else encrypted_secret
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- targets, secrets
 
 
-def _channel(call: Call, name: str) -> Channel:
+def _channel(call: RequestContext, name: str) -> Channel:
     channel = call.parts.channels.get(name)
     if channel is None:
         raise BadRequest(f"channel: must be one of {', '.join(sorted(call.parts.channels))}")
     return channel
 
 
-def _signs(call: Call, name: str) -> bool:
+def _signs(call: RequestContext, name: str) -> bool:
     channel = call.parts.channels.get(name)
     return channel is not None and channel.signs
 
@@ -238,22 +244,22 @@ def _shown(channel: Channel, whole: str) -> str:
     return channel.shown(whole) if channel.hides else whole
 
 
-def _sealed(call: Call, channel: Channel, whole: str) -> str | None:
-    """Return the target sealed, where it is a secret."""
+def _sealed(call: RequestContext, channel: Channel, whole: str) -> str | None:
+    """Return the target encrypted_secret, where it is a secret."""
     return call.parts.sealing.seal(whole) if channel.hides else None
 
 
-def _hidden(call: Call, state: Subscription) -> str | None:
+def _hidden(call: RequestContext, state: Subscription) -> str | None:
     """Return the whole target of a channel that hides it; `None` where it can be read no more: then it is replaced."""
     try:
-        return None if state.sealed is None else call.parts.sealing.open(state.sealed)
-    except CannotOpen:
+        return None if state.encrypted_secret is None else call.parts.sealing.open(state.encrypted_secret)
+    except DecryptionFailed:
         return None
 
 
-def _opened(call: Call, sealed: str) -> str:
-    """Return the secret of an event, which is the same however often its command is sent; raises `CannotOpen`."""
-    return sealed if sealed == REDACTED else call.parts.sealing.open(sealed)
+def _opened(call: RequestContext, encrypted_secret: str) -> str:
+    """Return the secret of an event, which is the same however often its command is sent; raises `DecryptionFailed`."""
+    return encrypted_secret if encrypted_secret == REDACTED else call.parts.sealing.open(encrypted_secret)
 
 
 def _with(answer: bytes, **more: object) -> bytes:

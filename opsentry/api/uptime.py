@@ -8,12 +8,12 @@ import asyncpg
 import msgspec
 from aiohttp import web
 
-from opsentry.api.answers import add_digest, object_response, with_position
 from opsentry.api.commands import CLOCK_SKEW
+from opsentry.api.context import RequestContext
 from opsentry.api.errors import BadRequest, NotFound
-from opsentry.api.http import Call
+from opsentry.api.responses import add_digest, object_response, with_position
 from opsentry.domain.incident import KIND, SEVERITIES
-from opsentry.domain.status import Reckoning, Share, by_day, percentage, reckon
+from opsentry.domain.uptime import PeriodShare, UptimeResult, compute_daily_uptime, compute_uptime, percentage
 from opsentry.projections import impact
 from opsentry.projections.impact import Touched
 
@@ -28,7 +28,7 @@ MAX_PERIODS = 20_000
 _DAY = timedelta(days=1)
 
 
-async def one(call: Call) -> web.Response:
+async def one(call: RequestContext) -> web.Response:
     """`GET /services/:id/uptime`: of trailing windows, or of the one that is asked for."""
     service_id = call.id()
     call.refuse("as_of")
@@ -43,19 +43,19 @@ async def one(call: Call) -> web.Response:
         answer |= _trailing([service], now)
     else:
         begin, stop = _bounds(start, end, now)
-        found = reckon(service.periods, max(service.since, begin), stop)
+        found = compute_uptime(service.periods, max(service.since, begin), stop)
         answer |= {"from": begin, "to": stop, **_totals(found)}
         if explain:
             answer |= {
-                "excluded_seconds": found.cut / 1e6,
+                "excluded_seconds": found.excluded_time / 1e6,
                 "service_since": service.since,
-                "position": row["shown"],
+                "position": row["projected_position"],
                 "periods": [_explained(share, now) for share in found.shares],
             }
     return _answer(answer, row)
 
 
-async def everything(call: Call) -> web.Response:
+async def everything(call: RequestContext) -> web.Response:
     """`GET /uptime`: of each service, and of all together, each weighing as long as it was observed."""
     call.refuse("as_of", "explain")
     start, end = _window(call)
@@ -64,13 +64,13 @@ async def everything(call: Call) -> web.Response:
         services = [{"service": service.ref, **_trailing([service], row["now"])} for service in touched]
         return _answer({**_trailing(touched, row["now"]), "services": services}, row)
     begin, stop = _bounds(start, end, row["now"])
-    found = [(service, reckon(service.periods, max(service.since, begin), stop)) for service in touched]
-    services = [{"service": service.ref, **_totals(reckoning)} for service, reckoning in found]
-    together = _sum(reckoning for _, reckoning in found)
+    found = [(service, compute_uptime(service.periods, max(service.since, begin), stop)) for service in touched]
+    services = [{"service": service.ref, **_totals(result)} for service, result in found]
+    together = _sum(result for _, result in found)
     return _answer({"from": begin, "to": stop, **_totals(together), "services": services}, row)
 
 
-async def daily(call: Call) -> web.Response:
+async def daily(call: RequestContext) -> web.Response:
     """`GET /services/:id/uptime/daily`: of each day in UTC, the oldest first, today as far as it has come last."""
     service_id = call.id()
     call.refuse("as_of", "from", "to", "explain")
@@ -86,21 +86,21 @@ async def daily(call: Call) -> web.Response:
     bars = [
         # Before the service there was nothing to observe: no bar, not a green one.
         {"date": day, **_totals(found), "worst": _worst(found)}
-        for day, found in by_day(service.periods, service.since, now, days)
+        for day, found in compute_daily_uptime(service.periods, service.since, now, days)
     ]
     return _answer({"service_id": service_id, "days": bars}, row)
 
 
 async def _touched(
-    call: Call, service_id: int | None, start: datetime | None, end: datetime | None, days: int | None = None
+    call: RequestContext, service_id: int | None, start: datetime | None, end: datetime | None, days: int | None = None
 ) -> tuple[Sequence[Touched], asyncpg.Record]:
-    """Return what touched one service or all, and the row that tells it; see `impact.between`.
+    """Return what touched one service or all, and the row that tells it; see `impact.select_service_impacts`.
 
     Raises:
         BadRequest: It is more than can be reckoned at once.
     """
     row = await call.read(
-        lambda connection: impact.between(
+        lambda connection: impact.select_service_impacts(
             connection, call.tenant_id, service_id, start, end, days or LONGEST, MAX_PERIODS + 1
         )
     )
@@ -113,7 +113,7 @@ def _check(field: str, periods: int) -> None:
         raise BadRequest(f"{field}: takes in more than {MAX_PERIODS} periods, ask for a shorter time")
 
 
-def _window(call: Call) -> tuple[datetime | None, datetime | None]:
+def _window(call: RequestContext) -> tuple[datetime | None, datetime | None]:
     start, end = call.moment("from"), call.moment("to")
     if start is not None and end is not None and start >= end:
         raise BadRequest("to: must be after from")
@@ -141,27 +141,29 @@ def _bounds(start: datetime | None, end: datetime | None, now: datetime) -> tupl
 
 def _trailing(touched: Sequence[Touched], now: datetime) -> dict[str, float]:
     return {
-        name: _sum(reckon(s.periods, max(s.since, now - length), now) for s in touched).uptime
+        name: _sum(compute_uptime(s.periods, max(s.since, now - length), now) for s in touched).uptime
         for name, length in TRAILING.items()
     }
 
 
-def _sum(reckonings: Iterable[Reckoning]) -> Reckoning:
-    """Return the mean of services, weighted by the time that each was observed, as one reckoning."""
-    found = list(reckonings)
-    return Reckoning(sum(r.observed for r in found), sum(r.lost for r in found), sum(r.cut for r in found), ())
+def _sum(results: Iterable[UptimeResult]) -> UptimeResult:
+    """Return the mean of services, weighted by the time that each was observed, as one result."""
+    found = list(results)
+    return UptimeResult(
+        sum(r.observed for r in found), sum(r.downtime for r in found), sum(r.excluded_time for r in found), ()
+    )
 
 
-def _totals(found: Reckoning) -> dict[str, Any]:
+def _totals(found: UptimeResult) -> dict[str, Any]:
     """Return the percentage with the denominator and what was lost of it, in seconds."""
     return {
-        "uptime": percentage(found.observed, found.lost) if found.observed else None,
+        "uptime": percentage(found.observed, found.downtime) if found.observed else None,
         "observed_seconds": found.observed / 1e6,
-        "downtime_seconds": found.lost / 1e7,
+        "downtime_seconds": found.downtime / 1e7,
     }
 
 
-def _explained(share: Share, now: datetime) -> dict[str, Any]:
+def _explained(share: PeriodShare, now: datetime) -> dict[str, Any]:
     period = share.period
     return {
         "source": {"kind": period.kind, "id": period.source_id},
@@ -172,13 +174,13 @@ def _explained(share: Share, now: datetime) -> dict[str, Any]:
         "excluded": period.excluded,
         "weight": share.weight,
         "seconds": share.inside / 1e6,
-        "cut_seconds": 0.0 if period.excluded else share.cut / 1e6,
-        "counted_seconds": share.counted / 1e6,
-        "downtime_seconds": share.lost / 1e7,
+        "excluded_seconds": 0.0 if period.excluded else share.excluded_time / 1e6,
+        "effective_seconds": share.effective / 1e6,
+        "downtime_seconds": share.downtime / 1e7,
     }
 
 
-def _worst(found: Reckoning) -> str | None:
+def _worst(found: UptimeResult) -> str | None:
     levels = [share.period.level for share in found.shares if share.period.kind == KIND]
     return SEVERITIES[max(levels)] if levels else None
 

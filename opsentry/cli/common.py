@@ -17,21 +17,21 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from opsentry.access import tenants, tokens
-from opsentry.access.tenants import NoSuchTenant, SlugTaken
-from opsentry.access.tokens import NoSuchToken
-from opsentry.config import BadConfiguration, Settings
+from opsentry.bootstrap import Core, configure_logging, core
 from opsentry.domain.decider import DomainError, InvalidField
-from opsentry.events import ledger, log
+from opsentry.events import audit, store
+from opsentry.events.appender import TenantBusy
 from opsentry.events.codec import Actor, Meta
-from opsentry.events.execute import ConcurrentChange, NameTaken, NoSuchStream
-from opsentry.events.verify import BadExport
-from opsentry.events.writer import TenantBusy
+from opsentry.events.command_handler import ConcurrencyConflict, NameReserved, StreamNotFound
+from opsentry.events.verification import BadExport
+from opsentry.identity import api_tokens, tenants
+from opsentry.identity.api_tokens import TokenNotFound
+from opsentry.identity.tenants import SlugTaken, TenantNotFound
 from opsentry.importing.statuspage import Malformed
-from opsentry.postgres import Connection, Database, DatabaseUnavailable, MigrationRefused, OutcomeUnknown
-from opsentry.projections.jobs import JobFailed
-from opsentry.projections.runner import NotThereYet
-from opsentry.wiring import Core, configure_logging, core
+from opsentry.infrastructure.postgres import Connection, Database, DatabaseUnavailable, MigrationRefused, OutcomeUnknown
+from opsentry.projections.engine.projector import PositionNotReached
+from opsentry.projections.engine.rebuild_pool import RebuildProcessFailed
+from opsentry.settings import InvalidSettings, Settings
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def settings() -> Settings:
     """Return the settings and set logging up by them; bad ones are wrong use."""
     try:
         found = Settings.from_environment()
-    except BadConfiguration as error:
+    except InvalidSettings as error:
         raise click.UsageError(str(error)) from None
     configure_logging(found.log_level)
     return found
@@ -85,23 +85,23 @@ def explained() -> Iterator[None]:
     except DatabaseUnavailable as error:
         raise click.ClickException(f"{error} (is OPSENTRY_DATABASE_URL right, and the database migrated?)") from None
     except asyncpg.InsufficientPrivilegeError as error:
-        raise click.ClickException(f"database: {error} (OPSENTRY_MIGRATE_DATABASE_URL must be its owner's)") from None
+        raise click.ClickException(f"database: {error} (OPSENTRY_MIGRATION_DATABASE_URL must be its owner's)") from None
     except BrokenPipeError:
         # Whoever read has had enough, as `| head` has; what is still to be flushed goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (
         BadExport,
-        ConcurrentChange,
+        ConcurrencyConflict,
         DomainError,
-        JobFailed,
+        RebuildProcessFailed,
         Malformed,
         MigrationRefused,
-        NameTaken,
-        NoSuchStream,
-        NoSuchTenant,
-        NoSuchToken,
-        NotThereYet,
+        NameReserved,
+        StreamNotFound,
+        TenantNotFound,
+        TokenNotFound,
+        PositionNotReached,
         SlugTaken,
         TenantBusy,
         OSError,
@@ -135,11 +135,11 @@ async def tenant_core(slug: str) -> AsyncIterator[tuple[Core, int]]:
     """Lend the core and the id of a tenant.
 
     Raises:
-        NoSuchTenant: There is none with this slug.
+        TenantNotFound: There is none with this slug.
     """
     async with core(settings()) as parts:
         async with parts.database.connection() as connection:
-            tenant_id: int = (await tenants.find(connection, slug))["tenant_id"]
+            tenant_id: int = (await tenants.find_tenant(connection, slug))["tenant_id"]
         yield parts, tenant_id
 
 
@@ -148,28 +148,28 @@ async def stream_core(kind: str, stream_id: int, slug: str | None) -> AsyncItera
     """Lend the core and the id of the tenant that has this stream, which must be `slug` if that is given.
 
     Raises:
-        NoSuchTenant: There is no such stream, or none of this tenant's.
+        TenantNotFound: There is no such stream, or none of this tenant's.
     """
     async with core(settings()) as parts:
         async with parts.database.connection(PATIENCE) as connection:
             row = await tenants.of_stream(connection, kind, stream_id)
         if slug not in {None, row["slug"]}:
-            raise NoSuchTenant(f"{slug} has no {kind} {stream_id}")
+            raise TenantNotFound(f"{slug} has no {kind} {stream_id}")
         yield parts, row["tenant_id"]
 
 
-async def position(connection: Connection, tenant_id: int, moment: str) -> int:
+async def parse_position(connection: Connection, tenant_id: int, moment: str) -> int:
     """Return the position that `moment` names, itself a position or an RFC 3339 timestamp.
 
     Raises:
         click.UsageError: It is neither, or lies in the future.
     """
-    ends = await log.head(connection, tenant_id)
+    ends = await store.read_head_position(connection, tenant_id)
     if moment.isdecimal():
         if int(moment) > ends:
             raise click.UsageError(f"{moment}: the ledger ends at position {ends}")
         return int(moment)
-    found = await ledger.position_at(connection, tenant_id, time(moment, "a position, or a time"))
+    found = await audit.position_at(connection, tenant_id, time(moment, "a position, or a time"))
     if found is None:
         raise click.UsageError(f"{moment}: lies in the future")
     return found
@@ -204,7 +204,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_outp
 def show_token(value: str, *, json_output: bool) -> None:
     """Print a new token's value, this once."""
     if json_output:
-        show([{"token": value, "prefix": tokens.prefix(value)}], ["token", "prefix"], json_output=True)
+        show([{"token": value, "prefix": api_tokens.prefix(value)}], ["token", "prefix"], json_output=True)
     else:
         click.echo(value)
 

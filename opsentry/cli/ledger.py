@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from opsentry.access import tenants
 from opsentry.cli.common import PATIENCE, as_json, connected, for_tenant, opened, run, settings
 from opsentry.domain.events import EVENT_TYPES
-from opsentry.events import export, ledger
-from opsentry.events.ledger import Entry
-from opsentry.events.verify import Anchor, Verdict, verify_export
-from opsentry.events.verify import verify as verify_ledgers
-from opsentry.postgres import Connection
+from opsentry.events import audit, export
+from opsentry.events.audit import Entry
+from opsentry.events.verification import Anchor, Verdict, verify_export
+from opsentry.events.verification import verify as verify_ledgers
+from opsentry.identity import tenants
+from opsentry.infrastructure.postgres import Connection
 
 _BATCH = 1000
 _FOLLOW_SECONDS = 0.5
@@ -48,8 +48,8 @@ def tail(slug: str, count: int, type_: str | None, *, follow: bool, json_output:
     async def work() -> None:
         async with opened(settings()) as database:
             async with database.connection(PATIENCE) as connection:
-                tenant_id = (await tenants.find(connection, slug))["tenant_id"]
-                last = (await ledger.head(connection, tenant_id)).seq
+                tenant_id = (await tenants.find_tenant(connection, slug))["tenant_id"]
+                last = (await audit.read_ledger_head(connection, tenant_id)).position
                 entries = await _last(connection, tenant_id, last, count, type_)
             _print(entries, json_output=json_output)
             more: int | None = None
@@ -57,8 +57,10 @@ def tail(slug: str, count: int, type_: str | None, *, follow: bool, json_output:
                 if more is None:
                     await asyncio.sleep(_FOLLOW_SECONDS)
                 async with database.connection(PATIENCE) as connection:
-                    entries, more = await ledger.page(connection, tenant_id, after=last, limit=_BATCH, type_=type_)
-                last = more or max([last, *(entry.seq for entry in entries)])
+                    entries, more = await audit.read_ledger_page(
+                        connection, tenant_id, after=last, limit=_BATCH, type_=type_
+                    )
+                last = more or max([last, *(entry.position for entry in entries)])
                 _print(entries, json_output=json_output)
 
     run(work())
@@ -71,7 +73,7 @@ async def _last(connection: Connection, tenant_id: int, last: int, count: int, t
         after, found = max(0, last - span), []
         more: int | None = after
         while more is not None and more < last:
-            entries, more = await ledger.page(connection, tenant_id, after=more, limit=_BATCH, type_=type_)
+            entries, more = await audit.read_ledger_page(connection, tenant_id, after=more, limit=_BATCH, type_=type_)
             found += entries
         if after == 0 or len(found) >= count:
             return found[-count:] if count else []
@@ -88,36 +90,37 @@ def _print(entries: Sequence[Entry], *, json_output: bool) -> None:
         when = entry.recorded_at.isoformat(sep=" ", timespec="seconds").replace("+00:00", "Z")
         told = " ".join(told.split())
         click.echo(
-            f"{entry.seq:>8}  {when}  {entry.type:<26} {entry.stream_kind} {entry.stream_id:<6} {who}: {told[:100]}"
+            f"{entry.position:>8}  {when}  {entry.type:<26} {entry.stream_kind} {entry.stream_id:<6} {who}:"
+            f" {told[:100]}"
         )
 
 
 @events_group.command(name="export")
 @for_tenant
-@click.option("--from-seq", type=click.IntRange(1), default=1, show_default=True, help="The first position.")
-@click.option("--to-seq", type=click.IntRange(0), help="The last position; where the ledger ends if left out.")
+@click.option("--from-position", type=click.IntRange(1), default=1, show_default=True, help="The first position.")
+@click.option("--to-position", type=click.IntRange(0), help="The last position; where the ledger ends if left out.")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file, instead of standard output."
 )
 @click.option("--gzip", "packed", is_flag=True, help="Compress it.")
 @click.option("--resume", is_flag=True, help="Go on after the last whole line of the file.")
 def export_command(
-    slug: str, from_seq: int, to_seq: int | None, output: Path | None, *, packed: bool, resume: bool
+    slug: str, from_position: int, to_position: int | None, output: Path | None, *, packed: bool, resume: bool
 ) -> None:
     """Write the ledger as lines of JSON, which `opsentry verify --from-file` verifies without a database."""
     if resume and (output is None or packed):
         raise click.UsageError("--resume needs --output, without --gzip")
 
-    begin = from_seq
+    begin = from_position
     if resume and output is not None and output.exists():
         begin = max(begin, _cut_to_whole_lines(output) + 1)
 
     async def work() -> None:
         async with opened(settings()) as database:
             async with database.connection(PATIENCE) as connection:
-                tenant_id = (await tenants.find(connection, slug))["tenant_id"]
-                ends = (await ledger.head(connection, tenant_id)).seq
-            last = ends if to_seq is None else min(to_seq, ends)
+                tenant_id = (await tenants.find_tenant(connection, slug))["tenant_id"]
+                ends = (await audit.read_ledger_head(connection, tenant_id)).position
+            last = ends if to_position is None else min(to_position, ends)
             with _target(output, packed=packed, append=resume) as file, _progress() as progress:
                 task = progress.add_task(f"{slug}: events", total=max(0, last - begin + 1))
                 for after in range(begin - 1, last, _BATCH):
@@ -132,15 +135,15 @@ def export_command(
 
 def _cut_to_whole_lines(file: Path) -> int:
     """Cut what a break has left of a last line; return the position of the last whole one, 0 if there is none."""
-    seq = whole = 0
+    position = whole = 0
     with file.open("r+b") as lines:
         for line in lines:
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
-            seq = msgspec.json.decode(line, type=export.Line).seq
+            position = msgspec.json.decode(line, type=export.Line).position
         lines.truncate(whole)
-    return seq
+    return position
 
 
 @contextmanager
@@ -171,10 +174,10 @@ class _AnchorType(click.ParamType[Anchor]):
     def convert(self, value: object, param: click.Parameter | None, context: click.Context | None) -> Anchor:
         if isinstance(value, Anchor):
             return value
-        seq, _, digest = str(value).partition(":")
-        if not seq.isdecimal() or len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef"):  # noqa: PLR2004
+        position, _, digest = str(value).partition(":")
+        if not position.isdecimal() or len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef"):  # noqa: PLR2004
             self.fail("must be a position and its hash, such as 120:9f86d0…", param, context)
-        return Anchor(int(seq), digest.lower())
+        return Anchor(int(position), digest.lower())
 
 
 @click.command()
@@ -212,7 +215,7 @@ def verify(
             tenant_id = None
             if slug is not None:
                 async with connected(found) as connection:
-                    tenant_id = (await tenants.find(connection, slug))["tenant_id"]
+                    tenant_id = (await tenants.find_tenant(connection, slug))["tenant_id"]
             return await verify_ledgers(
                 found.database_url,
                 tenant_id=tenant_id,
@@ -227,16 +230,16 @@ def verify(
         click.echo(msgspec.json.format(msgspec.json.encode([_plain(verdict) for verdict in verdicts])).decode())
     else:
         _show(verdicts)
-    if any(verdict.damage is not None for verdict in verdicts):
+    if any(verdict.violation is not None for verdict in verdicts):
         raise SystemExit(1)
 
 
 def _plain(verdict: Verdict) -> dict[str, object]:
-    damage = verdict.damage
+    violation = verdict.violation
     return {
         **msgspec.structs.asdict(verdict),
         "anchor": f"{verdict.last}:{verdict.hash}",
-        "damage": None if damage is None else damage._asdict(),
+        "violation": None if violation is None else violation._asdict(),
     }
 
 
@@ -244,8 +247,11 @@ def _show(verdicts: Sequence[Verdict]) -> None:
     table = Table("tenant", "events", "anchor", "erased", "verdict")
     for verdict in verdicts:
         says = "[green]whole[/]"
-        if verdict.damage is not None:
-            says = f"[red]event {verdict.damage.seq} {verdict.damage.kind.replace('_', ' ')}[/]: {verdict.damage.says}"
+        if verdict.violation is not None:
+            says = (
+                f"[red]event {verdict.violation.position} {verdict.violation.kind.replace('_', ' ')}[/]:"
+                f" {verdict.violation.says}"
+            )
         events = f"{verdict.events:,}" if verdict.first <= 1 else f"{verdict.events:,} from {verdict.first}"
         table.add_row(
             verdict.slug or str(verdict.tenant_id), events, f"{verdict.last}:{verdict.hash}", str(verdict.erased), says

@@ -8,17 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from opsentry import __version__
+from opsentry.bootstrap import core, serving, until_stopped, working
 from opsentry.cli.common import PATIENCE, explained, run, settings
-from opsentry.cli.history import history, redact
-from opsentry.cli.import_ import import_group
+from opsentry.cli.deliveries import outbox_group, secret_key
+from opsentry.cli.imports import import_group
 from opsentry.cli.ledger import events_group, verify
-from opsentry.cli.operators import operator_group
-from opsentry.cli.outbox import outbox_group, secret_key
+from opsentry.cli.ledger_history import history, redact
+from opsentry.cli.operator_tokens import operator_group
 from opsentry.cli.projections import projections_group
 from opsentry.cli.tenants import service_group, tenant_group, token_group
-from opsentry.config import Settings
-from opsentry.postgres import Database, migrate, migrations
-from opsentry.wiring import core, serving, until_stopped, working
+from opsentry.infrastructure.postgres import Database, migrate, migrations
+from opsentry.settings import Settings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,7 +76,7 @@ def migrate_command() -> None:
     found = settings()
 
     async def work() -> None:
-        database = Database(found.migrate_database_url or found.database_url, size=1)
+        database = Database(found.migration_database_url or found.database_url, size=1)
         await database.open()
         try:
             async with database.connection(10 * PATIENCE) as connection:

@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from opsentry.access import tenants
+from opsentry.bootstrap import Core, configure_logging, core, projections
 from opsentry.cli.common import PATIENCE, as_json, run, settings, show
-from opsentry.events import ledger
-from opsentry.postgres import Connection
-from opsentry.projections import jobs as rebuild_jobs
-from opsentry.projections import operations
-from opsentry.projections.comparing import Difference
-from opsentry.projections.projection import Projection
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.projections.runner import Poison
-from opsentry.wiring import Core, configure_logging, core, projections
+from opsentry.events import audit
+from opsentry.identity import tenants
+from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine import management
+from opsentry.projections.engine import rebuild_pool as rebuild_jobs
+from opsentry.projections.engine.comparison import Difference
+from opsentry.projections.engine.projection import Projection
+from opsentry.projections.engine.projector import PoisonEvent
+from opsentry.projections.engine.rebuild import Rebuilder
 
 T = TypeVar("T")
 
@@ -44,13 +44,13 @@ def projections_group() -> None:
 @projections_group.command(name="list")
 @as_json
 def list_projections(*, json_output: bool) -> None:
-    """List projections: tenants that are done, behind and parked, the lag, and what a rebuild has still to do."""
+    """List projections: tenants that are done, behind and halted, the lag, and what a rebuild has still to do."""
 
     async def work(parts: Core, connection: Connection) -> Sequence[Any]:
-        return await operations.standing(connection, parts.runner.projections)
+        return await management.projection_status(connection, parts.projector.projections)
 
     rows = run(_connected(work))
-    columns = ["version", "generation", "tenants", "done", "behind", "parked"]
+    columns = ["version", "generation", "tenants", "done", "behind", "halted"]
     if json_output:
         facts = ["paused", "lag_events", "lag_seconds", "to_rebuild", "rebuild_failed", "rebuilt_at"]
         show(rows, ["projection", *columns, *facts], json_output=True)
@@ -74,15 +74,15 @@ def _rebuild(row: Mapping[str, Any]) -> str:
     return "-" if row["rebuilt_at"] is None else f"done {row['rebuilt_at']:%Y-%m-%d %H:%M}"
 
 
-@projections_group.command(name="parked")
+@projections_group.command(name="halted")
 @as_json
-def list_parked(*, json_output: bool) -> None:
+def list_halted(*, json_output: bool) -> None:
     """List what stopped at an event that it cannot apply, and why."""
 
     async def work(_: Core, connection: Connection) -> Sequence[Any]:
-        return await operations.parked(connection)
+        return await management.halted(connection)
 
-    show(run(_connected(work)), ["slug", "projection", "at", "seq", "error"], json_output=json_output)
+    show(run(_connected(work)), ["slug", "projection", "at", "position", "error"], json_output=json_output)
 
 
 @projections_group.command(name="retry")
@@ -91,24 +91,24 @@ def list_parked(*, json_output: bool) -> None:
 @of_tenant
 @as_json
 def retry(name: str | None, slug: str | None, *, everything: bool, json_output: bool) -> None:
-    """Let what is parked go on from where it stopped. Exit code 1 if something stops again."""
+    """Let what is halted go on from where it stopped. Exit code 1 if something stops again."""
     names = [projection.name for projection in _chosen(name, everything=everything)]
 
     async def work() -> tuple[int, int]:
         async with core(settings()) as parts:
             async with parts.database.connection(PATIENCE) as connection:
                 tenant_id = await _tenant(connection, slug)
-                released = await operations.release(connection, names, tenant_id)
+                released = await management.retry_halted(connection, names, tenant_id)
             for released_tenant in sorted({row["tenant_id"] for row in released}):
-                await parts.runner.catch_up(released_tenant, 0)
+                await parts.projector.catch_up(released_tenant, 0)
             async with parts.database.connection(PATIENCE) as connection:
-                parked = await operations.parked(connection)
-        still = [row for row in parked if row["projection"] in names and tenant_id in {None, row["tenant_id"]}]
+                halted = await management.halted(connection)
+        still = [row for row in halted if row["projection"] in names and tenant_id in {None, row["tenant_id"]}]
         return len(released), len(still)
 
     released, still = run(work())
     if json_output:
-        click.echo(msgspec.json.encode({"retried": released, "parked": still}))
+        click.echo(msgspec.json.encode({"retried": released, "halted": still}))
     else:
         click.echo(f"{released} went on; {still} stopped again" if still else f"{released} went on")
     if still:
@@ -121,7 +121,7 @@ def retry(name: str | None, slug: str | None, *, everything: bool, json_output: 
 @as_json
 def pause(name: str | None, *, everything: bool, json_output: bool) -> None:
     """Let projections stand still, for all tenants and everywhere: reads show them as they are."""
-    _switch(operations.pause, "paused", _chosen(name, everything=everything), json_output=json_output)
+    _switch(management.pause, "paused", _chosen(name, everything=everything), json_output=json_output)
 
 
 @projections_group.command(name="resume")
@@ -130,7 +130,7 @@ def pause(name: str | None, *, everything: bool, json_output: bool) -> None:
 @as_json
 def resume(name: str | None, *, everything: bool, json_output: bool) -> None:
     """Let paused projections go on; workers catch them up."""
-    _switch(operations.resume, "resumed", _chosen(name, everything=everything), json_output=json_output)
+    _switch(management.resume, "resumed", _chosen(name, everything=everything), json_output=json_output)
 
 
 def _switch(
@@ -141,7 +141,7 @@ def _switch(
     json_output: bool,
 ) -> None:
     async def work(parts: Core, connection: Connection) -> list[str]:
-        await operations.register(connection, parts.runner.projections)
+        await management.register(connection, parts.projector.projections)
         return await change(connection, [projection.name for projection in wanted])
 
     changed = sorted(run(_connected(work)))
@@ -172,7 +172,7 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
         async with core(found) as parts:
             async with parts.database.connection(PATIENCE) as connection:
                 tenant_id = await _tenant(connection, slug)
-                standing = await operations.standing(connection, wanted)
+                standing = await management.projection_status(connection, wanted)
             if paused := [row["projection"] for row in standing if row["paused"]]:
                 raise click.ClickException(f"{', '.join(paused)}: paused; `opsentry projections resume` lets it go on")
             own = {projection.name: projection.version for projection in wanted}
@@ -201,10 +201,10 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
                 # Of a ledger's events, those that no projection reads were not folded.
                 progress.update(task, completed=told["events"])
             async with parts.database.connection(PATIENCE) as connection:
-                parked = await operations.parked(connection)
+                halted = await management.halted(connection)
         return [
             row
-            for row in parked
+            for row in halted
             if row["at"] == "rebuilding" and row["projection"] in names and tenant_id in {None, row["tenant_id"]}
         ]
 
@@ -214,14 +214,15 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
         click.echo("interrupted; the same command goes on with the tenants that are left", err=True)
         raise SystemExit(1) from None
     if json_output:
-        columns = ("tenant_id", "slug", "projection", "seq", "error")
+        columns = ("tenant_id", "slug", "projection", "position", "error")
         failures = [{column: row[column] for column in columns} for row in failed]
         click.echo(msgspec.json.encode({**told, "failed": failures}))
     else:
         click.echo(f"derived anew: {', '.join(names)} of {told['tenants']} tenants, from {told['events']} events")
         for row in failed:
             click.echo(
-                f"left as it was: {row['projection']} of {row['slug']}, at event {row['seq']}: {row['error']}", err=True
+                f"left as it was: {row['projection']} of {row['slug']}, at event {row['position']}: {row['error']}",
+                err=True,
             )
     if failed:
         raise SystemExit(1)
@@ -241,10 +242,10 @@ def verify(name: str | None, slug: str | None, sample: int | None, *, everything
         rebuilder = Rebuilder(parts.database, [projection])
         difference: Difference | None = None
         for _ in range(_TRIES):
-            await parts.runner.catch_up(tenant_id, 0)
+            await parts.projector.catch_up(tenant_id, 0)
             try:
                 difference = await rebuilder.verify(projection, tenant_id)
-            except Poison as poison:
+            except PoisonEvent as poison:
                 return str(poison)
             if difference is None:
                 break
@@ -254,16 +255,16 @@ def verify(name: str | None, slug: str | None, sample: int | None, *, everything
         found = []
         async with core(settings()) as parts:
             async with parts.database.connection(PATIENCE) as connection:
-                heads = await ledger.heads(connection, await _tenant(connection, slug))
+                ledger_heads = await audit.read_ledger_heads(connection, await _tenant(connection, slug))
             if sample is not None:
-                heads = random.sample(heads, min(sample, len(heads)))
+                ledger_heads = random.sample(ledger_heads, min(sample, len(ledger_heads)))
             with _progress() as progress:
-                total = sum(head["seq"] for head in heads) * len(wanted)
+                total = sum(head["position"] for head in ledger_heads) * len(wanted)
                 task = progress.add_task("comparing", total=total)
-                for head in heads:
+                for head in ledger_heads:
                     for projection in wanted:
                         found.append((head["slug"], projection.name, await one(parts, projection, head["tenant_id"])))
-                        progress.advance(task, head["seq"])
+                        progress.advance(task, head["position"])
         return found
 
     found = run(work())
@@ -306,7 +307,7 @@ async def _connected(work: Callable[[Core, Connection], Awaitable[T]]) -> T:
 async def _tenant(connection: Connection, slug: str | None) -> int | None:
     if slug is None:
         return None
-    tenant_id: int = (await tenants.find(connection, slug))["tenant_id"]
+    tenant_id: int = (await tenants.find_tenant(connection, slug))["tenant_id"]
     return tenant_id
 
 

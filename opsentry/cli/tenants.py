@@ -5,7 +5,6 @@ from datetime import datetime
 
 import click
 
-from opsentry.access import tenants, tokens
 from opsentry.cli.common import (
     META,
     as_json,
@@ -20,7 +19,8 @@ from opsentry.cli.common import (
 )
 from opsentry.domain import service
 from opsentry.domain.service import RegisterService
-from opsentry.events.execute import NameTaken
+from opsentry.events.command_handler import NameReserved
+from opsentry.identity import api_tokens, tenants
 from opsentry.projections import services
 
 MAX_SERVICES = 100_000
@@ -40,7 +40,7 @@ def create_tenant(slug: str, name: str | None, *, json_output: bool) -> None:
 
     async def work() -> int:
         async with connected(settings()) as connection:
-            return await tenants.create(connection, slug=slug, name=name or slug, meta=META)
+            return await tenants.create_tenant(connection, slug=slug, name=name or slug, meta=META)
 
     tenant_id = run(work())
     show([{"tenant_id": tenant_id, "slug": slug}], ["tenant_id", "slug"], json_output=json_output)
@@ -53,7 +53,7 @@ def list_tenants(*, json_output: bool) -> None:
 
     async def work() -> None:
         async with connected(settings()) as connection:
-            rows = await tenants.everyone(connection)
+            rows = await tenants.list_tenants(connection)
         show(rows, ["tenant_id", "slug", "name", "created_at"], json_output=json_output)
 
     run(work())
@@ -68,7 +68,11 @@ def token_group() -> None:
 @for_tenant
 @click.option("--name", required=True, help="What it is for, such as `CI pipeline`.")
 @click.option(
-    "--scope", "scopes", multiple=True, required=True, help=f"May be given more than once: {', '.join(tokens.SCOPES)}."
+    "--scope",
+    "scopes",
+    multiple=True,
+    required=True,
+    help=f"May be given more than once: {', '.join(api_tokens.SCOPES)}.",
 )
 @expiring
 @as_json
@@ -77,8 +81,8 @@ def create_token(slug: str, name: str, scopes: tuple[str, ...], expires: datetim
 
     async def work() -> str:
         async with connected(settings()) as connection:
-            tenant = await tenants.find(connection, slug)
-            return await tokens.create(
+            tenant = await tenants.find_tenant(connection, slug)
+            return await api_tokens.create_api_token(
                 connection,
                 tenant["tenant_id"],
                 name=name,
@@ -98,8 +102,8 @@ def list_tokens(slug: str, *, json_output: bool) -> None:
 
     async def work() -> None:
         async with connected(settings()) as connection:
-            tenant = await tenants.find(connection, slug)
-            rows = await tokens.listing(connection, tenant["tenant_id"])
+            tenant = await tenants.find_tenant(connection, slug)
+            rows = await api_tokens.list_api_tokens(connection, tenant["tenant_id"])
         columns = ["prefix", "name", "scopes", "created_at", "expires_at", "revoked_at"]
         show(rows, columns, json_output=json_output)
 
@@ -114,8 +118,8 @@ def revoke_token(slug: str, prefix: str) -> None:
 
     async def work() -> None:
         async with connected(settings()) as connection:
-            tenant = await tenants.find(connection, slug)
-            await tokens.revoke(connection, tenant["tenant_id"], prefix, META)
+            tenant = await tenants.find_tenant(connection, slug)
+            await api_tokens.revoke_api_token(connection, tenant["tenant_id"], prefix, META)
 
     run(work())
     click.echo(f"revoked {prefix}")
@@ -153,11 +157,11 @@ def create_service(
         async with tenant_core(slug) as (parts, tenant_id):
             try:
                 executed = await parts.commands.create(
-                    service.DECIDER, tenant_id, command, META, claim=service.claim(command.slug)
+                    service.DECIDER, tenant_id, command, META, reservation=service.slug_reservation(command.slug)
                 )
-            except NameTaken as error:
+            except NameReserved as error:
                 raise click.ClickException(f"slug: {command.slug} is taken by service {error.stream_id}") from None
-            await parts.runner.catch_up(tenant_id, executed.seq)
+            await parts.projector.catch_up(tenant_id, executed.position)
             return executed.stream_id
 
     service_id = run(work())
@@ -172,9 +176,9 @@ def list_services(slug: str, *, json_output: bool) -> None:
 
     async def work() -> None:
         async with tenant_core(slug) as (parts, tenant_id):
-            row = await parts.runner.read(
+            row = await parts.projector.read(
                 tenant_id,
-                lambda connection: services.page(
+                lambda connection: services.select_services(
                     connection, tenant_id, status=None, visibility=None, search=None, limit=MAX_SERVICES, offset=0
                 ),
             )

@@ -18,14 +18,14 @@ import asyncpg
 import click
 import uvloop
 
-from opsentry.access import operators, tokens
-from opsentry.config import Settings
+from opsentry.bootstrap import Core, base_url_of, core, serving, until_stopped, working
 from opsentry.demo import seed, subscribers
 from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres, EmbeddedValkey
 from opsentry.demo.sink import Sink, sink
-from opsentry.notifications.sealing import new_key
-from opsentry.postgres import migrate, migrations
-from opsentry.wiring import Core, base_url_of, core, serving, until_stopped, working
+from opsentry.identity import api_tokens, operator_tokens
+from opsentry.infrastructure.encryption import new_key
+from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.settings import Settings
 
 
 def run_demo(settings: Settings) -> None:
@@ -46,7 +46,7 @@ def run_demo(settings: Settings) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise click.ClickException(f"another demo runs in {folder}") from None
-        owner_url = settings.migrate_database_url or settings.database_url
+        owner_url = settings.migration_database_url or settings.database_url
         if "OPSENTRY_DATABASE_URL" not in os.environ:
             click.echo("starting PostgreSQL …")
             postgres = EmbeddedPostgres(folder / "postgres")
@@ -67,8 +67,12 @@ def run_demo(settings: Settings) -> None:
         settings = replace(
             settings,
             port=int(port) or _free_port(),
-            secret_keys=(*settings.secret_keys, _secret_key(folder / "secret-key")),
-            open_networks=(*settings.open_networks, ip_network("127.0.0.0/8"), ip_network("::1/128")),
+            encryption_keys=(*settings.encryption_keys, _secret_key(folder / "secret-key")),
+            webhook_allowed_networks=(
+                *settings.webhook_allowed_networks,
+                ip_network("127.0.0.0/8"),
+                ip_network("::1/128"),
+            ),
         )
         uvloop.run(_live(settings, folder))
         click.echo("\nstopping …")
@@ -176,14 +180,14 @@ async def _prepare(parts: Core, before: dict[str, Any], arriving: Sink) -> dict[
     other_id = await seed.tenant(parts, seed.OTHER_SLUG, seed.OTHER_NAME)
     await seed.seed_other(parts, other_id)
     for tenant in (tenant_id, other_id):
-        await parts.runner.catch_up(tenant, 0)
+        await parts.projector.catch_up(tenant, 0)
     kept = before.get("tokens", {})
     values = {
         name: await _token(parts, tenant_id, kept.get(name), f"demo {name}", scopes)
         for name, scopes in seed.TOKENS.items()
     }
     other_before = before.get("other", {}).get("token")
-    other = await _token(parts, other_id, other_before, "demo other", tokens.SCOPES)
+    other = await _token(parts, other_id, other_before, "demo other", api_tokens.SCOPES)
     return {
         "tenant_id": tenant_id,
         "tokens": values,
@@ -196,27 +200,27 @@ async def _token(parts: Core, tenant_id: int, value: object, name: str, scopes: 
     """Return `value` if it is a token that works for the tenant, else a new one."""
     if isinstance(value, str):
         try:
-            token = await tokens.Tokens(parts.database).authenticate(value)
-        except tokens.BadToken:
+            token = await api_tokens.ApiTokens(parts.database).authenticate(value)
+        except api_tokens.InvalidToken:
             pass
         else:
             if token.tenant_id == tenant_id and token.scopes == frozenset(scopes):
                 return value
     async with parts.database.connection() as connection:
-        return await tokens.create(connection, tenant_id, name=name, scopes=scopes, meta=seed.META)
+        return await api_tokens.create_api_token(connection, tenant_id, name=name, scopes=scopes, meta=seed.META)
 
 
 async def _operator(parts: Core, value: object) -> str:
     """Return `value` if it is an operator's token that works, else a new one."""
     if isinstance(value, str):
         try:
-            await operators.OperatorTokens(parts.database).authenticate(value)
-        except tokens.BadToken:
+            await operator_tokens.OperatorTokens(parts.database).authenticate(value)
+        except api_tokens.InvalidToken:
             pass
         else:
             return value
     async with parts.database.connection() as connection:
-        return await operators.create(connection, name="demo operator")
+        return await operator_tokens.create_operator_token(connection, name="demo operator")
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar, cast
 
-from opsentry.access import tenants, tokens
-from opsentry.access.tenants import NoSuchTenant
+from opsentry.bootstrap import Core
 from opsentry.domain import incident, maintenance, service
 from opsentry.domain.decider import Decider, Event
 from opsentry.domain.events import AnyEvent
@@ -18,8 +17,9 @@ from opsentry.domain.maintenance import (
 )
 from opsentry.domain.service import RegisterService
 from opsentry.events.codec import Actor, Meta
-from opsentry.events.log import Append, Appended, Claimed, NewEvent
-from opsentry.wiring import Core
+from opsentry.events.store import Append, Appended, NewEvent, Reserved
+from opsentry.identity import api_tokens, tenants
+from opsentry.identity.tenants import TenantNotFound
 
 S = TypeVar("S")
 C = TypeVar("C")
@@ -31,7 +31,7 @@ SLUG, NAME = "acme", "Acme Cloud"
 OTHER_SLUG, OTHER_NAME = "globex", "Globex"
 
 TOKENS = {
-    "full": tokens.SCOPES,
+    "full": api_tokens.SCOPES,
     "read": ("read:status",),
     "incidents": ("write:incidents",),
     "maintenance": ("write:maintenance",),
@@ -42,9 +42,9 @@ async def tenant(parts: Core, slug: str, name: str) -> int:
     """Return the tenant's id; create it if need be."""
     async with parts.database.connection(10) as connection:
         try:
-            tenant_id: int = (await tenants.find(connection, slug))["tenant_id"]
-        except NoSuchTenant:
-            tenant_id = await tenants.create(connection, slug=slug, name=name, meta=META)
+            tenant_id: int = (await tenants.find_tenant(connection, slug))["tenant_id"]
+        except TenantNotFound:
+            tenant_id = await tenants.create_tenant(connection, slug=slug, name=name, meta=META)
     return tenant_id
 
 
@@ -113,7 +113,7 @@ class Story:
     """Writes history as commands that happened in the past, each stream whole or not at all."""
 
     def __init__(self, parts: Core, tenant_id: int) -> None:
-        self._writer = parts.writer
+        self._appender = parts.appender
         self._tenant_id = tenant_id
         self._now = datetime.now(UTC)
 
@@ -123,7 +123,7 @@ class Story:
         """Tell of a service that came under watch two months ago."""
         command = RegisterService(slug=slug, name=name, description=description, visibility=visibility, tags=tags)
         moment = self._now - timedelta(days=60)
-        return await self.tell(service.DECIDER, service.claim(slug), [(command, moment)])
+        return await self.tell(service.DECIDER, service.slug_reservation(slug), [(command, moment)])
 
     async def incident(self, ago: timedelta, command: OpenIncident, *later: tuple[int, IncidentCommand]) -> int:
         """Tell of an incident that began `ago`; `later` are minutes after that, and what was done then."""
@@ -152,24 +152,24 @@ class Story:
             commands.append((CompleteMaintenance(), start + length))
         return await self.tell(maintenance.DECIDER, f"demo:maintenance:{title}", commands)
 
-    async def tell(self, decider: Decider[S, C, E], claim: str, commands: Sequence[tuple[C, datetime]]) -> int:
-        """Return the id of the stream that holds `claim`; write it with the outcome of `commands` if there is none."""
+    async def tell(self, decider: Decider[S, C, E], reservation: str, commands: Sequence[tuple[C, datetime]]) -> int:
+        """Return the id of the stream that holds `reservation`; create it with `commands` if there is none."""
         events: list[NewEvent] = []
         state: S | None = None
         for command, moment in commands:
             decided = decider.decide(state, command)
             state = decider.fold(decided, state)
             events += [NewEvent(cast("AnyEvent", event), META, moment) for event in decided]
-        outcome = await self._writer.append(
+        outcome = await self._appender.append(
             Append(
                 tenant_id=self._tenant_id,
                 kind=decider.kind,
                 stream_id=0,
                 expected_version=0,
                 events=events,
-                claim=claim,
+                reservation=reservation,
             )
         )
-        if not isinstance(outcome, Appended | Claimed):
-            raise TypeError(f"{claim}: {outcome}")
+        if not isinstance(outcome, Appended | Reserved):
+            raise TypeError(f"{reservation}: {outcome}")
         return outcome.stream_id

@@ -17,7 +17,7 @@ import jinja2
 from aiohttp import web
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
-from opsentry.notifications import signing
+from opsentry.notifications.messages import signing
 
 KEPT = 200
 _HOST = "127.0.0.1"

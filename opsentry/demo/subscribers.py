@@ -2,10 +2,11 @@
 
 from datetime import UTC, datetime
 
+from opsentry.bootstrap import Core
 from opsentry.demo.seed import META, Story
 from opsentry.demo.sink import Sink
 from opsentry.domain import subscription
-from opsentry.domain.decider import TransitionRefused
+from opsentry.domain.decider import IllegalTransition
 from opsentry.domain.subscription import (
     ChangeSubscription,
     CreateSubscription,
@@ -13,9 +14,8 @@ from opsentry.domain.subscription import (
     Subscription,
     SubscriptionCommand,
 )
-from opsentry.notifications.sealing import CannotOpen, Sealing
-from opsentry.notifications.signing import new_secret
-from opsentry.wiring import Core
+from opsentry.infrastructure.encryption import DecryptionFailed, SecretBox
+from opsentry.notifications.messages.signing import new_secret
 
 MAILBOX = "ops@acme.example"
 
@@ -25,34 +25,36 @@ async def seed(parts: Core, tenant_id: int, sink: Sink) -> None:
 
     One that was removed stays so.
     """
-    sealing, story = Sealing(parts.settings.secret_keys), Story(parts, tenant_id)
+    sealing, story = SecretBox(parts.settings.encryption_keys), Story(parts, tenant_id)
 
-    async def told(channel: str, target: str, audience: str, sealed: str | None) -> int:
-        wanted = CreateSubscription(channel=channel, target=target, audience=audience, sealed=sealed)
+    async def told(channel: str, target: str, audience: str, encrypted_secret: str | None) -> int:
+        wanted = CreateSubscription(
+            channel=channel, target=target, audience=audience, encrypted_secret=encrypted_secret
+        )
         claim = f"demo:subscription:{channel}"
         return await story.tell(subscription.DECIDER, claim, [(wanted, datetime.now(UTC))])
 
     async def change(number: int, command: SubscriptionCommand) -> Subscription | None:
         try:
             executed = await parts.commands.execute(subscription.DECIDER, tenant_id, number, command, META)
-        except TransitionRefused:
+        except IllegalTransition:
             return None
         return executed.state
 
     hook = f"{sink.url}/hook"
     number = await told("webhook", hook, "internal", sealing.seal(new_secret()))
     webhook = await change(number, ChangeSubscription(target=hook))
-    if webhook is not None and webhook.sealed is not None:
+    if webhook is not None and webhook.encrypted_secret is not None:
         try:
-            secret = sealing.open(webhook.sealed)
-        except CannotOpen:  # the key was another one
+            secret = sealing.open(webhook.encrypted_secret)
+        except DecryptionFailed:  # the key was another one
             secret = new_secret()
-            await change(number, RotateSecret(sealed=sealing.seal(secret), previous_until=datetime.now(UTC)))
+            await change(number, RotateSecret(encrypted_secret=sealing.seal(secret), previous_until=datetime.now(UTC)))
         sink.secrets.append(secret)
 
     slack, shown = f"{sink.url}/slack", f"{sink.url}/…"
     number = await told("slack", shown, "internal", sealing.seal(slack))
-    await change(number, ChangeSubscription(target=shown, sealed=sealing.seal(slack)))
+    await change(number, ChangeSubscription(target=shown, encrypted_secret=sealing.seal(slack)))
     # Where the operator's own relay is used, nobody else is sent anything.
     if sink.smtp_url:
         await told("email", MAILBOX, "public", None)

@@ -15,13 +15,13 @@ MAX_TEXT = 50_000
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Something that happened to one stream.
 
-    `TYPE` names it in the log for ever, `VERSION` is the version of its fields, and `WORDS` names the fields that
+    `TYPE` names it in the log for ever, `VERSION` is the version of its fields, and `ERASABLE` names the fields that
     hold what people wrote: they are stored apart from the facts, so that they can be erased.
     """
 
     TYPE: ClassVar[str]
     VERSION: ClassVar[int] = 1
-    WORDS: ClassVar[frozenset[str]] = frozenset()
+    ERASABLE: ClassVar[frozenset[str]] = frozenset()
 
 
 class DomainError(Exception):
@@ -42,7 +42,7 @@ class InvalidField(DomainError):
         self.problem = problem
 
 
-class TransitionRefused(DomainError):
+class IllegalTransition(DomainError):
     """The command is well formed, but the stream's present state forbids it."""
 
 

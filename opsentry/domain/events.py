@@ -2,8 +2,8 @@
 
 from typing import TypeAlias, get_args
 
-from opsentry.domain.access import AccessEvent
 from opsentry.domain.decider import Event
+from opsentry.domain.identity import AccessEvent
 from opsentry.domain.incident import IncidentEvent
 from opsentry.domain.maintenance import MaintenanceEvent
 from opsentry.domain.service import ServiceEvent

@@ -13,20 +13,20 @@ from opsentry.domain.decider import (
     REDACTED,
     Decider,
     Event,
+    IllegalTransition,
     InvalidField,
-    TransitionRefused,
     check_choice,
     check_text,
     check_title,
     normal_ids,
 )
-from opsentry.domain.redaction import Erasure, check_reason
+from opsentry.domain.redaction import RedactionPlan, check_reason
 
 KIND = "incident"
 STATUSES = ("investigating", "identified", "monitoring", "resolved")
 SEVERITIES = ("informational", "degraded", "partial_outage", "major_outage", "critical")
 VISIBILITIES = ("public", "internal")
-WORDS = ("title", "description", "root_cause", "postmortem")
+REDACTABLE_FIELDS = ("title", "description", "root_cause", "postmortem")
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -36,7 +36,7 @@ class IncidentOpened(Event, frozen=True, kw_only=True):
     """An incident was declared; it begins as `investigating`. `source` names the record it was imported from."""
 
     TYPE: ClassVar[str] = "incident.opened"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"title", "description"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"title", "description"})
     title: str
     description: str | None = None
     severity: str
@@ -49,7 +49,7 @@ class IncidentUpdated(Event, frozen=True, kw_only=True):
     """A message was added to the timeline, while the incident had `status`."""
 
     TYPE: ClassVar[str] = "incident.updated"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"message"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"message"})
     message: str
     status: str
     is_public: bool = True
@@ -67,7 +67,7 @@ class IncidentResolved(Event, frozen=True, kw_only=True):
     """The incident is over. Words that are `UNSET` stay as they were."""
 
     TYPE: ClassVar[str] = "incident.resolved"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"root_cause", "postmortem"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"root_cause", "postmortem"})
     root_cause: str | None | UnsetType = UNSET
     postmortem: str | None | UnsetType = UNSET
 
@@ -104,7 +104,7 @@ class IncidentEdited(Event, frozen=True, kw_only=True):
     """Words about it changed. Those that are `UNSET` stay as they were."""
 
     TYPE: ClassVar[str] = "incident.edited"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"title", "description", "root_cause", "postmortem"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"title", "description", "root_cause", "postmortem"})
     title: str | UnsetType = UNSET
     description: str | None | UnsetType = UNSET
     root_cause: str | None | UnsetType = UNSET
@@ -118,7 +118,7 @@ class IncidentRedacted(Event, frozen=True, kw_only=True):
     """
 
     TYPE: ClassVar[str] = "incident.redacted"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"reason"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"reason"})
     versions: tuple[int, ...]
     fields: tuple[str, ...] = ()
     reason: str
@@ -176,7 +176,7 @@ def evolve(state: Incident | None, event: IncidentEvent) -> Incident:
         case IncidentStatusChanged():
             return change(state, status=event.status)
         case IncidentResolved():
-            return change(state, status="resolved", **_set_words(event))
+            return change(state, status="resolved", **_set_erasable(event))
         case IncidentReopened():
             return change(state, status="investigating")
         case IncidentSeverityChanged():
@@ -186,15 +186,15 @@ def evolve(state: Incident | None, event: IncidentEvent) -> Incident:
         case IncidentServicesChanged():
             return change(state, service_ids=event.service_ids)
         case IncidentEdited():
-            return change(state, **_set_words(event))
+            return change(state, **_set_erasable(event))
         case IncidentRedacted():
             return change(state, **dict.fromkeys(event.fields, REDACTED))
         case _:
             assert_never(event)
 
 
-def _set_words(event: IncidentResolved | IncidentEdited) -> dict[str, str | None]:
-    values = {name: getattr(event, name) for name in event.WORDS}
+def _set_erasable(event: IncidentResolved | IncidentEdited) -> dict[str, str | None]:
+    values = {name: getattr(event, name) for name in event.ERASABLE}
     return {name: value for name, value in values.items() if value is not UNSET}
 
 
@@ -242,7 +242,7 @@ class ResolveIncident(msgspec.Struct, frozen=True, kw_only=True):
 class RedactIncident(msgspec.Struct, frozen=True, kw_only=True):
     """Erase words, for the reason given."""
 
-    erasure: Erasure
+    erasure: RedactionPlan
     reason: str
 
 
@@ -250,13 +250,13 @@ IncidentCommand: TypeAlias = OpenIncident | ChangeIncident | PostUpdate | Resolv
 
 
 def decide(state: Incident | None, command: IncidentCommand) -> Sequence[IncidentEvent]:
-    """Answer `command` with events, or raise `InvalidField` or `TransitionRefused`."""
+    """Answer `command` with events, or raise `InvalidField` or `IllegalTransition`."""
     if isinstance(command, OpenIncident):
         if state is not None:
-            raise TransitionRefused("the incident exists already")
+            raise IllegalTransition("the incident exists already")
         return _open(command)
     if state is None:
-        raise TransitionRefused("the incident does not exist")
+        raise IllegalTransition("the incident does not exist")
     match command:
         case ChangeIncident():
             return _change(state, command)
@@ -264,7 +264,7 @@ def decide(state: Incident | None, command: IncidentCommand) -> Sequence[Inciden
             return _post_update(state, command)
         case ResolveIncident():
             if state.status == "resolved":
-                raise TransitionRefused("the incident is resolved already")
+                raise IllegalTransition("the incident is resolved already")
             return [
                 IncidentResolved(
                     root_cause=_optional_text("root_cause", command.root_cause),
@@ -347,7 +347,7 @@ def _move(current: str, wanted: str) -> list[IncidentEvent]:
         return [IncidentStatusChanged(status=wanted)]
     if wanted == "investigating":
         return [IncidentReopened()]
-    raise TransitionRefused(f"a resolved incident can only be re-opened as investigating, not moved to {wanted}")
+    raise IllegalTransition(f"a resolved incident can only be re-opened as investigating, not moved to {wanted}")
 
 
 def _optional_text(field: str, value: str | None | UnsetType) -> str | None | UnsetType:

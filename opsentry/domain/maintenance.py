@@ -14,26 +14,26 @@ from opsentry.domain.decider import (
     REDACTED,
     Decider,
     Event,
+    IllegalTransition,
     InvalidField,
-    TransitionRefused,
     check_choice,
     check_text,
     check_title,
     normal_ids,
     set_fields,
 )
-from opsentry.domain.redaction import Erasure, check_reason
+from opsentry.domain.redaction import RedactionPlan, check_reason
 
 KIND = "maintenance"
 STATUSES = ("scheduled", "active", "completed", "cancelled")
 VISIBILITIES = ("public", "internal")
-WORDS = ("title", "description")
+REDACTABLE_FIELDS = ("title", "description")
 _TIMES = ("scheduled_start", "scheduled_end")
 # What may be changed while a window has this status: what was promised is kept from its beginning on.
 _CHANGEABLE = {
-    "active": {*WORDS, "scheduled_end", "auto_complete"},
-    "completed": {*WORDS},
-    "cancelled": {*WORDS},
+    "active": {*REDACTABLE_FIELDS, "scheduled_end", "auto_complete"},
+    "completed": {*REDACTABLE_FIELDS},
+    "cancelled": {*REDACTABLE_FIELDS},
 }
 
 
@@ -44,7 +44,7 @@ class MaintenanceScheduled(Event, frozen=True, kw_only=True):
     """A window was announced. `source` names the record it was imported from."""
 
     TYPE: ClassVar[str] = "maintenance.scheduled"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"title", "description"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"title", "description"})
     title: str
     description: str | None = None
     scheduled_start: datetime
@@ -106,7 +106,7 @@ class MaintenanceUpdated(Event, frozen=True, kw_only=True):
     """A message was added to the timeline, while the window had `status`."""
 
     TYPE: ClassVar[str] = "maintenance.updated"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"message"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"message"})
     message: str
     status: str
     is_public: bool = True
@@ -117,7 +117,7 @@ class MaintenanceEdited(Event, frozen=True, kw_only=True):
     """Words about it changed. Those that are `UNSET` stay as they were."""
 
     TYPE: ClassVar[str] = "maintenance.edited"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"title", "description"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"title", "description"})
     title: str | UnsetType = UNSET
     description: str | None | UnsetType = UNSET
 
@@ -129,7 +129,7 @@ class MaintenanceRedacted(Event, frozen=True, kw_only=True):
     """
 
     TYPE: ClassVar[str] = "maintenance.redacted"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"reason"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"reason"})
     versions: tuple[int, ...]
     fields: tuple[str, ...] = ()
     reason: str
@@ -267,13 +267,13 @@ class CompleteMaintenance(msgspec.Struct, frozen=True):
 
 
 class CancelMaintenance(msgspec.Struct, frozen=True):
-    """Call a scheduled window off."""
+    """RequestContext a scheduled window off."""
 
 
 class RedactMaintenance(msgspec.Struct, frozen=True, kw_only=True):
     """Erase words, for the reason given."""
 
-    erasure: Erasure
+    erasure: RedactionPlan
     reason: str
 
 
@@ -289,13 +289,13 @@ MaintenanceCommand: TypeAlias = (
 
 
 def decide(state: Maintenance | None, command: MaintenanceCommand) -> Sequence[MaintenanceEvent]:
-    """Answer `command` with events, or raise `InvalidField` or `TransitionRefused`."""
+    """Answer `command` with events, or raise `InvalidField` or `IllegalTransition`."""
     if isinstance(command, ScheduleMaintenance):
         if state is not None:
-            raise TransitionRefused("the maintenance window exists already")
+            raise IllegalTransition("the maintenance window exists already")
         return [_schedule(command)]
     if state is None:
-        raise TransitionRefused("the maintenance window does not exist")
+        raise IllegalTransition("the maintenance window does not exist")
     match command:
         case ChangeMaintenance():
             return _change(state, command)
@@ -343,9 +343,9 @@ def _change(state: Maintenance, command: ChangeMaintenance) -> list[MaintenanceE
     fixed = changes.keys() - _CHANGEABLE.get(state.status, changes.keys())
     if fixed:
         names = ", ".join(name for name in changes if name in fixed)
-        raise TransitionRefused(f"of a window that is {state.status}, {names} can no longer be changed")
-    words = {name: value for name, value in changes.items() if name in WORDS}
-    facts = {name: value for name, value in changes.items() if name not in {*WORDS, *_TIMES}}
+        raise IllegalTransition(f"of a window that is {state.status}, {names} can no longer be changed")
+    words = {name: value for name, value in changes.items() if name in REDACTABLE_FIELDS}
+    facts = {name: value for name, value in changes.items() if name not in {*REDACTABLE_FIELDS, *_TIMES}}
     events: list[MaintenanceEvent] = []
     if words:
         events.append(msgspec.convert(words, MaintenanceEdited))
@@ -374,7 +374,7 @@ def _redact(command: RedactMaintenance) -> list[MaintenanceEvent]:
 def _require(state: Maintenance, status: str, verb: str, event: MaintenanceEvent) -> MaintenanceEvent:
     if state.status != status:
         article = "an" if status[0] in "aeiou" else "a"
-        raise TransitionRefused(f"only {article} {status} window can be {verb}; this one is {state.status}")
+        raise IllegalTransition(f"only {article} {status} window can be {verb}; this one is {state.status}")
     return event
 
 

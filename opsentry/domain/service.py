@@ -10,8 +10,8 @@ from msgspec import UNSET, UnsetType
 from opsentry.domain.decider import (
     Decider,
     Event,
+    IllegalTransition,
     InvalidField,
-    TransitionRefused,
     check_choice,
     check_text,
     check_title,
@@ -24,7 +24,7 @@ MAX_TAGS = 50
 SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
-def claim(slug: str) -> str:
+def slug_reservation(slug: str) -> str:
     """Return the name under which a service holds its slug."""
     return f"service:{slug}"
 
@@ -36,7 +36,7 @@ class ServiceRegistered(Event, frozen=True, kw_only=True):
     """A service came under watch; uptime is counted from when this occurred."""
 
     TYPE: ClassVar[str] = "service.registered"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"description"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"description"})
     slug: str
     name: str
     description: str | None = None
@@ -48,7 +48,7 @@ class ServiceChanged(Event, frozen=True, kw_only=True):
     """What is said of it changed. Fields that are `UNSET` stay as they were."""
 
     TYPE: ClassVar[str] = "service.changed"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"description"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"description"})
     name: str | UnsetType = UNSET
     description: str | None | UnsetType = UNSET
     visibility: str | UnsetType = UNSET
@@ -134,10 +134,10 @@ ServiceCommand: TypeAlias = RegisterService | ChangeService | RetireService
 
 
 def decide(state: Service | None, command: ServiceCommand) -> Sequence[ServiceEvent]:
-    """Answer `command` with events, or raise `InvalidField` or `TransitionRefused`."""
+    """Answer `command` with events, or raise `InvalidField` or `IllegalTransition`."""
     if isinstance(command, RegisterService):
         if state is not None:
-            raise TransitionRefused("the service exists already")
+            raise IllegalTransition("the service exists already")
         if not SLUG.fullmatch(command.slug):
             raise InvalidField("slug", "must be 1 to 63 of a-z, 0-9 and -, with no - at either end")
         return [
@@ -150,7 +150,7 @@ def decide(state: Service | None, command: ServiceCommand) -> Sequence[ServiceEv
             )
         ]
     if state is None or state.retired:
-        raise TransitionRefused("the service does not exist")
+        raise IllegalTransition("the service does not exist")
     match command:
         case ChangeService():
             return _change(state, command)

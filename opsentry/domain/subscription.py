@@ -1,6 +1,6 @@
 """Subscriptions: who wants to be told of what, over which channel. `pending → active ⇄ disabled`, each `→ removed`.
 
-What a target must look like its channel says; here it is what people wrote, and `sealed` is what must not lie
+What a target must look like its channel says; here it is what people wrote, and `encrypted_secret` is what must not lie
 anywhere in clear, encrypted: a signing secret, or a target that is a secret itself.
 """
 
@@ -14,8 +14,8 @@ from msgspec import UNSET, UnsetType
 from opsentry.domain.decider import (
     Decider,
     Event,
+    IllegalTransition,
     InvalidField,
-    TransitionRefused,
     check_choice,
     check_text,
     normal_ids,
@@ -26,10 +26,10 @@ KIND = "subscription"
 AUDIENCES = ("public", "internal")
 STATUSES = ("pending", "active", "disabled", "removed")
 # Why one is disabled: its owner asked for it, its endpoint answered 410, its endpoint failed for days.
-REASONS = ("asked", "gone", "failing")
+REASONS = ("disabled_by_owner", "endpoint_gone", "endpoint_failing")
 MAX_TARGET = 2_000
 # So long a pending one waits for whoever owns its target; then it is removed, and the target forgotten.
-PENDING_DAYS = 7
+CONFIRMATION_DAYS = 7
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -40,15 +40,15 @@ class SubscriptionCreated(Event, frozen=True, kw_only=True):
 
     TYPE: ClassVar[str] = "subscription.created"
     VERSION: ClassVar[int] = 2
-    WORDS: ClassVar[frozenset[str]] = frozenset({"target", "sealed"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"target", "encrypted_secret"})
     channel: str
     target: str
     audience: str
     incidents: bool = True
     maintenance: bool = True
     service_ids: tuple[int, ...] = ()
-    lowest_severity: str = "informational"
-    sealed: str | None = None
+    min_severity: str = "informational"
+    encrypted_secret: str | None = None
     pending: bool = False
 
 
@@ -62,22 +62,22 @@ class SubscriptionChanged(Event, frozen=True, kw_only=True):
     """They want to be told of something else, or elsewhere. What is `UNSET` stays as it was."""
 
     TYPE: ClassVar[str] = "subscription.changed"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"target", "sealed"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"target", "encrypted_secret"})
     target: str | UnsetType = UNSET
-    sealed: str | UnsetType = UNSET
+    encrypted_secret: str | UnsetType = UNSET
     audience: str | UnsetType = UNSET
     incidents: bool | UnsetType = UNSET
     maintenance: bool | UnsetType = UNSET
     service_ids: tuple[int, ...] | UnsetType = UNSET
-    lowest_severity: str | UnsetType = UNSET
+    min_severity: str | UnsetType = UNSET
 
 
 class SubscriptionSecretRotated(Event, frozen=True, kw_only=True):
     """Messages are signed with a new secret, and with the one before, if there was one, until `previous_until`."""
 
     TYPE: ClassVar[str] = "subscription.secret_rotated"
-    WORDS: ClassVar[frozenset[str]] = frozenset({"sealed"})
-    sealed: str
+    ERASABLE: ClassVar[frozenset[str]] = frozenset({"encrypted_secret"})
+    encrypted_secret: str
     previous_until: datetime
 
 
@@ -140,11 +140,11 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     incidents: bool
     maintenance: bool
     service_ids: tuple[int, ...]
-    lowest_severity: str
+    min_severity: str
     status: str = "active"
     disabled_reason: str | None = None
-    sealed: str | None = None
-    previous_sealed: str | None = None
+    encrypted_secret: str | None = None
+    previous_encrypted_secret: str | None = None
     previous_until: datetime | None = None
 
 
@@ -161,9 +161,9 @@ def evolve(state: Subscription | None, event: SubscriptionEvent) -> Subscription
             incidents=event.incidents,
             maintenance=event.maintenance,
             service_ids=event.service_ids,
-            lowest_severity=event.lowest_severity,
+            min_severity=event.min_severity,
             status="pending" if event.pending else "active",
-            sealed=event.sealed,
+            encrypted_secret=event.encrypted_secret,
         )
     if state is None:
         raise ValueError(f"{event.TYPE} before {SubscriptionCreated.TYPE}")
@@ -174,14 +174,26 @@ def evolve(state: Subscription | None, event: SubscriptionEvent) -> Subscription
         case SubscriptionChanged():
             return change(state, **_set(event))
         case SubscriptionSecretRotated():
-            until = None if state.sealed is None else event.previous_until
-            return change(state, sealed=event.sealed, previous_sealed=state.sealed, previous_until=until)
+            until = None if state.encrypted_secret is None else event.previous_until
+            return change(
+                state,
+                encrypted_secret=event.encrypted_secret,
+                previous_encrypted_secret=state.encrypted_secret,
+                previous_until=until,
+            )
         case SubscriptionTestRequested() | SubscriptionRedacted():
             return state
         case SubscriptionDisabled():
             return change(state, status="disabled", disabled_reason=event.reason)
         case SubscriptionRemoved():
-            return change(state, status="removed", target="", sealed=None, previous_sealed=None, previous_until=None)
+            return change(
+                state,
+                status="removed",
+                target="",
+                encrypted_secret=None,
+                previous_encrypted_secret=None,
+                previous_until=None,
+            )
         case _:
             assert_never(event)
 
@@ -203,8 +215,8 @@ class CreateSubscription(msgspec.Struct, frozen=True, kw_only=True):
     incidents: bool = True
     maintenance: bool = True
     service_ids: tuple[int, ...] = ()
-    lowest_severity: str = "informational"
-    sealed: str | None = None
+    min_severity: str = "informational"
+    encrypted_secret: str | None = None
     pending: bool = False
 
 
@@ -216,12 +228,12 @@ class ChangeSubscription(msgspec.Struct, frozen=True, kw_only=True):
     """Change what is set, leave what is `UNSET`. `enabled` turns sending off and on."""
 
     target: str | UnsetType = UNSET
-    sealed: str | UnsetType = UNSET
+    encrypted_secret: str | UnsetType = UNSET
     audience: str | UnsetType = UNSET
     incidents: bool | UnsetType = UNSET
     maintenance: bool | UnsetType = UNSET
     service_ids: tuple[int, ...] | UnsetType = UNSET
-    lowest_severity: str | UnsetType = UNSET
+    min_severity: str | UnsetType = UNSET
     enabled: bool | UnsetType = UNSET
 
 
@@ -231,7 +243,7 @@ class RotateSecret(msgspec.Struct, frozen=True, kw_only=True):
     Subscriptions of long ago have no secret: they get their first one.
     """
 
-    sealed: str
+    encrypted_secret: str
     previous_until: datetime
 
 
@@ -252,7 +264,7 @@ class RemoveSubscription(msgspec.Struct, frozen=True, kw_only=True):
     versions: tuple[int, ...] = ()
 
 
-class LapseSubscription(msgspec.Struct, frozen=True, kw_only=True):
+class ExpireSubscription(msgspec.Struct, frozen=True, kw_only=True):
     """Wait no longer for whoever owns the target. What is not pending stays as it is; `versions` as for a removal."""
 
     versions: tuple[int, ...] = ()
@@ -266,35 +278,39 @@ SubscriptionCommand: TypeAlias = (
     | RequestTest
     | DisableSubscription
     | RemoveSubscription
-    | LapseSubscription
+    | ExpireSubscription
 )
 
 
 def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence[SubscriptionEvent]:
-    """Answer `command` with events, or raise `InvalidField` or `TransitionRefused`."""
+    """Answer `command` with events, or raise `InvalidField` or `IllegalTransition`."""
     if isinstance(command, CreateSubscription):
         if state is not None:
-            raise TransitionRefused("the subscription exists already")
+            raise IllegalTransition("the subscription exists already")
         return [_create(command)]
     if state is None or state.status == "removed":
-        raise TransitionRefused("the subscription does not exist")
+        raise IllegalTransition("the subscription does not exist")
     match command:
         case ConfirmSubscription():
             return [SubscriptionConfirmed()] if state.status == "pending" else []
         case ChangeSubscription():
             return _change(state, command)
         case RotateSecret():
-            return [SubscriptionSecretRotated(sealed=command.sealed, previous_until=command.previous_until)]
+            return [
+                SubscriptionSecretRotated(
+                    encrypted_secret=command.encrypted_secret, previous_until=command.previous_until
+                )
+            ]
         case RequestTest():
             if state.status != "active":
-                raise TransitionRefused(f"only to an active subscription is anything sent; this one is {state.status}")
+                raise IllegalTransition(f"only to an active subscription is anything sent; this one is {state.status}")
             return [SubscriptionTestRequested()]
         case DisableSubscription():
             check_choice("reason", command.reason, REASONS)
             return [SubscriptionDisabled(reason=command.reason)] if state.status == "active" else []
         case RemoveSubscription():
             return _remove(command.versions, unsubscribed=command.unsubscribed)
-        case LapseSubscription():
+        case ExpireSubscription():
             return _remove(command.versions) if state.status == "pending" else []
         case _:
             assert_never(command)
@@ -308,8 +324,8 @@ def _create(command: CreateSubscription) -> SubscriptionCreated:
         incidents=command.incidents,
         maintenance=command.maintenance,
         service_ids=normal_ids(command.service_ids),
-        lowest_severity=check_choice("lowest_severity", command.lowest_severity, SEVERITIES),
-        sealed=command.sealed,
+        min_severity=check_choice("min_severity", command.min_severity, SEVERITIES),
+        encrypted_secret=command.encrypted_secret,
         pending=command.pending,
     )
 
@@ -320,16 +336,16 @@ def _change(state: Subscription, command: ChangeSubscription) -> list[Subscripti
         _check_target(wanted["target"])
     if "audience" in wanted:
         check_choice("audience", wanted["audience"], AUDIENCES)
-    if "lowest_severity" in wanted:
-        check_choice("lowest_severity", wanted["lowest_severity"], SEVERITIES)
+    if "min_severity" in wanted:
+        check_choice("min_severity", wanted["min_severity"], SEVERITIES)
     if "service_ids" in wanted:
         wanted["service_ids"] = normal_ids(wanted["service_ids"])
     changes = {name: value for name, value in wanted.items() if value != getattr(state, name)}
     events: list[SubscriptionEvent] = [SubscriptionChanged(**changes)] if changes else []
     if command.enabled is not UNSET and command.enabled != (state.status == "active"):
         if state.status == "pending":
-            raise TransitionRefused("a pending subscription is enabled by whoever owns its target")
-        events.append(SubscriptionEnabled() if command.enabled else SubscriptionDisabled(reason="asked"))
+            raise IllegalTransition("a pending subscription is enabled by whoever owns its target")
+        events.append(SubscriptionEnabled() if command.enabled else SubscriptionDisabled(reason="disabled_by_owner"))
     return events
 
 

@@ -10,7 +10,7 @@ from msgspec import UNSET
 
 from opsentry.domain.decider import REDACTED, Event
 from opsentry.domain.events import EVENT_TYPES, AnyEvent
-from opsentry.domain.redaction import Written
+from opsentry.domain.redaction import HistoryEntry
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -43,7 +43,7 @@ class RecordedEvent(msgspec.Struct, frozen=True, gc=False):
     """An event with its place in the ledger."""
 
     tenant_id: int
-    seq: int
+    position: int
     kind: str
     stream_id: int
     version: int
@@ -53,18 +53,18 @@ class RecordedEvent(msgspec.Struct, frozen=True, gc=False):
     meta: Meta
 
 
-def written(history: Iterable[RecordedEvent]) -> list[Written]:
+def written(history: Iterable[RecordedEvent]) -> list[HistoryEntry]:
     """Return a stream's events as an erasure looks at them."""
-    return [Written(recorded.version, recorded.seq, recorded.event) for recorded in history]
+    return [HistoryEntry(recorded.version, recorded.position, recorded.event) for recorded in history]
 
 
 class Encoded(NamedTuple):
-    """An event as columns: `data` holds facts, `words` what people wrote (`None` where they wrote nothing)."""
+    """An event as columns: `data` holds facts, `erasable` what people wrote (`None` where they wrote nothing)."""
 
     type: str
     schema_version: int
     data: str
-    words: str | None
+    erasable: str | None
 
 
 class UnknownEvent(Exception):
@@ -72,16 +72,16 @@ class UnknownEvent(Exception):
 
     Attributes:
         kind: The kind of stream it lies in, where it was read from the log.
-        seq: Its position there.
+        position: Its position there.
     """
 
     kind: str | None = None
-    seq: int | None = None
+    position: int | None = None
 
 
 # (type, schema version) -> a function from that version's fields to the next one's. Old events are read for ever.
 UPCASTERS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {
-    # Nothing was sealed then, nobody had to agree first, and only tenants removed.
+    # Nothing was encrypted_secret then, nobody had to agree first, and only tenants removed.
     ("subscription.created", 1): lambda fields: fields,
     ("subscription.removed", 1): lambda fields: fields,
 }
@@ -93,25 +93,25 @@ _meta_encoder = msgspec.json.Encoder()
 def encode(event: Event) -> Encoded:
     """Return the event as the log keeps it.
 
-    The facts name the fields that have words, so that a reader knows what was there after an erasure.
+    The facts name the fields that have erasable, so that a reader knows what was there after an erasure.
     """
     facts: dict[str, Any] = {}
-    words: dict[str, str] = {}
+    erasable: dict[str, str] = {}
     for name in event.__struct_fields__:
         value = getattr(event, name)
         if value is UNSET:
             continue
-        if name in event.WORDS and value is not None:
-            words[name] = value
+        if name in event.ERASABLE and value is not None:
+            erasable[name] = value
         else:
             facts[name] = value
-    if words:
-        facts["words"] = sorted(words)
-    return Encoded(event.TYPE, event.VERSION, _encode(facts).decode(), _encode(words).decode() if words else None)
+    if erasable:
+        facts["erasable"] = sorted(erasable)
+    return Encoded(event.TYPE, event.VERSION, _encode(facts).decode(), _encode(erasable).decode() if erasable else None)
 
 
-def decode(type_: str, schema_version: int, data: str, words: str | None) -> AnyEvent:
-    """Return the event that these columns hold; erased words read `[redacted]`.
+def decode(type_: str, schema_version: int, data: str, erasable: str | None) -> AnyEvent:
+    """Return the event that these columns hold; erased erasable read `[redacted]`.
 
     Raises:
         UnknownEvent: Its type, or a version newer than this code's, is unknown, or its fields do not fit.
@@ -120,13 +120,14 @@ def decode(type_: str, schema_version: int, data: str, words: str | None) -> Any
     if event_type is None or schema_version > event_type.VERSION:
         raise UnknownEvent(f"{type_} version {schema_version} is not known to this version of Opsentry")
     try:
-        # Nearly all events are of this version and whole: facts and words become one object's text, decoded in one go.
+        # Nearly all events are of this version and whole: facts and erasable become one object's text, decoded in
+        # one go.
         if schema_version == event_type.VERSION and data[:2] == '{"' and data[-1:] == "}":
-            if words is not None and words[:2] == '{"':
-                return cast("AnyEvent", _decoder(event_type)(f"{data[:-1]},{words[1:]}"))
-            if words is None and '"words"' not in data:
+            if erasable is not None and erasable[:2] == '{"':
+                return cast("AnyEvent", _decoder(event_type)(f"{data[:-1]},{erasable[1:]}"))
+            if erasable is None and '"erasable"' not in data:
                 return cast("AnyEvent", _decoder(event_type)(data))
-        fields = readable(data, words)
+        fields = readable(data, erasable)
         for version in range(schema_version, event_type.VERSION):
             fields = UPCASTERS[type_, version](fields)
         return cast("AnyEvent", msgspec.convert(fields, event_type))
@@ -134,15 +135,15 @@ def decode(type_: str, schema_version: int, data: str, words: str | None) -> Any
         raise UnknownEvent(f"{type_} version {schema_version} does not have the fields it should: {error}") from error
 
 
-def readable(data: str, words: str | None) -> dict[str, Any]:
-    """Return an event's fields, facts and words together, as they were written; erased words read `[redacted]`.
+def readable(data: str, erasable: str | None) -> dict[str, Any]:
+    """Return an event's fields, facts and erasable together, as they were written; erased erasable read `[redacted]`.
 
     Raises:
         msgspec.DecodeError: One of them is not a JSON object.
     """
     fields = _decode(data)
-    names = fields.pop("words", ())
-    fields.update(_decode(words) if words is not None else dict.fromkeys(names, REDACTED))
+    names = fields.pop("erasable", ())
+    fields.update(_decode(erasable) if erasable is not None else dict.fromkeys(names, REDACTED))
     return fields
 
 

@@ -12,9 +12,9 @@ from typing import IO, cast
 
 import msgspec
 
-from opsentry.events import ledger
-from opsentry.events.chain import GENESIS, Link
-from opsentry.postgres import Connection
+from opsentry.events import audit
+from opsentry.events.hash_chain import GENESIS, Link
+from opsentry.infrastructure.postgres import Connection
 
 _GZIP = b"\x1f\x8b"
 
@@ -23,7 +23,7 @@ class Line(msgspec.Struct, frozen=True):
     """A line of an export. Times are whole microseconds since 1970 UTC; octets are in lower-case hex."""
 
     tenant_id: int
-    seq: int
+    position: int
     stream_kind: str
     stream_id: int
     version: int
@@ -33,9 +33,9 @@ class Line(msgspec.Struct, frozen=True):
     recorded_at: int | None
     data: str
     meta: str
-    words: str | None
+    erasable: str | None
     salt: str | None
-    words_digest: str | None
+    erasable_digest: str | None
     hash: str
     previous_hash: str
 
@@ -54,8 +54,8 @@ _decode = msgspec.json.Decoder(Line).decode
 
 async def chunk(connection: Connection, tenant_id: int, after: int, until: int) -> bytes:
     """Return the lines of the events after position `after`, up to `until`."""
-    rows = await ledger.links(connection, tenant_id, after, until)
-    previous = GENESIS if after == 0 else await ledger.hash_at(connection, tenant_id, after) or b""
+    rows = await audit.read_hash_links(connection, tenant_id, after, until)
+    previous = GENESIS if after == 0 else await audit.read_hash(connection, tenant_id, after) or b""
     buffer = bytearray()
     for row in rows:
         salt, digest, hash_ = row[12:]
@@ -94,7 +94,7 @@ class Reader:
                     raise Unreadable(self.number, "breaks off")
                 link = Link(
                     line.tenant_id,
-                    line.seq,
+                    line.position,
                     line.stream_kind,
                     line.stream_id,
                     line.version,
@@ -104,9 +104,9 @@ class Reader:
                     line.recorded_at,
                     line.data,
                     line.meta,
-                    line.words,
+                    line.erasable,
                     None if line.salt is None else bytes.fromhex(line.salt),
-                    None if line.words_digest is None else bytes.fromhex(line.words_digest),
+                    None if line.erasable_digest is None else bytes.fromhex(line.erasable_digest),
                     bytes.fromhex(line.hash),
                 )
                 previous = bytes.fromhex(line.previous_hash)

@@ -21,10 +21,10 @@ from opsentry.domain.maintenance import (
     MaintenanceUpdated,
 )
 from opsentry.domain.service import ServiceRegistered
-from opsentry.events import log
+from opsentry.events import store
+from opsentry.events.appender import Appender
 from opsentry.events.codec import RecordedEvent
-from opsentry.events.log import Append, Appended, Claimed, Conflict, NewEvent
-from opsentry.events.writer import Writer
+from opsentry.events.store import Append, Appended, NewEvent, Reserved, VersionConflict
 from opsentry.importing.statuspage import (
     ComponentLink,
     Export,
@@ -42,8 +42,8 @@ from opsentry.importing.translation import (
     maintenance_events,
     slugs,
 )
-from opsentry.postgres import Database
-from opsentry.projections.runner import Runner
+from opsentry.infrastructure.postgres import Database
+from opsentry.projections.engine.projector import Projector
 
 _AT_ONCE = 64
 
@@ -70,10 +70,10 @@ class Result(msgspec.Struct):
 class Importer:
     """Writes a file's content to one tenant's ledger."""
 
-    def __init__(self, database: Database, writer: Writer, runner: Runner, tenant_id: int) -> None:
+    def __init__(self, database: Database, appender: Appender, projector: Projector, tenant_id: int) -> None:
         self._database = database
-        self._writer = writer
-        self._runner = runner
+        self._appender = appender
+        self._projector = projector
         self._tenant_id = tenant_id
         self._result = Result()
         self._at_once = asyncio.Semaphore(_AT_ONCE)
@@ -84,7 +84,7 @@ class Importer:
         Killed half-way, it can be run again and adds the rest.
 
         Raises:
-            DatabaseUnavailable, OutcomeUnknown, TenantBusy: As `Writer.append`; running it again is safe.
+            DatabaseUnavailable, OutcomeUnknown, TenantBusy: As `Appender.append`; running it again is safe.
         """
         services = await self._services(export, advance)
         page = export.page.id
@@ -92,7 +92,7 @@ class Importer:
             *(self._incident(page, record, services, advance) for record in reversed(export.incidents)),
             *(self._window(page, record, services, advance) for record in reversed(export.scheduled_maintenances)),
         )
-        await self._runner.catch_up(self._tenant_id, 0)
+        await self._projector.catch_up(self._tenant_id, 0)
         return self._result
 
     async def _services(self, export: Export, advance: Callable[[], None]) -> dict[str, int]:
@@ -114,12 +114,12 @@ class Importer:
             )
             # A component without a date of its own was there when the page's history begins.
             since = began if component.created_at is None else min(component.created_at, began)
-            outcome = await self._begin(service.KIND, service.claim(registered.slug), [(registered, since)])
+            outcome = await self._begin(service.KIND, service.slug_reservation(registered.slug), [(registered, since)])
             match outcome:
                 case Appended(stream_id=stream_id):
                     self._result.services += 1
                     self._result.events += 1
-                case Claimed(stream_id=stream_id):
+                case Reserved(stream_id=stream_id):
                     self._result.unchanged += 1
                 case _:
                     raise TypeError(f"component {component.id}: {outcome}")
@@ -159,38 +159,40 @@ class Importer:
         advance()
 
     async def _bring_up(
-        self, kind: str, claim: str, lacking: Callable[[Sequence[RecordedEvent]], list[Dated]]
+        self, kind: str, reservation: str, lacking: Callable[[Sequence[RecordedEvent]], list[Dated]]
     ) -> list[Dated]:
         """Append what a stream lacks; return it."""
         stream_id = 0
         events = lacking(())
-        outcome = await self._begin(kind, claim, events)
+        outcome = await self._begin(kind, reservation, events)
         while not isinstance(outcome, Appended):
-            if not isinstance(outcome, Claimed | Conflict):
-                raise TypeError(f"{claim}: {outcome}")
-            if isinstance(outcome, Claimed):
+            if not isinstance(outcome, Reserved | VersionConflict):
+                raise TypeError(f"{reservation}: {outcome}")
+            if isinstance(outcome, Reserved):
                 stream_id = outcome.stream_id
             async with self._database.connection() as connection:
-                history = await log.read_stream(connection, self._tenant_id, kind, stream_id)
+                history = await store.read_stream(connection, self._tenant_id, kind, stream_id)
             events = lacking(history)
             if not events:
                 self._result.unchanged += 1
                 return []
-            outcome = await self._writer.append(self._append(kind, stream_id, history[-1].version, events, None))
+            outcome = await self._appender.append(self._append(kind, stream_id, history[-1].version, events, None))
         self._result.events += len(events)
         return events
 
-    async def _begin(self, kind: str, claim: str, events: Sequence[Dated]) -> log.Outcome:
-        return await self._writer.append(self._append(kind, 0, 0, events, claim))
+    async def _begin(self, kind: str, reservation: str, events: Sequence[Dated]) -> store.Outcome:
+        return await self._appender.append(self._append(kind, 0, 0, events, reservation))
 
-    def _append(self, kind: str, stream_id: int, version: int, events: Sequence[Dated], claim: str | None) -> Append:
+    def _append(
+        self, kind: str, stream_id: int, version: int, events: Sequence[Dated], reservation: str | None
+    ) -> Append:
         return Append(
             tenant_id=self._tenant_id,
             kind=kind,
             stream_id=stream_id,
             expected_version=version,
             events=[NewEvent(event, IMPORTED, moment) for event, moment in events],
-            claim=claim,
+            reservation=reservation,
         )
 
     def _linked(self, what: str, links: Iterable[ComponentLink], services: dict[str, int]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import msgspec
 class Change(msgspec.Struct, frozen=True):
     """One event that a message tells: its position in the tenant's ledger, its type, and when it was recorded."""
 
-    seq: int
+    position: int
     type: str
     at: datetime
 
@@ -93,7 +93,7 @@ class Channel(Protocol):
     signs: bool
     """Whether messages are signed, so that a subscription needs a secret of its own."""
     hides: bool
-    """Whether the target is a secret itself: sealed, and shown only in part."""
+    """Whether the target is a secret itself: encrypted_secret, and shown only in part."""
 
     at_once: int | None
     """Where all its messages go through one thing of ours, so many at once do; `None`: each target has its own."""

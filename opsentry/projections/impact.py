@@ -28,10 +28,10 @@ from opsentry.domain.maintenance import (
     MaintenanceScheduled,
     MaintenanceStarted,
 )
-from opsentry.domain.status import LEVELS, Period
+from opsentry.domain.uptime import LEVELS, Period
 from opsentry.events.codec import RecordedEvent
-from opsentry.postgres import Connection
-from opsentry.projections.projection import Rows, Streams, Table, by_stream, continued, freshness
+from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, freshness
 from opsentry.projections.timeline import id_array
 
 # The sources that this batch goes on from, each by the index; see the same in incidents.
@@ -257,17 +257,17 @@ class Impact:
         if changes.begun:
             await connection.execute(_BEGIN, tenant_id, kind, *zip(*map(_period_row, changes.begun), strict=True))
 
-    def deriver(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Callable[[str, Streams], Rows]:
         """Return a function that gives the rows of whole streams."""
 
-        def derive(kind: str, streams: Streams) -> Rows:
+        def replay(kind: str, streams: Streams) -> Rows:
             changes = _changes(streams, {})
             return {
                 SOURCES.name: [(kind, *_source_row(source)) for source in changes.sources],
                 PERIODS.name: [(kind, *_period_row(period)) for period in changes.begun],
             }
 
-        return derive
+        return replay
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
@@ -333,7 +333,7 @@ def _source(row: asyncpg.Record) -> Source:
     )
 
 
-async def between(
+async def select_service_impacts(
     connection: Connection,
     tenant_id: int,
     service_id: int | None,

@@ -10,7 +10,7 @@ import msgspec
 from opsentry.domain import incident
 from opsentry.domain.incident import Incident, IncidentEvent, IncidentResolved, IncidentUpdated
 from opsentry.events.codec import RecordedEvent
-from opsentry.projections.projection import by_stream, fold
+from opsentry.projections.engine.projection import by_stream, fold
 from opsentry.projections.timeline import UpdateView, author_name
 
 

@@ -12,9 +12,9 @@ import msgspec
 from opsentry.domain import incident
 from opsentry.domain.incident import IncidentRedacted
 from opsentry.events.codec import RecordedEvent
-from opsentry.postgres import Connection
+from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
 from opsentry.projections.incident_view import Shown, decode_view, evolve
-from opsentry.projections.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
 from opsentry.projections.timeline import (
     ENTRY,
     JOIN_AUTHORS,
@@ -194,7 +194,7 @@ def _list_query(filters: Sequence[str], also: str = "") -> str:
 
 
 # Written out for each set of filters, so that each has its own plan: `status = $4 OR $4 IS NULL` would share a bad one.
-# Only what says that it wants none of the resolved can go by the index of the others, so these stand apart.
+# Only what says that it matches none of the resolved can go by the index of the others, so these stand apart.
 _LISTS: dict[tuple[str, ...], str] = {
     (): _list_query(()),
     ("severity",): _list_query(("severity",)),
@@ -206,12 +206,14 @@ _LISTS_RESOLVED: dict[tuple[str, ...], str] = {
 }
 
 
-async def as_of(connection: Connection, tenant_id: int, incident_id: int, seq: int) -> asyncpg.Record:
-    """Return what an incident was at position `seq`: its `version` (0: there was none), and the state kept last."""
-    return await connection.fetchrow(_AS_OF, tenant_id, incident_id, seq)
+async def select_incident_as_of(
+    connection: Connection, tenant_id: int, incident_id: int, position: int
+) -> asyncpg.Record:
+    """Return an incident's `version` at `position` (0: none) and its newest snapshot up to there."""
+    return await connection.fetchrow(_AS_OF, tenant_id, incident_id, position)
 
 
-async def timeline(
+async def select_timeline(
     connection: Connection, tenant_id: int, incident_id: int, version: int
 ) -> tuple[bytes, AbstractSet[int]]:
     """Return the timeline up to `version` as a JSON array's inside, and the tokens to be named there."""
@@ -273,9 +275,9 @@ class Incidents:
         if snapshots:
             await connection.execute(_STORE_SNAPSHOTS, tenant_id, *zip(*snapshots, strict=True))
 
-    def deriver(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Callable[[str, Streams], Rows]:
         """Return a function that gives the rows of whole streams."""
-        return lambda _kind, streams: _derive(streams)
+        return lambda _kind, streams: _replay(streams)
 
     async def clear(self, connection: Connection, tenant_id: int) -> None:
         """Delete all of the tenant's rows."""
@@ -311,7 +313,7 @@ def _rows(
     return rows, kept
 
 
-def _derive(streams: Streams) -> Rows:
+def _replay(streams: Streams) -> Rows:
     changed, kept = _rows(streams, {})
     updates = {stream_id: update_rows(stream) for stream_id, stream in streams.items()}
     snapshots: list[tuple[Any, ...]] = []
@@ -333,7 +335,7 @@ def _derive(streams: Streams) -> Rows:
     }
 
 
-async def page(
+async def select_incidents(
     connection: Connection, tenant_id: int, *, status: str | None, severity: str | None, limit: int, offset: int
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's incidents, newest first."""
@@ -344,11 +346,11 @@ async def page(
     return await connection.fetchrow(lists[tuple(chosen)], tenant_id, limit, offset, *chosen.values())
 
 
-async def active(connection: Connection, tenant_id: int) -> asyncpg.Record:
+async def select_active_incidents(connection: Connection, tenant_id: int) -> asyncpg.Record:
     """Return `items` of all incidents that are not resolved, newest first."""
     return await connection.fetchrow(_ACTIVE, tenant_id)
 
 
-async def one(connection: Connection, tenant_id: int, incident_id: int) -> asyncpg.Record:
+async def select_incident(connection: Connection, tenant_id: int, incident_id: int) -> asyncpg.Record:
     """Return `body` and `etag` of one incident; NULL if there is none."""
     return await connection.fetchrow(_ONE, tenant_id, incident_id)

@@ -21,8 +21,8 @@ from opsentry.domain.maintenance import (
     MaintenanceUpdated,
 )
 from opsentry.events.codec import RecordedEvent
-from opsentry.postgres import Connection
-from opsentry.projections.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
+from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
 from opsentry.projections.timeline import (
     ENTRY,
     JOIN_AUTHORS,
@@ -123,14 +123,14 @@ FROM {freshness("maintenance", "services")}
 LEFT JOIN maintenance m ON m.tenant_id = $1 AND m.maintenance_id = $2
 """
 
-# What the scheduler has to move on, of all tenants, within the next $1 seconds; the first due first. Rows of a parked
+# What the scheduler has to move on, of all tenants, within the next $1 seconds; the first due first. Rows of a halted
 # projection are old and stay so: moving them again and again would take the others' turns.
 _DUE = """
 SELECT tenant_id, maintenance_id, status, due_at,
     greatest(0, extract(epoch FROM due_at - clock_timestamp()))::float8 AS seconds
 FROM maintenance m WHERE due_at <= clock_timestamp() + $1 * interval '1 second' AND NOT EXISTS (
     SELECT FROM checkpoints c
-    WHERE c.tenant_id = m.tenant_id AND c.projection = 'maintenance' AND c.parked_seq IS NOT NULL)
+    WHERE c.tenant_id = m.tenant_id AND c.projection = 'maintenance' AND c.halted_at IS NOT NULL)
 ORDER BY due_at LIMIT $2
 """
 
@@ -142,7 +142,7 @@ SELECT tenant_id, maintenance_id FROM maintenance m
 WHERE remind_since < scheduled_start - $1 * interval '1 second' AND scheduled_start > clock_timestamp()
     AND scheduled_start <= clock_timestamp() + $1 * interval '1 second' AND NOT EXISTS (
         SELECT FROM checkpoints c
-        WHERE c.tenant_id = m.tenant_id AND c.projection = 'maintenance' AND c.parked_seq IS NOT NULL)
+        WHERE c.tenant_id = m.tenant_id AND c.projection = 'maintenance' AND c.halted_at IS NOT NULL)
 ORDER BY scheduled_start LIMIT $2
 """
 
@@ -299,7 +299,7 @@ class MaintenanceWindows:
             if rewritten := [(row["maintenance_id"], row["version"], redacted(row["body"])) for row in rows]:
                 await connection.execute(_REWRITE_UPDATES, tenant_id, *zip(*rewritten, strict=True))
 
-    def deriver(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Callable[[str, Streams], Rows]:
         """Return a function that gives the rows of whole streams."""
         return lambda _kind, streams: {
             WINDOWS.name: _rows(streams, {}, {}),
@@ -349,24 +349,24 @@ def _rows(
     ]
 
 
-async def page(
+async def select_windows(
     connection: Connection, tenant_id: int, *, status: str | None, limit: int, offset: int
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's windows, the last announced first."""
     return await connection.fetchrow(_LIST, tenant_id, status, limit, offset)
 
 
-async def upcoming(connection: Connection, tenant_id: int) -> asyncpg.Record:
+async def select_upcoming_windows(connection: Connection, tenant_id: int) -> asyncpg.Record:
     """Return `items` of all scheduled windows in the future, the next one first."""
     return await connection.fetchrow(_UPCOMING, tenant_id)
 
 
-async def one(connection: Connection, tenant_id: int, maintenance_id: int) -> asyncpg.Record:
+async def select_window(connection: Connection, tenant_id: int, maintenance_id: int) -> asyncpg.Record:
     """Return `body` and `etag` of one window; NULL if there is none."""
     return await connection.fetchrow(_ONE, tenant_id, maintenance_id)
 
 
-async def due(connection: Connection, within: float, limit: int) -> list[asyncpg.Record]:
+async def select_due_windows(connection: Connection, within: float, limit: int) -> list[asyncpg.Record]:
     """Return windows of all tenants that must be started or completed within `within` seconds, by database time.
 
     The one query that spans tenants here: the scheduler serves them all.
@@ -374,7 +374,7 @@ async def due(connection: Connection, within: float, limit: int) -> list[asyncpg
     return list(await connection.fetch(_DUE, within, limit))
 
 
-async def to_remind(connection: Connection, lead: float, limit: int) -> list[asyncpg.Record]:
+async def select_windows_to_remind(connection: Connection, lead: float, limit: int) -> list[asyncpg.Record]:
     """Return windows of all tenants that people must be reminded of, `lead` seconds before they begin or less.
 
     Those whose hour was told later than that are left out, as are those that should have begun by now.

@@ -11,9 +11,9 @@ import msgspec
 from opsentry.domain import service
 from opsentry.domain.service import Service, ServiceEvent
 from opsentry.events.codec import RecordedEvent
-from opsentry.postgres import Connection
-from opsentry.projections.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
-from opsentry.projections.runner import Runner
+from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
+from opsentry.projections.engine.projector import Projector
 
 # The rows that this batch goes on from.
 _LOAD = "SELECT service_id, version, retired, body FROM services WHERE tenant_id = $1 AND service_id = ANY($2)"
@@ -86,10 +86,10 @@ _decode = msgspec.json.Decoder(ServiceView).decode
 
 
 # How services are linked, by id, and the versions that they have.
-Links: TypeAlias = tuple[Mapping[int, msgspec.Raw], Sequence[int]]
+ServiceLinks: TypeAlias = tuple[Mapping[int, msgspec.Raw], Sequence[int]]
 
 
-class ServiceRef(msgspec.Struct):
+class ServiceLink(msgspec.Struct):
     """A service as other answers link it."""
 
     id: int
@@ -146,7 +146,7 @@ class Services:
             retired = {row["service_id"] for row in rows if row["retired"]}
         await connection.execute(_STORE, tenant_id, *zip(*_rows(streams, stored, retired), strict=True))
 
-    def deriver(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Callable[[str, Streams], Rows]:
         """Return a function that gives the rows of whole streams."""
         return lambda _kind, streams: {SERVICES.name: _rows(streams, {}, set())}
 
@@ -168,13 +168,13 @@ def _rows(
             view.id in retired or any(isinstance(e.event, service.ServiceRetired) for e in streams[view.id]),
             view.created_at,
             msgspec.json.encode(view).decode(),
-            bytes(ref(view)).decode(),
+            bytes(service_link(view)).decode(),
         )
         for view, version in fold(streams, stored, evolve_view)
     ]
 
 
-async def page(
+async def select_services(
     connection: Connection,
     tenant_id: int,
     *,
@@ -192,17 +192,17 @@ async def page(
     return await connection.fetchrow(_LIST, tenant_id, status, visibility, pattern, limit, offset)
 
 
-async def one(connection: Connection, tenant_id: int, service_id: int) -> asyncpg.Record:
+async def select_service(connection: Connection, tenant_id: int, service_id: int) -> asyncpg.Record:
     """Return `body`, `etag` and `since` of one service; all NULL if there is none."""
     return await connection.fetchrow(_ONE, tenant_id, service_id)
 
 
-async def refs(connection: Connection, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
+async def select_service_links(connection: Connection, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
     """Return `ids`, `refs` (JSON objects as text) and `versions`, and which are `retired`; NULL if none are there."""
     return await connection.fetchrow(_REFS, tenant_id, list(service_ids))
 
 
-def refs_of(row: Mapping[str, Any]) -> dict[int, msgspec.Raw]:
+def service_links_of(row: Mapping[str, Any]) -> dict[int, msgspec.Raw]:
     """Return the links in a row of `refs` by service id."""
     return {
         service_id: msgspec.Raw(ref.encode())
@@ -210,29 +210,29 @@ def refs_of(row: Mapping[str, Any]) -> dict[int, msgspec.Raw]:
     }
 
 
-def ref(view: ServiceView) -> msgspec.Raw:
+def service_link(view: ServiceView) -> msgspec.Raw:
     """Return how other answers link a service."""
-    return msgspec.Raw(msgspec.json.encode(ServiceRef(view.id, view.slug, view.name)))
+    return msgspec.Raw(msgspec.json.encode(ServiceLink(view.id, view.slug, view.name)))
 
 
-def links_of(row: Mapping[str, Any], service_ids: Iterable[int]) -> Links:
+def links_from_row(row: Mapping[str, Any], service_ids: Iterable[int]) -> ServiceLinks:
     """Return the links to `service_ids` in a row of `refs`, which may hold others' too."""
-    refs, versions = refs_of(row), dict(zip(row["ids"] or (), row["versions"] or (), strict=True))
+    refs, versions = service_links_of(row), dict(zip(row["ids"] or (), row["versions"] or (), strict=True))
     known = [service_id for service_id in service_ids if service_id in refs]
     return {service_id: refs[service_id] for service_id in known}, [versions[service_id] for service_id in known]
 
 
-def links_as_of(events: Iterable[RecordedEvent]) -> Links:
+def links_as_of(events: Iterable[RecordedEvent]) -> ServiceLinks:
     """Return the links to services after `events`, which are theirs from the beginning, stream by stream."""
     folded = fold(by_stream(events), {}, evolve_view)
-    return {view.id: ref(view) for view, _ in folded}, [version for _, version in folded]
+    return {view.id: service_link(view) for view, _ in folded}, [version for _, version in folded]
 
 
-class RefsReader:
+class ServiceLinkLoader:
     """Reads links for requests that come together: those of one tenant share a query that begins after all of them."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, projector: Projector) -> None:
+        self._projector = projector
         self._gathering: dict[int, tuple[set[int], asyncio.Task[asyncpg.Record]]] = {}
 
     async def read(self, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
@@ -252,4 +252,6 @@ class RefsReader:
     async def _read(self, tenant_id: int, wanted: set[int]) -> asyncpg.Record:
         # Runs when the loop comes round: whoever was ready by then has joined, who comes now begins anew.
         del self._gathering[tenant_id]
-        return await self._runner.read(tenant_id, lambda connection: refs(connection, tenant_id, wanted))
+        return await self._projector.read(
+            tenant_id, lambda connection: select_service_links(connection, tenant_id, wanted)
+        )

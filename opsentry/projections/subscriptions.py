@@ -10,8 +10,8 @@ import msgspec
 from opsentry.domain import subscription
 from opsentry.domain.subscription import Subscription, SubscriptionEvent
 from opsentry.events.codec import RecordedEvent
-from opsentry.postgres import Connection
-from opsentry.projections.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
+from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
 
 # The rows that this batch goes on from.
 _LOAD = """
@@ -55,13 +55,13 @@ LEFT JOIN subscriptions s ON s.tenant_id = $1 AND s.subscription_id = $2 AND s.s
 _FOR_SENDING = "SELECT subscription_id, state FROM subscriptions WHERE tenant_id = $1 AND subscription_id = ANY($2)"
 
 # Which have been pending for more than $1 seconds, of all tenants, the oldest first; some at a time, those behind
-# ($2, $3, $4). Rows of a parked projection are old and stay so. That is asked row by row: joined, a table with rows of
+# ($2, $3, $4). Rows of a halted projection are old and stay so. That is asked row by row: joined, a table with rows of
 # every tenant could be read as a whole.
 _UNCONFIRMED = """
 SELECT created_at, tenant_id, subscription_id FROM subscriptions s
 WHERE status = 'pending' AND created_at < statement_timestamp() - $1 * interval '1 second'
     AND (created_at, tenant_id, subscription_id) > ($2, $3, $4) AND (
-        SELECT c.parked_seq FROM checkpoints c
+        SELECT c.halted_at FROM checkpoints c
         WHERE c.tenant_id = s.tenant_id AND c.projection = 'subscriptions') IS NULL
 ORDER BY created_at, tenant_id, subscription_id LIMIT $5
 """
@@ -86,7 +86,7 @@ class SubscriptionView(msgspec.Struct, kw_only=True):
     incidents: bool
     maintenance: bool
     service_ids: tuple[int, ...]
-    lowest_severity: str
+    min_severity: str
     status: str
     disabled_reason: str | None
     created_at: datetime
@@ -149,7 +149,7 @@ class Subscriptions:
                 stored[number] = (version, _Known(number, _decode(state), created_at, created_at))
         await connection.execute(_STORE, tenant_id, *zip(*_rows(streams, stored), strict=True))
 
-    def deriver(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Callable[[str, Streams], Rows]:
         """Return a function that gives the rows of whole streams."""
         return lambda _kind, streams: {SUBSCRIPTIONS.name: _rows(streams, {})}
 
@@ -174,24 +174,24 @@ def _rows(streams: Streams, stored: Mapping[int, tuple[int, _Known]]) -> list[tu
     ]
 
 
-async def page(
+async def select_subscriptions(
     connection: Connection, tenant_id: int, *, channel: str | None, status: str | None, limit: int, offset: int
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's subscriptions, the newest first."""
     return await connection.fetchrow(_LIST, tenant_id, channel, status, limit, offset)
 
 
-async def one(connection: Connection, tenant_id: int, subscription_id: int) -> asyncpg.Record:
+async def select_subscription(connection: Connection, tenant_id: int, subscription_id: int) -> asyncpg.Record:
     """Return `body`, `etag` and `status` of one subscription; all NULL if there is none, or none any more."""
     return await connection.fetchrow(_ONE, tenant_id, subscription_id)
 
 
-async def for_sending(connection: Connection, tenant_id: int, ids: Iterable[int]) -> list[asyncpg.Record]:
+async def select_for_sending(connection: Connection, tenant_id: int, ids: Iterable[int]) -> list[asyncpg.Record]:
     """Return `subscription_id` and `state` (a `Subscription` as JSON) of these, removed ones among them."""
     return list(await connection.fetch(_FOR_SENDING, tenant_id, list(ids)))
 
 
-async def find_target(connection: Connection, tenant_id: int, channel: str, target: str) -> asyncpg.Record:
+async def select_by_target(connection: Connection, tenant_id: int, channel: str, target: str) -> asyncpg.Record:
     """Return `ids`, `statuses` and `ages` (in seconds) of subscriptions with this target, the newest first.
 
     All three are NULL if there are none. The target is the one that answers show.
@@ -210,7 +210,7 @@ class Unconfirmed(NamedTuple):
 FIRST = Unconfirmed(datetime.fromtimestamp(0, UTC), 0, 0)
 
 
-async def unconfirmed(
+async def select_unconfirmed(
     connection: Connection, seconds: float, limit: int, after: Unconfirmed = FIRST
 ) -> list[Unconfirmed]:
     """Return subscriptions of all tenants that have been pending for longer than that, the oldest first."""

@@ -11,7 +11,8 @@ from opsentry.domain.incident import IncidentUpdated
 from opsentry.domain.maintenance import MaintenanceUpdated
 from opsentry.events.codec import Actor, RecordedEvent
 
-# An entry `u` with who wrote it, and what to join for that. Tokens are few beside the entries that they wrote: OFFSET
+# An entry `u` with who wrote it, and what to join for that. ApiTokens are few beside the entries that they wrote:
+# OFFSET
 # keeps their names from being made JSON of once for each entry.
 ENTRY = """replace(u.body, '"author":null', '"author":' || coalesce(t.author, to_json(u.actor_kind)::text))"""
 JOIN_AUTHORS = """
@@ -67,7 +68,7 @@ class UpdateView(msgspec.Struct, kw_only=True, gc=False):
     ) -> "UpdateView":
         """Return the entry that `event`, recorded as `recorded`, makes."""
         return cls(
-            id=recorded.seq,
+            id=recorded.position,
             status=event.status,
             message=event.message,
             is_public=event.is_public,

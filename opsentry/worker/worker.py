@@ -14,20 +14,21 @@ from apscheduler.executors.asyncio import AsyncIOExecutor
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from opsentry.domain import maintenance, subscription
-from opsentry.domain.decider import Decider, Event, TransitionRefused
+from opsentry.domain.decider import Decider, Event, IllegalTransition
 from opsentry.domain.maintenance import CompleteMaintenance, MaintenanceCommand, RemindMaintenance, StartMaintenance
-from opsentry.domain.redaction import worded
-from opsentry.domain.subscription import PENDING_DAYS, LapseSubscription
-from opsentry.events import log
+from opsentry.domain.redaction import erasable_versions
+from opsentry.domain.subscription import CONFIRMATION_DAYS, ExpireSubscription
+from opsentry.events import store
+from opsentry.events.appender import TenantBusy
 from opsentry.events.codec import Actor, Meta, RecordedEvent, written
-from opsentry.events.execute import Commands, ConcurrentChange, NoSuchStream
-from opsentry.events.writer import TenantBusy
-from opsentry.notifications import intake
-from opsentry.postgres import Database, DatabaseUnavailable
+from opsentry.events.command_handler import CommandHandler, ConcurrencyConflict, StreamNotFound
+from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
+from opsentry.notifications.delivery import enqueue
 from opsentry.projections import maintenance as windows
-from opsentry.projections import operations, subscriptions
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.projections.runner import Runner
+from opsentry.projections import subscriptions
+from opsentry.projections.engine import management
+from opsentry.projections.engine.projector import Projector
+from opsentry.projections.engine.rebuild import Rebuilder
 
 S = TypeVar("S")
 C = TypeVar("C")
@@ -68,32 +69,32 @@ class Worker:
     Args:
         database: Where the work stands.
         commands: Move windows on.
-        runner: Catches projections up.
+        projector: Catches projections up.
         keys_kept: Seconds that an idempotency key is kept.
-        deliveries_days: Days that what came of a message is kept.
-        reminder_minutes: So long before its start people are reminded of a window; 0: never.
+        delivery_retention_days: Days that what came of a message is kept.
+        maintenance_reminder_minutes: So long before its start people are reminded of a window; 0: never.
         heartbeat: A file to touch after each round.
     """
 
     def __init__(
         self,
         database: Database,
-        commands: Commands,
-        runner: Runner,
+        commands: CommandHandler,
+        projector: Projector,
         *,
         keys_kept: int = 48 * 3600,
-        deliveries_days: int = 90,
-        reminder_minutes: int = 0,
+        delivery_retention_days: int = 90,
+        maintenance_reminder_minutes: int = 0,
         heartbeat: Path | None = None,
     ) -> None:
         self._keys_kept = keys_kept
-        self._deliveries_days = deliveries_days
-        self._lead = 60.0 * reminder_minutes
+        self._deliveries_days = delivery_retention_days
+        self._lead = 60.0 * maintenance_reminder_minutes
         self._heartbeat = heartbeat
         self._database = database
         self._commands = commands
-        self._runner = runner
-        self._rebuilder = Rebuilder(database, runner.projections)
+        self._projector = projector
+        self._rebuilder = Rebuilder(database, projector.projections)
         self._begun = False
         # A wake-up that comes late is as good as one on time: it looks at what is due now.
         self._scheduler = AsyncIOScheduler(
@@ -125,7 +126,7 @@ class Worker:
     async def catch_up(self) -> None:
         """Bring up to date what commands left behind: they died, or ran out of time."""
         after = 0
-        while found := await self._runner.behind(_BEHIND, after):
+        while found := await self._projector.behind(_BEHIND, after):
             after = found[-1]
             # Workers that come to the same tenants in another order are less in each other's way.
             random.shuffle(found)
@@ -139,12 +140,12 @@ class Worker:
 
     async def _catch_up_one(self, tenant_id: int) -> None:
         # A pass that takes longer goes on by itself; it must not hold up the other tenants.
-        if (held_up := self._runner.under_way(tenant_id)) is None:
+        if (held_up := self._projector.under_way(tenant_id)) is None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_SECONDS):
-                    await self._runner.catch_up(tenant_id, 0)
+                    await self._projector.catch_up(tenant_id, 0)
         elif held_up > _PATIENCE:
-            for pid in await self._runner.evict():
+            for pid in await self._projector.evict():
                 _log.warning("threw out a session that stood still with locks that others wait for", pid=pid)
 
     async def rebuild(self) -> None:
@@ -161,9 +162,9 @@ class Worker:
     async def _begin(self) -> None:
         """Make known what this code derives, and let what stands still try again: what is new here may help it."""
         async with self._database.connection(PRUNE_SECONDS) as connection:
-            to_do = await operations.register(connection, self._runner.projections)
-            await operations.release(connection, [projection.name for projection in self._runner.projections])
-            await operations.note_who_lags(connection)
+            to_do = await management.register(connection, self._projector.projections)
+            await management.retry_halted(connection, [projection.name for projection in self._projector.projections])
+            await management.note_who_lags(connection)
         if to_do:
             _log.info("projections that are new, or of a raised version, are derived anew", projections=to_do)
 
@@ -176,7 +177,7 @@ class Worker:
     async def move_windows(self) -> None:
         """Start and complete what is due, and wake up again when the next one is."""
         async with self._database.connection() as connection:
-            rows = await windows.due(connection, _HORIZON_SECONDS, _BATCH)
+            rows = await windows.select_due_windows(connection, _HORIZON_SECONDS, _BATCH)
         for row in rows:
             if row["seconds"] > 0:
                 self._wake_up_in(row["seconds"], row["due_at"])
@@ -193,7 +194,7 @@ class Worker:
         if not self._lead:
             return
         async with self._database.connection() as connection:
-            rows = await windows.to_remind(connection, self._lead, _BATCH)
+            rows = await windows.select_windows_to_remind(connection, self._lead, _BATCH)
         for row in rows:
             await _surviving(self._move_window, row["tenant_id"], row["maintenance_id"], RemindMaintenance())
 
@@ -202,21 +203,21 @@ class Worker:
         pruned = _PRUNE_BATCH
         while pruned == _PRUNE_BATCH:
             async with self._database.connection(PRUNE_SECONDS) as connection:
-                pruned = await log.prune_keys(connection, self._keys_kept, _PRUNE_BATCH)
+                pruned = await store.prune_idempotency_keys(connection, self._keys_kept, _PRUNE_BATCH)
 
     async def prune_deliveries(self) -> None:
         """Forget what came of messages that were settled long enough ago, some at a time."""
         pruned = _PRUNE_BATCH
         while pruned == _PRUNE_BATCH:
             async with self._database.transaction(PRUNE_SECONDS) as connection:
-                pruned = await intake.prune(connection, self._deliveries_days, _PRUNE_BATCH)
+                pruned = await enqueue.prune_deliveries(connection, self._deliveries_days, _PRUNE_BATCH)
 
     async def forget_unconfirmed(self) -> None:
         """Remove subscriptions whose target's owner has not agreed in all that time: their words are erased."""
         after = subscriptions.FIRST
         while True:
             async with self._database.connection() as connection:
-                rows = await subscriptions.unconfirmed(connection, PENDING_DAYS * 86_400.0, _BATCH, after)
+                rows = await subscriptions.select_unconfirmed(connection, CONFIRMATION_DAYS * 86_400.0, _BATCH, after)
             for row in rows:
                 await _surviving(self._lapse, row.tenant_id, row.subscription_id)
             if len(rows) < _BATCH:
@@ -239,8 +240,8 @@ class Worker:
         await self._execute(maintenance.DECIDER, tenant_id, maintenance_id, command)
 
     async def _lapse(self, tenant_id: int, subscription_id: int) -> None:
-        def command(history: Sequence[RecordedEvent]) -> LapseSubscription:
-            return LapseSubscription(versions=worded(written(history)))
+        def command(history: Sequence[RecordedEvent]) -> ExpireSubscription:
+            return ExpireSubscription(versions=erasable_versions(written(history)))
 
         await self._execute(subscription.DECIDER, tenant_id, subscription_id, command)
 
@@ -253,11 +254,11 @@ class Worker:
     ) -> None:
         try:
             executed = await self._commands.execute(decider, tenant_id, stream_id, command, _META)
-        except (TransitionRefused, ConcurrentChange, NoSuchStream):
+        except (IllegalTransition, ConcurrencyConflict, StreamNotFound):
             # Somebody else was first; the row is old, and the next poll finds it brought up to date.
-            await self._runner.catch_up(tenant_id, 0)
+            await self._projector.catch_up(tenant_id, 0)
             return
-        await self._runner.catch_up(tenant_id, executed.seq)
+        await self._projector.catch_up(tenant_id, executed.position)
         for recorded in executed.history[len(executed.history) - executed.appended :]:
             _log.info(recorded.event.TYPE, tenant_id=tenant_id, **{f"{decider.kind}_id": stream_id})
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from opsentry import wiring
-from opsentry.access import operators, tokens
-from opsentry.events import log
+from opsentry import bootstrap
+from opsentry.bootstrap import Core
+from opsentry.events import store
+from opsentry.identity import api_tokens, operator_tokens
 from opsentry.notifications.channel import BadTarget, Endpoint, Message, Outcome
 from opsentry.notifications.channels import channels
-from opsentry.wiring import Core
 from tests.conftest import META, Client, Tenant, make_service
 
 DRILL = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
@@ -53,23 +53,23 @@ STAND_INS = (
 @pytest.fixture(autouse=True)
 def _known_channels(monkeypatch):
     stand_ins = {channel.name: channel for channel in STAND_INS}
-    monkeypatch.setattr(wiring, "channels", lambda parts: {**stand_ins, **channels(parts)})
+    monkeypatch.setattr(bootstrap, "channels", lambda parts: {**stand_ins, **channels(parts)})
 
 
 async def make_token(parts, tenant_id, *scopes, **fields):
     async with parts.database.connection() as connection:
-        return await tokens.create(connection, tenant_id, name="t", scopes=scopes, meta=META, **fields)
+        return await api_tokens.create_api_token(connection, tenant_id, name="t", scopes=scopes, meta=META, **fields)
 
 
 async def make_operator(parts, **fields):
     async with parts.database.connection() as connection:
-        return await operators.create(connection, name="on call", **fields)
+        return await operator_tokens.create_operator_token(connection, name="on call", **fields)
 
 
 async def recorded(parts, tenant_id, kind, stream_id):
     """The events of a stream."""
     async with parts.database.connection() as connection:
-        return [e.event for e in await log.read_stream(connection, tenant_id, kind, stream_id)]
+        return [e.event for e in await store.read_stream(connection, tenant_id, kind, stream_id)]
 
 
 async def types(parts, tenant_id, kind, stream_id):
@@ -80,7 +80,7 @@ async def types(parts, tenant_id, kind, stream_id):
 async def head(parts, tenant_id):
     """How many events the tenant's ledger has."""
     async with parts.database.connection() as connection:
-        return await log.head(connection, tenant_id)
+        return await store.read_head_position(connection, tenant_id)
 
 
 async def raw(client, method, path, **options):

@@ -10,14 +10,14 @@ from opsentry.domain import incident, maintenance
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.maintenance import StartMaintenance
 from opsentry.events import export
-from opsentry.events.chain import check
 from opsentry.events.codec import Actor, Meta
+from opsentry.events.hash_chain import check
 from tests.api.conftest import DRILL, make_token, raw
 from tests.conftest import META, Client
 
 NOT_FOUND = (404, b'{"error":"not found"}')
 ENTRY = {
-    "seq", "stream_kind", "stream_id", "version", "type", "schema_version", "data", "actor", "request_id",
+    "position", "stream_kind", "stream_id", "version", "type", "schema_version", "data", "actor", "request_id",
     "occurred_at", "recorded_at", "hash", "previous_hash",
 }  # fmt: skip
 
@@ -38,7 +38,7 @@ async def test_history_says_who_did_what_in_order(api, parts, acme, things):
     number = things["incidents"]
     _, _, headers = await api.post(f"/incidents/{number}/resolve")
     await parts.commands.execute(maintenance.DECIDER, acme.id, things["maintenance"], StartMaintenance(), META)
-    whole = {entry["seq"]: entry for entry in await every(api, "/events")}
+    whole = {entry["position"]: entry for entry in await every(api, "/events")}
     status, answer, _ = await api.get(f"/incidents/{number}/events")
     assert status == 200
     events = answer["events"]
@@ -47,7 +47,7 @@ async def test_history_says_who_did_what_in_order(api, parts, acme, things):
     ]  # fmt: skip
     assert [e["version"] for e in events] == [1, 2, 3, 4, 5]
     assert {frozenset(e) for e in events} == {frozenset(ENTRY)}
-    assert all(whole[e["seq"]] == e for e in events)
+    assert all(whole[e["position"]] == e for e in events)
     prefix = acme.token[4:12]
     assert events[0]["actor"] == {
         "kind": "token",
@@ -82,7 +82,7 @@ async def test_history_of_what_is_not_there_is_the_same_404(api, other_api, thin
 async def test_pages_together_are_the_whole_ledger(api, other_api, things, limit):
     _, head, _ = await api.get("/events/head")
     found = await every(api, "/events", limit=limit)
-    assert [e["seq"] for e in found] == list(range(1, head["seq"] + 1))
+    assert [e["position"] for e in found] == list(range(1, head["position"] + 1))
     assert found[0]["previous_hash"] == "00" * 32
     assert all(after["previous_hash"] == before["hash"] for before, after in pairwise(found))
     assert found[-1]["hash"] == head["hash"]
@@ -92,7 +92,7 @@ async def test_pages_together_are_the_whole_ledger(api, other_api, things, limit
 
 
 async def test_one_type_is_found_wherever_it_is(api, things, monkeypatch):
-    monkeypatch.setattr("opsentry.events.ledger.WINDOW", 2)
+    monkeypatch.setattr("opsentry.events.audit.WINDOW", 2)
     (created,) = await every(api, "/events", type="maintenance.scheduled")
     assert created["stream_id"] == things["maintenance"]
     assert len(await every(api, "/events", type="incident.updated", limit=1)) == 2
@@ -132,19 +132,19 @@ async def test_an_export_has_every_event_and_verifies(api, parts, acme, things, 
     assert status == 200
     lines = [msgspec.json.decode(line, type=export.Line) for line in octets.splitlines()]
     _, head, _ = await api.get("/events/head")
-    assert [line.seq for line in lines] == list(range(1, head["seq"] + 1))
+    assert [line.position for line in lines] == list(range(1, head["position"] + 1))
     assert lines[-1].hash == head["hash"]
     file = tmp_path / "file"
     file.write_bytes(octets)
     with export.opened(file) as opened:
         assert check(link for link, _ in export.Reader(opened).links()) is None
     for cut in (2, len(lines)):
-        _, rest = await raw(api, "GET", f"/events/export?from_seq={cut}")
+        _, rest = await raw(api, "GET", f"/events/export?from_position={cut}")
         assert rest == b"".join(octets.splitlines(keepends=True)[cut - 1 :])
-    _, part = await raw(api, "GET", "/events/export?from_seq=2&to_seq=3")
+    _, part = await raw(api, "GET", "/events/export?from_position=2&to_position=3")
     assert part == b"".join(octets.splitlines(keepends=True)[1:3])
-    assert await raw(api, "GET", f"/events/export?from_seq={len(lines) + 1}") == (200, b"")
-    assert (await raw(api, "GET", f"/events/export?from_seq={len(lines) + 2}"))[0] == 400
+    assert await raw(api, "GET", f"/events/export?from_position={len(lines) + 1}") == (200, b"")
+    assert (await raw(api, "GET", f"/events/export?from_position={len(lines) + 2}"))[0] == 400
     assert (await raw(api, "HEAD", "/events/export")) == (200, b"")
 
 
@@ -164,7 +164,7 @@ async def test_an_export_is_packed_for_those_who_take_that(api, things):
         async with session.get(url, headers={**api.headers, "Accept-Encoding": "identity"}) as response:
             assert "Content-Encoding" not in response.headers
             assert response.headers["Content-Type"] == "application/x-ndjson"
-            assert {"X-Request-ID", "RateLimit", "Opsentry-Seq"} <= set(response.headers)
+            assert {"X-Request-ID", "RateLimit", "Opsentry-Position"} <= set(response.headers)
             assert await response.read() == whole
 
 
@@ -233,7 +233,7 @@ async def test_a_time_shows_what_was_there_then_with_any_offset(api, things, own
     assert await raw(api, "GET", f"{path}?as_of={then.replace('+', '%2B')}") == before
     assert (await raw(api, "GET", f"{path}?as_of=1")) == NOT_FOUND
     _, past, headers = await api.get("/incidents?as_of=1")
-    assert (past["incidents"], past["total"], headers["Opsentry-Seq"]) == ([], 0, "1")
+    assert (past["incidents"], past["total"], headers["Opsentry-Position"]) == ([], 0, "1")
     assert (await api.get(f"/services/{things['services']}?as_of=1"))[0] == 404
     assert (await api.get(f"/maintenance/{things['maintenance']}?as_of=1"))[0] == 404
 
@@ -241,11 +241,11 @@ async def test_a_time_shows_what_was_there_then_with_any_offset(api, things, own
 async def test_pages_of_the_past_are_linked_as_pages_of_the_past(api, things):
     for _ in range(3):
         await api.post("/incidents", {"title": "More"})
-    seq = (await api.get("/events/head"))[1]["seq"]
-    _, answer, headers = await api.get(f"/incidents?as_of={seq}&limit=2&offset=1")
+    position = (await api.get("/events/head"))[1]["position"]
+    _, answer, headers = await api.get(f"/incidents?as_of={position}&limit=2&offset=1")
     assert (answer["total"], answer["limit"], answer["offset"], len(answer["incidents"])) == (4, 2, 1, 2)
-    assert headers["Link"].count(f"as_of={seq}") == 2
-    assert (await api.get(f"/incidents?as_of={seq}", headers={"If-None-Match": headers["ETag"]}))[0] == 304
+    assert headers["Link"].count(f"as_of={position}") == 2
+    assert (await api.get(f"/incidents?as_of={position}", headers={"If-None-Match": headers["ETag"]}))[0] == 304
 
 
 # ------------------------------------------------------------------------------------------------ erasure
@@ -289,7 +289,7 @@ async def test_erased_words_are_nowhere_and_the_record_says_who_and_why(api, own
     }
     for kind, chosen in fields.items():
         path = f"/{kind}/{things[kind]}"
-        messages = [e["seq"] for e in (await api.get(f"{path}/events"))[1]["events"] if "message" in e["data"]]
+        messages = [e["position"] for e in (await api.get(f"{path}/events"))[1]["events"] if "message" in e["data"]]
         status, answer, _ = await api.post(
             f"{path}/redactions", {"fields": chosen, "events": messages, "reason": "asked to"}
         )
@@ -304,10 +304,10 @@ async def test_erased_words_are_nowhere_and_the_record_says_who_and_why(api, own
         for text in texts:
             count = f"SELECT count(*) FROM {table['tablename']} t WHERE strpos(t::text, $1) > 0"
             assert await owner.fetchval(count, text) == 0, (table, text)
-    head = (await api.get("/events/head"))[1]["seq"]
+    head = (await api.get("/events/head"))[1]["position"]
     reads = ["/incidents", "/incidents/active", "/maintenance", "/events", "/events/export"]
     reads += [f"/{kind}/{things[kind]}{more}" for kind in fields for more in ("", "/events")]
-    reads += [f"/{kind}/{things[kind]}?as_of={seq}" for kind in fields for seq in range(1, head + 1)]
+    reads += [f"/{kind}/{things[kind]}?as_of={position}" for kind in fields for position in range(1, head + 1)]
     for path in reads:
         octets = (await raw(api, "GET", path))[1]
         assert not any(text.encode() in octets for text in texts), path
@@ -317,7 +317,9 @@ async def test_the_reason_itself_can_be_erased(api, things):
     path = f"/incidents/{things['incidents']}"
     await api.post(f"{path}/redactions", {"fields": ["description"], "reason": "Jane Doe asked"})
     record = next(e for e in (await api.get(f"{path}/events"))[1]["events"] if e["type"] == "incident.redacted")
-    status, _, _ = await api.post(f"{path}/redactions", {"events": [record["seq"]], "reason": "a name in a reason"})
+    status, _, _ = await api.post(
+        f"{path}/redactions", {"events": [record["position"]], "reason": "a name in a reason"}
+    )
     assert status == 201
     assert "Jane" not in str((await api.get(f"{path}/events"))[1])
 

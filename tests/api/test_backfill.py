@@ -246,7 +246,7 @@ async def intents(parts, acme):
     await parts.commands.create(subscription.DECIDER, acme.id, command, META)
 
     async def count():
-        await parts.runner.catch_up(acme.id, 0)
+        await parts.projector.catch_up(acme.id, 0)
         async with parts.database.connection() as connection:
             return await connection.fetchval("SELECT count(*) FROM outbox_intents WHERE tenant_id = $1", acme.id)
 
@@ -353,7 +353,7 @@ async def test_later_changes_leave_an_incident_where_it_was_in_the_list(api, pat
 
 async def test_the_past_as_it_was_known_did_not_have_what_was_told_later(api, path):
     _, _, told = await api.get("/events/head")
-    then = told["Opsentry-Seq"]
+    then = told["Opsentry-Position"]
     await api.post("/incidents", {"title": "B", "occurred_at": ago(20 * HOUR)})
     await api.post(f"{path}/resolve", {"occurred_at": ago(9 * HOUR)})
     _, known, _ = await api.get(f"/incidents?as_of={then}")

@@ -116,13 +116,13 @@ async def test_a_client_that_leaves_in_the_middle_is_no_defect_of_ours(api, part
     host, port = api.base_url.removeprefix("http://").split(":")
     before = await head(parts, acme.id)
     with structlog.testing.capture_logs() as lines:
-        _, writer = await asyncio.open_connection(host, int(port))
+        _, appender = await asyncio.open_connection(host, int(port))
         request = f"POST /api/v1/incidents HTTP/1.1\r\nHost: x\r\nAuthorization: {api.headers['Authorization']}\r\n"
-        writer.write(f"{request}Content-Type: application/json\r\nContent-Length: 14\r\n\r\n".encode() + b'{"title"')
-        await writer.drain()
+        appender.write(f"{request}Content-Type: application/json\r\nContent-Length: 14\r\n\r\n".encode() + b'{"title"')
+        await appender.drain()
         assert (await api.get("/health"))[0] == 200  # by now the server is at that body
-        writer.close()
-        await writer.wait_closed()
+        appender.close()
+        await appender.wait_closed()
         assert (await api.get("/health"))[0] == 200
     assert lines == []
     assert await head(parts, acme.id) == before

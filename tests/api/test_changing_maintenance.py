@@ -31,12 +31,12 @@ CHANGES = {
     "service_ids": [],
     **FACTS,
 }
-WORDS = {"title", "description"}
+REDACTABLE_FIELDS = {"title", "description"}
 MAY_CHANGE = {
     "scheduled": set(CHANGES),
-    "active": {*WORDS, "scheduled_end", "auto_complete"},
-    "completed": WORDS,
-    "cancelled": WORDS,
+    "active": {*REDACTABLE_FIELDS, "scheduled_end", "auto_complete"},
+    "completed": REDACTABLE_FIELDS,
+    "cancelled": REDACTABLE_FIELDS,
 }
 MOVES = {"scheduled": [], "active": ["start"], "completed": ["start", "complete"], "cancelled": ["cancel"]}
 
@@ -179,13 +179,13 @@ async def test_there_is_no_other_way_to_change_it(api, path, method):
 
 
 async def test_a_reminder_changes_the_tag_and_nothing_that_is_shown(api, parts, acme, window, path):
-    seq = await head(parts, acme.id)
+    position = await head(parts, acme.id)
     executed = await parts.commands.execute(DECIDER, acme.id, window["id"], RemindMaintenance(), META)
-    await parts.runner.catch_up(acme.id, executed.seq)
+    await parts.projector.catch_up(acme.id, executed.position)
     assert await types(parts, acme.id, "maintenance", window["id"]) == ["maintenance.scheduled", "maintenance.reminded"]
     _, shown, headers = await api.get(path)
     assert (shown, headers["ETag"]) == (window, '"2"')
-    for moment in (seq, executed.seq):
+    for moment in (position, executed.position):
         assert (await api.get(f"{path}?as_of={moment}"))[1] == window
         assert (await api.get(f"/maintenance?as_of={moment}"))[1]["maintenance"][0]["updated_at"] == window[
             "updated_at"
@@ -193,10 +193,10 @@ async def test_a_reminder_changes_the_tag_and_nothing_that_is_shown(api, parts, 
 
 
 async def test_it_can_be_looked_back_at_as_it_was(api, parts, acme, window, path):
-    seq = await head(parts, acme.id)
+    position = await head(parts, acme.id)
     _, changed, headers = await api.patch(path, {**LATER, **FACTS})
-    assert (await api.get(f"{path}?as_of={seq}"))[1] == window
-    assert (await api.get(f"{path}?as_of={headers['Opsentry-Seq']}"))[1] == changed
+    assert (await api.get(f"{path}?as_of={position}"))[1] == window
+    assert (await api.get(f"{path}?as_of={headers['Opsentry-Position']}"))[1] == changed
 
 
 async def test_a_window_that_was_changed_does_to_uptime_what_it_then_says(api, parts, acme, window, path):

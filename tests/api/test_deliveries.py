@@ -30,11 +30,11 @@ async def number(api):
 def put(app_connection, acme, number):
     """Puts a delivery of the subscription into the ledger; returns what it is called."""
 
-    async def put(seq, state="delivered", **more):
+    async def put(position, state="delivered", **more):
         waits = state == "waiting"
         row = {
             "tenant_id": acme.id, "intent_id": uuid4(), "subscription_id": number, "stream_kind": "incident",
-            "stream_id": 7, "seq": seq, "channel": "webhook", "topic": "incident.opened", "created_at": AT,
+            "stream_id": 7, "position": position, "channel": "webhook", "topic": "incident.opened", "created_at": AT,
             "state": state, "due_at": AT if waits else None, "settled_at": None if waits else AT + timedelta(seconds=9),
             **more,
         }  # fmt: skip
@@ -97,7 +97,7 @@ async def test_a_delivery_tells_what_came_of_it(api, app_connection, acme, numbe
 
 
 async def test_pages_go_from_the_newest_to_the_oldest(api, put, number):
-    called = [await put(seq) for seq in (1, 2, 3, 3, 3, 4)]
+    called = [await put(position) for position in (1, 2, 3, 3, 3, 4)]
     newest = [called[5], *sorted(called[2:5]), called[1], called[0]]
     path = f"/subscriptions/{number}/deliveries"
     _, whole, headers = await api.get(path)
@@ -114,7 +114,7 @@ async def test_pages_go_from_the_newest_to_the_oldest(api, put, number):
 
 
 async def test_pages_are_filtered_by_state(api, put, number):
-    called = {state: await put(seq, state) for seq, state in enumerate(("waiting", "delivered", "parked"))}
+    called = {state: await put(position, state) for position, state in enumerate(("waiting", "delivered", "parked"))}
     path = f"/subscriptions/{number}/deliveries"
     for state, one in called.items():
         _, page, _ = await api.get(f"{path}?state={state}")
@@ -134,7 +134,7 @@ async def test_what_the_client_has_is_not_sent_again(api, put, number):
     called = await put(1)
     for path in (f"/subscriptions/{number}/deliveries", f"/subscriptions/{number}/deliveries/{called}"):
         _, _, headers = await api.get(path)
-        assert int(headers["Opsentry-Seq"]) > 0
+        assert int(headers["Opsentry-Position"]) > 0
         assert (await api.get(path, headers={"If-None-Match": headers["ETag"]}))[0] == 304
 
 
@@ -142,8 +142,9 @@ async def test_missing_malformed_and_others_deliveries_are_the_same_404(api, oth
     called = await put(1)
     _, second, _ = await api.post("/subscriptions", HOOK)
     await app_connection.execute(
-        "INSERT INTO deliveries SELECT 999, intent_id, subscription_id, stream_kind, stream_id, seq, channel, topic,"
-        " created_at, state, due_at, until_seq, leader, attempts, tried, answer, error, settled_at FROM deliveries"
+        "INSERT INTO deliveries SELECT 999, intent_id, subscription_id, stream_kind, stream_id,"
+        " position, channel, topic,"
+        " created_at, state, due_at, until_position, leader, attempts, tried, answer, error, settled_at FROM deliveries"
     )
     for method, more in (("GET", ""), ("POST", "/redeliver")):
         for bad in ("1", "x", called[4:], called.upper(), f"{called}0", called[:-1], f"msg_{1:032x}", "%00", "msg_%ff"):
@@ -191,9 +192,9 @@ async def test_one_that_was_told_by_another_is_not_sent_by_itself(api, app_conne
 
 async def test_to_who_is_sent_nothing_nothing_is_sent_again(api, parts, acme, app_connection, put, number):
     called = await put(5)
-    command = DisableSubscription(reason="gone")
+    command = DisableSubscription(reason="endpoint_gone")
     executed = await parts.commands.execute(subscription.DECIDER, acme.id, number, command, META)
-    await parts.runner.catch_up(acme.id, executed.seq)
+    await parts.projector.catch_up(acme.id, executed.position)
     status, answer, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
     assert status == 409
     assert answer["error"] == "only to an active subscription is anything sent; this one is disabled"

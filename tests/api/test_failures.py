@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from opsentry.api import health
+from opsentry.bootstrap import core, serving
 from opsentry.demo.embedded import APP_USER, EmbeddedPostgres, EmbeddedValkey
-from opsentry.postgres import migrate, migrations
-from opsentry.wiring import core, serving
+from opsentry.infrastructure.postgres import migrate, migrations
 from tests.conftest import Client, make_tenant
 
 
@@ -44,7 +44,9 @@ async def own_valkey(tmp_path):
 @pytest.fixture
 async def stack(monkeypatch, settings, own_postgres, own_valkey, http):
     monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
-    own = replace(settings, database_url=own_postgres.url(user=APP_USER), redis_url=own_valkey.url, body_timeout=1)
+    own = replace(
+        settings, database_url=own_postgres.url(user=APP_USER), redis_url=own_valkey.url, request_body_timeout_seconds=1
+    )
     async with core(own) as parts, serving(own, parts) as url:
         tenant = await make_tenant(parts, "acme")
         yield Client(http, url, tenant.token)
@@ -136,26 +138,30 @@ async def test_without_redis_requests_go_on_and_readiness_says_so(stack, own_val
 
 async def test_a_body_that_trickles_in_is_cut(stack):
     host, port = stack.base_url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    reader, appender = await asyncio.open_connection(host, int(port))
     head = f"POST /api/v1/incidents HTTP/1.1\r\nHost: x\r\nAuthorization: {stack.headers['Authorization']}\r\n"
-    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: 40\r\n\r\n".encode() + b'{"title": ')
+    appender.write(f"{head}Content-Type: application/json\r\nContent-Length: 40\r\n\r\n".encode() + b'{"title": ')
     async with asyncio.timeout(10):
         answer = await reader.read()  # to the end: the connection is closed
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'{"error":"the request body did not arrive in time"}' in answer
-    writer.close()
+    appender.close()
     assert (await stack.get("/incidents"))[1]["total"] == 0
 
 
 async def test_what_was_answered_is_never_denied_while_read_models_stand_still(api, parts, acme, owner):
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     window = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
     async with owner.transaction():
         await owner.execute("SELECT FROM checkpoints WHERE tenant_id = $1 FOR UPDATE", acme.id)
         for path, body in (("/incidents", {"title": "Down", "description": "d"}), ("/maintenance", window)):
             _, made, told = await api.post(path, body)
             status, found, headers = await api.get(f"{path}/{made['id']}")
-            assert (status, headers["ETag"], headers["Opsentry-Seq"]) == (200, told["ETag"], told["Opsentry-Seq"])
+            assert (status, headers["ETag"], headers["Opsentry-Position"]) == (
+                200,
+                told["ETag"],
+                told["Opsentry-Position"],
+            )
             assert {name: found[name] for name in made} == made
             assert (await api.get(f"{path}/987654321"))[:2] == (404, {"error": "not found"})
         # What only its read model knows cannot be denied either.

@@ -53,7 +53,7 @@ async def ready_again(monkeypatch, anonymous):
 async def test_readiness_follows_the_backlog(
     monkeypatch, anonymous, acme, parts, owner, count, age, suppressed, expected
 ):
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     created_at = datetime.now(UTC) - timedelta(seconds=age)
     await add_intents(owner, acme.id, count, created_at, suppressed=suppressed)
     status, body, _ = await ready_again(monkeypatch, anonymous)
@@ -67,7 +67,7 @@ async def test_readiness_follows_the_backlog(
 
 async def test_an_outbox_that_stands_still_does_not_look_healthy(monkeypatch, anonymous, api, parts, acme, owner):
     await api.post("/incidents", {"title": "A"})
-    await owner.execute("UPDATE checkpoints SET position = 0, parked_seq = 1 WHERE projection = 'outbox'")
+    await owner.execute("UPDATE checkpoints SET position = 0, halted_at = 1 WHERE projection = 'outbox'")
     _, body, _ = await ready_again(monkeypatch, anonymous)
     assert body["checks"]["outbox"]["lag_events"] == 3
     monkeypatch.setattr(health, "MAX_AGE_SECONDS", 0)

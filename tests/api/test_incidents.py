@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from opsentry.events import log
+from opsentry.events import store
 from tests.conftest import make_service
 
 INCIDENT = {
@@ -19,7 +19,7 @@ async def service_id(parts, acme):
 
 async def recorded(parts, tenant_id, incident_id):
     async with parts.database.connection() as connection:
-        return [e.event.TYPE for e in await log.read_stream(connection, tenant_id, "incident", incident_id)]
+        return [e.event.TYPE for e in await store.read_stream(connection, tenant_id, "incident", incident_id)]
 
 
 async def test_create_answers_with_the_whole_incident(api, parts, acme, service_id):
@@ -49,7 +49,7 @@ async def test_create_answers_with_the_whole_incident(api, parts, acme, service_
     assert entry["author"] == "acme token"
     assert await recorded(parts, acme.id, incident["id"]) == ["incident.opened", "incident.updated"]
     assert (await api.get(f"/incidents/{incident['id']}"))[1] == incident
-    stored = await parts.database.fetchrow("SELECT string_agg(data || coalesce(words, ''), '') AS text FROM events")
+    stored = await parts.database.fetchrow("SELECT string_agg(data || coalesce(erasable, ''), '') AS text FROM events")
     assert "nonsense" not in stored["text"]
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from opsentry.events import log
+from opsentry.events import store
 from tests.conftest import make_service
 
 WINDOW = {
@@ -32,7 +32,7 @@ async def test_create_answers_with_the_whole_window(api, parts, acme):
     assert (window["started_at"], window["completed_at"], window["cancelled_at"]) == (None, None, None)
     assert (await api.get(f"/maintenance/{window['id']}"))[1] == window
     async with parts.database.connection() as connection:
-        (event,) = await log.read_stream(connection, acme.id, "maintenance", window["id"])
+        (event,) = await store.read_stream(connection, acme.id, "maintenance", window["id"])
     assert event.event.TYPE == "maintenance.scheduled"
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from multidict import CIMultiDict
 
+from opsentry.bootstrap import core, serving
 from opsentry.domain import incident, service
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.service import ChangeService
-from opsentry.wiring import core, serving
 from tests.api.conftest import DRILL, head
 from tests.conftest import META, Client, make_service
 
@@ -76,7 +76,7 @@ async def send(client, method, path, body, *tags, key=None):
 
 async def rename(parts, acme, service_id, name="Renamed"):
     executed = await parts.commands.execute(service.DECIDER, acme.id, service_id, ChangeService(name=name), META)
-    await parts.runner.catch_up(acme.id, executed.seq)
+    await parts.projector.catch_up(acme.id, executed.position)
 
 
 # ---------------------------------------------------------------------------------------------------- If-Match
@@ -255,7 +255,7 @@ async def test_what_the_client_has_is_not_sent_again(api, ids, path, method):
     for tags in ([known], ["*"], [f'"x", {known}'], ['"x"', known], [opaque], [f"W/{opaque}"]):
         status, octets, again = await read(api, path, *tags, method=method)
         assert (status, octets) == (304, b"")
-        for name in ("ETag", "Opsentry-Seq", "Link", "Opsentry-Lag"):
+        for name in ("ETag", "Opsentry-Position", "Link", "Opsentry-Lag-Events"):
             assert again.get(name) == headers.get(name)
         assert "Content-Type" not in again
     for tags in (['"x"'], [""], [opaque.strip('"')], ['"x", W/"y"']):
@@ -267,7 +267,7 @@ async def test_a_head_tells_what_a_get_tells(api, ids):
         _, octets, got = await read(api, path.format(**ids))
         status, nothing, told = await read(api, path.format(**ids), method="HEAD")
         assert (status, nothing, int(told["Content-Length"])) == (200, b"", len(octets))
-        for name in ("ETag", "Opsentry-Seq", "Content-Type", "Link"):
+        for name in ("ETag", "Opsentry-Position", "Content-Type", "Link"):
             assert told.get(name) == got.get(name)
 
 
@@ -369,23 +369,23 @@ async def test_a_change_that_changed_nothing_tells_a_position_that_shows_it(api,
     await api.post("/incidents", {"title": "Later"})
     method, path, body = UNCHANGING
     _, _, headers = await send(api, method, path.format(**ids), body)
-    assert 0 < int(headers["Opsentry-Seq"]) <= await head(parts, acme.id)
+    assert 0 < int(headers["Opsentry-Position"]) <= await head(parts, acme.id)
 
 
 @each_changing_command
 async def test_a_command_tells_its_position_and_reads_show_it(api, parts, acme, ids, method, path, body):
     _, _, headers = await send(api, method, path.format(**ids), body)
-    assert int(headers["Opsentry-Seq"]) == await head(parts, acme.id)
+    assert int(headers["Opsentry-Position"]) == await head(parts, acme.id)
     for each in READS:
         _, _, told = await read(api, each.format(**ids))
-        assert int(told["Opsentry-Seq"]) == await head(parts, acme.id)
-        assert "Opsentry-Lag" not in told
+        assert int(told["Opsentry-Position"]) == await head(parts, acme.id)
+        assert "Opsentry-Lag-Events" not in told
 
 
 async def opened(parts, acme, ids, title="Unprojected"):
     """The position of an incident that nobody has projected yet."""
     command = OpenIncident(title=title, severity="critical", service_ids=(ids["service"],))
-    return (await parts.commands.create(incident.DECIDER, acme.id, command, META)).seq
+    return (await parts.commands.create(incident.DECIDER, acme.id, command, META)).position
 
 
 @each_read
@@ -393,17 +393,17 @@ async def test_a_read_shows_the_position_that_it_asks_for(api, parts, acme, ids,
     path = f"/api/v1{path.format(**ids)}"
     for method in ("GET", "HEAD"):
         position = await opened(parts, acme, ids)
-        status, _, headers = await api.send(method, path, headers={"Opsentry-Min-Seq": str(position)})
-        assert (status, int(headers["Opsentry-Seq"])) == (200, position)
+        status, _, headers = await api.send(method, path, headers={"Opsentry-Min-Position": str(position)})
+        assert (status, int(headers["Opsentry-Position"])) == (200, position)
 
 
 async def test_what_was_just_recorded_is_in_the_read_that_asks_for_it(api, parts, acme, ids):
     for path in ("/incidents", "/incidents/active"):
         position = await opened(parts, acme, ids, path)
-        _, page, _ = await api.get(path, headers={"Opsentry-Min-Seq": str(position)})
+        _, page, _ = await api.get(path, headers={"Opsentry-Min-Position": str(position)})
         assert page["incidents"][0]["title"] == path
     position = await opened(parts, acme, ids)
-    _, found, _ = await api.get(f"/services/{ids['service']}", headers={"Opsentry-Min-Seq": str(position)})
+    _, found, _ = await api.get(f"/services/{ids['service']}", headers={"Opsentry-Min-Position": str(position)})
     assert found["current_status"] == "major_outage"
 
 
@@ -411,15 +411,15 @@ async def test_a_read_that_has_what_the_client_has_still_shows_the_position(api,
     path = f"/incidents/{ids['incident']}"
     _, _, known = await read(api, path)
     position = await opened(parts, acme, ids)
-    headers = {"Opsentry-Min-Seq": str(position), "If-None-Match": known["ETag"]}
+    headers = {"Opsentry-Min-Position": str(position), "If-None-Match": known["ETag"]}
     status, _, told = await api.get(path, headers=headers)
-    assert (status, told["Opsentry-Seq"]) == (304, str(position))
+    assert (status, told["Opsentry-Position"]) == (304, str(position))
 
 
 async def test_a_position_far_ahead_is_waited_for_a_bounded_time(api, parts, acme, ids):
     async def asked(path, position):
         began = time.monotonic()
-        answer = await api.get(path.format(**ids), headers={"Opsentry-Min-Seq": str(position)})
+        answer = await api.get(path.format(**ids), headers={"Opsentry-Min-Position": str(position)})
         return *answer, time.monotonic() - began
 
     ahead = await head(parts, acme.id) + 1
@@ -437,9 +437,9 @@ async def test_a_position_that_is_reached_while_it_is_waited_for_is_shown(api, p
         await asyncio.sleep(0.3)
         assert await opened(parts, acme, ids) == position
 
-    headers = {"Opsentry-Min-Seq": str(position)}
+    headers = {"Opsentry-Min-Position": str(position)}
     *answers, _ = await asyncio.gather(*(api.get(path.format(**ids), headers=headers) for path in READS), later())
-    assert [(status, told["Opsentry-Seq"]) for status, _, told in answers] == [(200, str(position))] * len(READS)
+    assert [(status, told["Opsentry-Position"]) for status, _, told in answers] == [(200, str(position))] * len(READS)
     assert answers[READS.index("/incidents")][1]["incidents"][0]["title"] == "Unprojected"
 
 
@@ -448,7 +448,7 @@ async def test_another_processs_command_is_shown_to_who_asks_for_its_position(ap
         there = Client(http, url, acme.token)
         for n in range(10):
             _, changed, told = await api.patch(f"/incidents/{ids['incident']}", {"title": f"T{n}"})
-            headers = {"Opsentry-Min-Seq": told["Opsentry-Seq"]}
+            headers = {"Opsentry-Min-Position": told["Opsentry-Position"]}
             assert (await there.get(f"/incidents/{ids['incident']}", headers=headers))[1] == changed
 
 
@@ -458,11 +458,11 @@ async def test_another_processs_command_is_shown_to_who_asks_for_its_position(ap
 )
 async def test_a_position_that_is_none_is_refused(api, ids, nonsense):
     for path in READS:
-        status, body, _ = await api.get(path.format(**ids), headers={"Opsentry-Min-Seq": nonsense})
-        assert (status, body["error"].split(":")[0]) == (400, "Opsentry-Min-Seq")
+        status, body, _ = await api.get(path.format(**ids), headers={"Opsentry-Min-Position": nonsense})
+        assert (status, body["error"].split(":")[0]) == (400, "Opsentry-Min-Position")
 
 
 async def test_a_position_of_the_past_is_no_condition(api, parts, acme, ids):
     for position in ("0", "1", "0001", str(await head(parts, acme.id))):
         for path in READS:
-            assert (await api.get(path.format(**ids), headers={"Opsentry-Min-Seq": position}))[0] == 200
+            assert (await api.get(path.format(**ids), headers={"Opsentry-Min-Position": position}))[0] == 200

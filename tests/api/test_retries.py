@@ -4,16 +4,16 @@ from typing import Any, NamedTuple
 import pytest
 from multidict import CIMultiDict
 
-from opsentry.access import tokens
+from opsentry.bootstrap import core, serving
 from opsentry.domain import service
 from opsentry.domain.service import ChangeService, RetireService
-from opsentry.events import log
-from opsentry.wiring import core, serving
+from opsentry.events import store
+from opsentry.identity import api_tokens
 from tests.api.conftest import DRILL, head, make_token, recorded
 from tests.conftest import META, Client, make_service
 
 KEY = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
-TOLD = ("ETag", "Location", "Opsentry-Seq", "Content-Type")
+TOLD = ("ETag", "Location", "Opsentry-Position", "Content-Type")
 
 # One of each command: method, path, body.
 REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -84,7 +84,7 @@ def request(name, ids):
 
 async def change_service(parts, acme, ids, command):
     executed = await parts.commands.execute(service.DECIDER, acme.id, ids["service"], command, META)
-    await parts.runner.catch_up(acme.id, executed.seq)
+    await parts.projector.catch_up(acme.id, executed.position)
 
 
 @each_command
@@ -92,7 +92,7 @@ async def test_a_repeat_is_answered_alike_and_appends_nothing(api, parts, acme, 
     first = await send(api, request(name, ids))
     assert (first.status, first.replayed) == (201 if name in {*CREATING, "update"} or "redact" in name else 200, None)
     appended = await head(parts, acme.id)
-    assert first.told["Opsentry-Seq"] == str(appended)
+    assert first.told["Opsentry-Position"] == str(appended)
     for _ in range(2):
         assert await send(api, request(name, ids)) == first._replace(replayed="true")
     assert await head(parts, acme.id) == appended
@@ -113,7 +113,7 @@ async def test_twenty_sent_at_once_append_once(api, parts, acme, ids, name):
     assert sorted(a.replayed or "" for a in answers) == [""] + ["true"] * 19
     assert len({(a.status, a.octets, *a.told.values()) for a in answers}) == 1
     appended = await head(parts, acme.id) - before
-    assert answers[0].told["Opsentry-Seq"] == str(before + appended)
+    assert answers[0].told["Opsentry-Position"] == str(before + appended)
     assert appended == EVENTS.get(name, 1)
 
 
@@ -209,7 +209,7 @@ async def test_the_order_of_a_list_matters(api):
 
 
 async def test_another_token_may_use_the_same_key_for_itself(api, http, base_url, parts, acme):
-    other = Client(http, base_url, await make_token(parts, acme.id, *tokens.SCOPES))
+    other = Client(http, base_url, await make_token(parts, acme.id, *api_tokens.SCOPES))
     before = await head(parts, acme.id)
     answers = {client: await send(client, ("POST", "/incidents", {"title": "A"})) for client in (api, other)}
     assert [(a.status, a.replayed) for a in answers.values()] == [(201, None)] * 2
@@ -228,7 +228,7 @@ async def test_another_tenant_may_use_the_same_key_for_itself(api, other_api, pa
     for client, first in answers.items():
         assert await send(client, ("POST", "/incidents", {"title": "A"})) == first._replace(replayed="true")
     assert (await send(other_api, ("POST", "/maintenance", DRILL))).status == 422
-    assert [await head(parts, tenant.id) for tenant in (acme, globex)] == [seq + 1 for seq in before]
+    assert [await head(parts, tenant.id) for tenant in (acme, globex)] == [position + 1 for position in before]
 
 
 # ---------------------------------------------------------------------------------------------------- refused commands
@@ -363,14 +363,14 @@ async def test_a_service_renamed_while_a_command_waits_is_linked_alike_ever_afte
     before = await head(parts, acme.id)
     async with core(settings) as other:
         async with owner.transaction():
-            await owner.execute("SELECT FROM heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
+            await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
             rename = asyncio.create_task(change_service(other, acme, ids, ChangeService(name="Renamed")))
             await asyncio.sleep(0.2)
             declare = asyncio.create_task(send(api, request("declare", ids)))
             await asyncio.sleep(0.2)
         await rename
         first = await declare
-    assert (first.status, first.told["Opsentry-Seq"]) == (201, str(before + 3))
+    assert (first.status, first.told["Opsentry-Position"]) == (201, str(before + 3))
     assert await send(api, request("declare", ids)) == first._replace(replayed="true")
 
 
@@ -382,7 +382,7 @@ async def test_a_service_that_is_retired_takes_no_new_incident_but_a_repeat_is_a
 
 
 async def test_the_authors_are_those_of_then(api, http, base_url, parts, acme, ids):
-    other = Client(http, base_url, await make_token(parts, acme.id, *tokens.SCOPES))
+    other = Client(http, base_url, await make_token(parts, acme.id, *api_tokens.SCOPES))
     await send(other, request("update", ids))
     first = await send(api, request("update", ids))
     assert b'"author":"t"' in first.octets
@@ -458,7 +458,7 @@ async def test_keys_and_bodies_are_kept_as_digests_only(api, owner, acme, parts)
     kept = " ".join(str(value) for value in row.values()).encode() + row["key"] + row["fingerprint"]
     assert b"CANARY" not in kept
     assert acme.token.encode() not in kept
-    events = await owner.fetchval("SELECT string_agg(concat(data, meta, words), '') FROM events")
+    events = await owner.fetchval("SELECT string_agg(concat(data, meta, erasable), '') FROM events")
     assert "BODY-CANARY" in events
     assert "KEY-CANARY" not in events
     assert [event.title for event in await recorded(parts, acme.id, "incident", row["stream_id"])] == ["BODY-CANARY"]
@@ -477,8 +477,8 @@ async def test_old_keys_are_forgotten_and_younger_ones_are_not(api, parts, owner
     young = await send(api, create, "young")
     await owner.execute("UPDATE idempotency_keys SET recorded_at = recorded_at - interval '50 seconds'")
     async with parts.database.connection() as connection:
-        assert await log.prune_keys(connection, 3600, 10) == 1
-        assert await log.prune_keys(connection, 3600, 10) == 0
+        assert await store.prune_idempotency_keys(connection, 3600, 10) == 1
+        assert await store.prune_idempotency_keys(connection, 3600, 10) == 0
     assert await send(api, create, "young") == young._replace(replayed="true")
     again = await send(api, create, "old")
     assert (again.status, again.replayed) == (201, None)
@@ -492,8 +492,8 @@ async def test_keys_are_forgotten_some_at_a_time_the_oldest_first(api, other_api
         await send(client, create, f"k{n}")
         await owner.execute("UPDATE idempotency_keys SET recorded_at = recorded_at - interval '2 hours'")
     async with parts.database.connection() as connection:
-        assert await log.prune_keys(connection, 3600, 2) == 2
+        assert await store.prune_idempotency_keys(connection, 3600, 2) == 2
         assert (await send(api, create, "k2")).replayed == "true"
         assert (await send(other_api, create, "k1")).replayed is None
-        assert await log.prune_keys(connection, 3600, 2) == 1
+        assert await store.prune_idempotency_keys(connection, 3600, 2) == 1
     assert (await send(api, create, "k2")).replayed is None

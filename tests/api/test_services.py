@@ -25,7 +25,7 @@ async def lasted(parts, acme, service_id, ago, length, severity):
     await parts.commands.execute(
         incident.DECIDER, acme.id, opened.stream_id, ResolveIncident(), META, occurred_at=began + length
     )
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
 
 
 async def test_one_service(api, api_service):

@@ -1,14 +1,14 @@
-"""Signing secrets and targets that are secrets: told once, kept sealed, and nowhere in clear."""
+"""Signing secrets and targets that are secrets: told once, kept encrypted_secret, and nowhere in clear."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from opsentry.bootstrap import serving
 from opsentry.domain import subscription
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.notifications.sealing import Sealing, new_key
-from opsentry.wiring import serving
+from opsentry.infrastructure.encryption import SecretBox, new_key
 from tests.api.conftest import HOOK, MAIL, SLACK, head, raw, recorded, types
 from tests.conftest import META, SECRET_KEY, Client
 
@@ -43,7 +43,7 @@ async def test_no_secret_lies_or_is_answered_in_clear(api, parts, acme, owner):
     other = "https://hooks.slack.com/services/T111/B111/AAAABBBBCCCC"
     await api.patch(f"/subscriptions/{slack['id']}", {"target": other})
     await api.post(f"/subscriptions/{hook['id']}/test")
-    await parts.runner.catch_up(acme.id, await head(parts, acme.id))
+    await parts.projector.catch_up(acme.id, await head(parts, acme.id))
     secrets = [hook["secret"], rotated["secret"], "XXXXYYYYZZZZ", "AAAABBBBCCCC"]
     secrets += [secret.removeprefix("whsec_") for secret in secrets[:2]]
     assert await found_in_clear(owner, *secrets) == []
@@ -72,7 +72,7 @@ async def test_a_rotation_tells_a_new_secret_once(api, parts, acme):
     assert rotated == {**read, "secret": rotated["secret"], "previous_valid_until": rotated["previous_valid_until"]}
     event = (await recorded(parts, acme.id, "subscription", made["id"]))[1]
     assert (event.TYPE, event.previous_until) == ("subscription.secret_rotated", until)
-    assert Sealing([SECRET_KEY]).open(event.sealed) == rotated["secret"]
+    assert SecretBox([SECRET_KEY]).open(event.encrypted_secret) == rotated["secret"]
 
 
 async def test_a_rotation_that_is_sent_again_is_one_rotation(api, parts, acme):
@@ -93,15 +93,18 @@ async def secrets_of(parts, tenant_id, number):
     """The present secret, the one before it, and until when that is good."""
     state = subscription.DECIDER.fold(await recorded(parts, tenant_id, "subscription", number))
     assert state is not None
-    sealing = Sealing([SECRET_KEY])
-    present, previous = (sealed and sealing.open(sealed) for sealed in (state.sealed, state.previous_sealed))
+    sealing = SecretBox([SECRET_KEY])
+    present, previous = (
+        encrypted_secret and sealing.open(encrypted_secret)
+        for encrypted_secret in (state.encrypted_secret, state.previous_encrypted_secret)
+    )
     return present, previous, state.previous_until
 
 
 async def test_a_webhook_of_before_there_were_secrets_gets_its_first_one(api, parts, acme):
     command = CreateSubscription(channel="webhook", target=HOOK["target"])
     made = await parts.commands.create(subscription.DECIDER, acme.id, command, META)
-    await parts.runner.catch_up(acme.id, made.seq)
+    await parts.projector.catch_up(acme.id, made.position)
     path, headers = f"/subscriptions/{made.stream_id}/rotate-secret", {"Idempotency-Key": "k"}
     status, first, _ = await api.post(path, headers=headers)
     assert (status, first["secret"][:6], first["previous_valid_until"]) == (200, "whsec_", None)
@@ -134,13 +137,13 @@ async def test_an_overlap_is_at_most_a_week(api, parts, acme, hours):
 
 
 async def test_without_a_key_nothing_that_needs_one_is_kept(http, settings, parts, acme):
-    async with serving(replace(settings, secret_keys=()), parts) as url:
+    async with serving(replace(settings, encryption_keys=()), parts) as url:
         api = Client(http, url, acme.token)
         before = await head(parts, acme.id)
         for body in (HOOK, SLACK):
             status, answer, _ = await api.post("/subscriptions", body)
             assert (status, set(answer)) == (503, {"error", "request_id"})
-            assert "OPSENTRY_SECRET_KEYS" in answer["error"]
+            assert "OPSENTRY_ENCRYPTION_KEYS" in answer["error"]
         assert await head(parts, acme.id) == before
         status, made, _ = await api.post("/subscriptions", MAIL)
         assert status == 201
@@ -151,13 +154,13 @@ async def test_another_key_goes_on_and_a_lost_one_is_said(http, settings, parts,
     headers = {"Idempotency-Key": "k"}
     _, made, _ = await api.post("/subscriptions", HOOK, headers=headers)
     _, slack, _ = await api.post("/subscriptions", SLACK)
-    async with serving(replace(settings, secret_keys=(new_key(), SECRET_KEY)), parts) as url:
+    async with serving(replace(settings, encryption_keys=(new_key(), SECRET_KEY)), parts) as url:
         assert (await Client(http, url, acme.token).post("/subscriptions", HOOK, headers=headers))[1] == made
-    async with serving(replace(settings, secret_keys=(new_key(),)), parts) as url:
+    async with serving(replace(settings, encryption_keys=(new_key(),)), parts) as url:
         lost = Client(http, url, acme.token)
         status, answer, _ = await lost.post("/subscriptions", HOOK, headers=headers)
         assert status == 503
-        assert "OPSENTRY_SECRET_KEYS" in answer["error"]
+        assert "OPSENTRY_ENCRYPTION_KEYS" in answer["error"]
         # What can be read no more can still be replaced, and read without the secret.
         status, _, told = await lost.patch(f"/subscriptions/{slack['id']}", {"target": SLACK["target"]})
         assert (status, told["ETag"]) == (200, '"2"')

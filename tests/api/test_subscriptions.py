@@ -5,12 +5,12 @@ from msgspec import UNSET
 
 from opsentry.domain import subscription
 from opsentry.domain.subscription import ConfirmSubscription, CreateSubscription, DisableSubscription
-from opsentry.notifications.sealing import Sealing
+from opsentry.infrastructure.encryption import SecretBox
 from tests.api.conftest import HOOK, MAIL, SLACK, head, make_token, raw, recorded, types
 from tests.conftest import META, SECRET_KEY, Client, make_service
 
 SHOWN = {
-    "id", "channel", "target", "audience", "incidents", "maintenance", "service_ids", "lowest_severity", "status",
+    "id", "channel", "target", "audience", "incidents", "maintenance", "service_ids", "min_severity", "status",
     "disabled_reason", "created_at", "updated_at",
 }  # fmt: skip
 SECRET_PART = "XXXXYYYYZZZZ"
@@ -25,7 +25,7 @@ async def make(api, body=HOOK, **fields):
 async def give(parts, tenant_id, number, command):
     """Carry out a command that is nobody's over HTTP."""
     executed = await parts.commands.execute(subscription.DECIDER, tenant_id, number, command, META)
-    await parts.runner.catch_up(tenant_id, executed.seq)
+    await parts.projector.catch_up(tenant_id, executed.position)
 
 
 async def of(parts, tenant, number):
@@ -43,7 +43,7 @@ async def test_create_answers_with_the_whole_subscription_and_its_secret(api, pa
         "incidents": True,
         "maintenance": False,
         "service_ids": [service_id],
-        "lowest_severity": "major_outage",
+        "min_severity": "major_outage",
     }
     status, made, headers = await api.post("/subscriptions", body)
     assert status == 201
@@ -52,21 +52,21 @@ async def test_create_answers_with_the_whole_subscription_and_its_secret(api, pa
     assert (made["status"], made["disabled_reason"], made["created_at"]) == ("active", None, made["updated_at"])
     assert headers["Location"] == f"/api/v1/subscriptions/{made['id']}"
     assert headers["ETag"] == '"1"'
-    assert int(headers["Opsentry-Seq"]) == await head(parts, acme.id)
+    assert int(headers["Opsentry-Position"]) == await head(parts, acme.id)
     assert made["secret"].startswith("whsec_")
     status, read, told = await api.get(f"/subscriptions/{made['id']}")
     assert (status, told["ETag"]) == (200, headers["ETag"])
     assert read == {name: made[name] for name in SHOWN}
     (event,) = await recorded(parts, acme.id, "subscription", made["id"])
     assert (event.TYPE, event.target) == ("subscription.created", HOOK["target"])
-    assert Sealing([SECRET_KEY]).open(event.sealed) == made["secret"]
+    assert SecretBox([SECRET_KEY]).open(event.encrypted_secret) == made["secret"]
 
 
 async def test_the_defaults_of_a_new_subscription(api):
     _, made, _ = await api.post("/subscriptions", MAIL)
     assert set(made) == SHOWN
     assert (made["audience"], made["incidents"], made["maintenance"]) == ("public", True, True)
-    assert (made["service_ids"], made["lowest_severity"]) == ([], "informational")
+    assert (made["service_ids"], made["min_severity"]) == ([], "informational")
 
 
 async def test_a_target_that_is_a_secret_is_shown_in_part(api, parts, acme):
@@ -75,7 +75,7 @@ async def test_a_target_that_is_a_secret_is_shown_in_part(api, parts, acme):
     assert SECRET_PART not in made["target"]
     (event,) = await recorded(parts, acme.id, "subscription", made["id"])
     assert event.target == made["target"]
-    assert Sealing([SECRET_KEY]).open(event.sealed) == SLACK["target"]
+    assert SecretBox([SECRET_KEY]).open(event.encrypted_secret) == SLACK["target"]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ async def test_a_target_that_is_a_secret_is_shown_in_part(api, parts, acme):
         ({**HOOK, "audience": "everybody"}, "audience: must be one of public, internal"),
         ({**HOOK, "audience": None}, "audience: must be one of public, internal"),
         ({**HOOK, "incidents": "yes"}, "incidents: must be true or false"),
-        ({**HOOK, "lowest_severity": "bad"}, "lowest_severity: must be one of informational, "),
+        ({**HOOK, "min_severity": "bad"}, "min_severity: must be one of informational, "),
         ({**HOOK, "service_ids": [987654321]}, "service_ids: no such service: 987654321"),
         ({**HOOK, "service_ids": None}, "service_ids: must be an array"),
     ],
@@ -138,7 +138,7 @@ async def test_a_repeat_is_answered_alike_secret_included(api, parts, acme, body
 
 async def test_lists_are_the_newest_first_and_filtered(api, parts, acme):
     numbers = [await make(api, body) for body in (HOOK, MAIL, SLACK, HOOK)]
-    await give(parts, acme.id, numbers[0], DisableSubscription(reason="failing"))
+    await give(parts, acme.id, numbers[0], DisableSubscription(reason="endpoint_failing"))
     _, page, _ = await api.get("/subscriptions")
     assert [item["id"] for item in page["subscriptions"]] == numbers[::-1]
     assert all(set(item) == SHOWN for item in page["subscriptions"])
@@ -147,7 +147,9 @@ async def test_lists_are_the_newest_first_and_filtered(api, parts, acme):
     assert ([item["id"] for item in page["subscriptions"]], page["total"]) == ([numbers[3]], 2)
     assert 'rel="next"' in headers["Link"]
     _, page, _ = await api.get("/subscriptions?status=disabled")
-    assert [(item["id"], item["disabled_reason"]) for item in page["subscriptions"]] == [(numbers[0], "failing")]
+    assert [(item["id"], item["disabled_reason"]) for item in page["subscriptions"]] == [
+        (numbers[0], "endpoint_failing")
+    ]
     for query in ("channel=pigeon", "status=removed", "limit=0", "as_of=1"):
         assert (await api.get(f"/subscriptions?{query}"))[0] == 400
 
@@ -174,14 +176,14 @@ async def test_a_change_changes_what_it_names(api, parts, acme):
         "incidents": False,
         "maintenance": False,
         "service_ids": [service_id],
-        "lowest_severity": "critical",
+        "min_severity": "critical",
     }
     status, changed, headers = await api.patch(f"/subscriptions/{number}", wanted)
     assert (status, headers["ETag"]) == (200, '"2"')
     assert changed == {**before, **wanted, "updated_at": changed["updated_at"]}
     assert (await api.get(f"/subscriptions/{number}"))[1] == changed
     event = (await recorded(parts, acme.id, "subscription", number))[1]
-    assert (event.TYPE, event.lowest_severity) == ("subscription.changed", "critical")
+    assert (event.TYPE, event.min_severity) == ("subscription.changed", "critical")
     status, same, headers = await api.patch(f"/subscriptions/{number}", wanted)
     assert (status, same, headers["ETag"]) == (200, changed, '"2"')
     assert (await api.patch(f"/subscriptions/{number}", {}))[:2] == (200, changed)
@@ -200,7 +202,7 @@ async def test_sending_is_turned_off_and_on(api, parts, acme):
     number = await make(api)
     path = f"/subscriptions/{number}"
     _, off, _ = await api.patch(path, {"enabled": False})
-    assert (off["status"], off["disabled_reason"]) == ("disabled", "asked")
+    assert (off["status"], off["disabled_reason"]) == ("disabled", "disabled_by_owner")
     _, on, _ = await api.patch(path, {"enabled": True, "audience": "internal"})
     assert (on["status"], on["disabled_reason"], on["audience"]) == ("active", None, "internal")
     assert (await of(parts, acme, number))[1:] == [
@@ -230,22 +232,22 @@ async def test_a_hidden_target_is_replaced_sealed_and_the_same_one_is_no_change(
     assert (status, headers["ETag"]) == (200, '"2"')
     assert "AAAABBBBCCCC" not in changed["target"]
     event = (await recorded(parts, acme.id, "subscription", number))[1]
-    assert (Sealing([SECRET_KEY]).open(event.sealed), event.target) == (other, changed["target"])
+    assert (SecretBox([SECRET_KEY]).open(event.encrypted_secret), event.target) == (other, changed["target"])
 
 
 async def test_another_target_of_a_webhook_keeps_its_secret(api, parts, acme):
     number = await make(api)
     await api.patch(f"/subscriptions/{number}", {"target": "https://example.com/other"})
     created, changed = await recorded(parts, acme.id, "subscription", number)
-    assert (changed.target, changed.sealed) == ("https://example.com/other", UNSET)
-    assert Sealing([SECRET_KEY]).open(created.sealed).startswith("whsec_")
+    assert (changed.target, changed.encrypted_secret) == ("https://example.com/other", UNSET)
+    assert SecretBox([SECRET_KEY]).open(created.encrypted_secret).startswith("whsec_")
 
 
 @pytest.mark.parametrize(
     ("body", "says"),
     [
         *(({name: None}, f"{name}: must be") for name in
-          ("target", "audience", "incidents", "maintenance", "service_ids", "lowest_severity", "enabled")),
+          ("target", "audience", "incidents", "maintenance", "service_ids", "min_severity", "enabled")),
         ({"target": " "}, "target: must not be blank"),
         ({"target": "not an address"}, "target: "),
         ({"audience": "everybody"}, "audience: must be one of"),
@@ -283,11 +285,13 @@ async def test_a_removed_one_is_gone_and_its_words_with_it(api, parts, acme, own
     await api.post(f"{path}/test")
     status, body, headers = await api.delete(path)
     assert (status, body) == (204, "")
-    assert int(headers["Opsentry-Seq"]) == await head(parts, acme.id)
+    assert int(headers["Opsentry-Position"]) == await head(parts, acme.id)
     assert (await of(parts, acme, number))[-2:] == ["subscription.removed", "subscription.redacted"]
     *_, redacted = await recorded(parts, acme.id, "subscription", number)
     assert redacted.versions == (1, 2, 3)
-    assert await owner.fetchval("SELECT count(*) FROM events WHERE stream_kind = 'subscription' AND words <> ''") == 0
+    assert (
+        await owner.fetchval("SELECT count(*) FROM events WHERE stream_kind = 'subscription' AND erasable <> ''") == 0
+    )
     assert (await api.get("/subscriptions"))[1]["total"] == 0
     before = await head(parts, acme.id)
     never = await raw(api, "GET", "/subscriptions/987654321")

@@ -4,9 +4,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import structlog
 
-from opsentry.access import tokens
 from opsentry.api.app import ROUTES
-from opsentry.wiring import serving
+from opsentry.bootstrap import serving
+from opsentry.identity import api_tokens
 from tests.api.conftest import make_token
 from tests.conftest import META, Client
 
@@ -15,7 +15,7 @@ MESSAGE = "missing, unknown, expired or revoked API token"
 
 async def revoke(parts, tenant):
     async with parts.database.connection() as connection:
-        await tokens.revoke(connection, tenant.id, tokens.prefix(tenant.token), META)
+        await api_tokens.revoke_api_token(connection, tenant.id, api_tokens.prefix(tenant.token), META)
 
 
 async def test_the_token_says_what_it_carries(http, base_url, parts, acme):
@@ -34,8 +34,17 @@ async def test_every_bad_token_is_the_same_401_on_every_route(http, base_url, pa
     expired = await make_token(parts, acme.id, "read:status", expires_at=datetime.now(UTC) - timedelta(seconds=1))
     revoked = await make_token(parts, acme.id, "read:status")
     async with parts.database.connection() as connection:
-        await tokens.revoke(connection, acme.id, tokens.prefix(revoked), META)
-    values = ["", "nonsense", "ops_" + "0" * 56, tokens.mint(), expired, revoked, acme.token[:-1] + "x", acme.token[4:]]
+        await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(revoked), META)
+    values = [
+        "",
+        "nonsense",
+        "ops_" + "0" * 56,
+        api_tokens.mint(),
+        expired,
+        revoked,
+        acme.token[:-1] + "x",
+        acme.token[4:],
+    ]
     headers = [{}, *({"Authorization": f"Bearer {value}"} for value in values)]
     headers += [{"Authorization": value} for value in (acme.token, f"Basic {acme.token}", f"Bearer{acme.token}")]
     headers += [{"X-Api-Key": acme.token}, {"Cookie": f"session={acme.token}"}]
@@ -56,7 +65,7 @@ async def test_the_scheme_is_written_in_any_case(anonymous, acme, kind):
 
 
 async def test_a_revoked_token_stops_working_once_it_is_forgotten(monkeypatch, http, settings, parts, acme):
-    monkeypatch.setattr(tokens, "CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(api_tokens, "CACHE_SECONDS", 0.0)
     async with serving(settings, parts) as url:
         client = Client(http, url, acme.token)
         assert (await client.get("/health"))[0] == 200
@@ -72,7 +81,7 @@ async def test_a_revoked_token_stops_working_within_five_seconds(monkeypatch, ht
         def monotonic():
             return now
 
-    monkeypatch.setattr(tokens, "time", Clock)
+    monkeypatch.setattr(api_tokens, "time", Clock)
     async with serving(settings, parts) as one, serving(settings, parts) as other:
         clients = [Client(http, url, acme.token) for url in (one, other)]
         assert [(await client.get("/health"))[0] for client in clients] == [200, 200]
@@ -101,7 +110,7 @@ async def test_no_token_is_in_the_logs_even_where_something_breaks(monkeypatch, 
     with structlog.testing.capture_logs() as lines:
         assert (await api.post("/incidents", {"title": "T"}))[0] == 201
         assert (await api.get("/incidents/abc"))[0] == 404
-        monkeypatch.setattr(parts.runner, "read", breaks)
+        monkeypatch.setattr(parts.projector, "read", breaks)
         assert (await api.get("/incidents"))[0] == 500
     assert [line["event"] for line in lines] == ["unexpected error"]
     printed = capsys.readouterr()

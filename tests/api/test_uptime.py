@@ -33,7 +33,7 @@ async def outage(parts, tenant_id, start, end, service_ids, severity="major_outa
         await parts.commands.execute(
             incident.DECIDER, tenant_id, made.stream_id, ResolveIncident(), META, occurred_at=at(end)
         )
-    await parts.runner.catch_up(tenant_id, 0)
+    await parts.projector.catch_up(tenant_id, 0)
     return made.stream_id
 
 
@@ -45,7 +45,7 @@ async def window(parts, tenant_id, start, end, service_ids, *, exclude=True):
         await parts.commands.execute(
             maintenance.DECIDER, tenant_id, made.stream_id, move, META, occurred_at=at(when)
         )  # fmt: skip
-    await parts.runner.catch_up(tenant_id, 0)
+    await parts.projector.catch_up(tenant_id, 0)
     return made.stream_id
 
 
@@ -93,7 +93,8 @@ async def test_a_window_explains_itself(api, parts, acme, web):
     shown = [
         (
             (p["source"]["kind"], p["source"]["id"]), p["level"], p["weight"],
-            p["seconds"] / hour, p["cut_seconds"] / hour, p["counted_seconds"] / hour, p["downtime_seconds"] / hour,
+            p["seconds"] / hour, p["excluded_seconds"] / hour,
+            p["effective_seconds"] / hour, p["downtime_seconds"] / hour,
         )
         for p in body["periods"]
     ]  # fmt: skip
@@ -103,7 +104,7 @@ async def test_a_window_explains_itself(api, parts, acme, web):
         (("incident", one), "partial_outage", 0.3, 6, 2, 2, pytest.approx(0.6)),
         (("maintenance", cut), None, 0.0, 4, 0, 0, 0),
     ]
-    assert body["position"] == int(headers["Opsentry-Seq"]) == (await api.get("/events/head"))[1]["seq"]
+    assert body["position"] == int(headers["Opsentry-Position"]) == (await api.get("/events/head"))[1]["position"]
     assert sum(p["downtime_seconds"] for p in body["periods"]) == pytest.approx(body["downtime_seconds"])
     assert [p["excluded"] for p in body["periods"]] == [False, False, False, True]
 
@@ -178,7 +179,7 @@ async def test_a_retired_service_has_no_uptime_and_no_part_in_the_tenants(api, p
     gone = await make_service(parts, acme.id, "gone", occurred_at=at(0))
     await outage(parts, acme.id, 10, 20, [gone])
     await parts.commands.execute(service.DECIDER, acme.id, gone, RetireService(), META)
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     for path in ("uptime", f"uptime?{between(0, 100)}", "uptime/daily"):
         assert await raw(api, "GET", f"/services/{gone}/{path}") == (404, b'{"error":"not found"}')
     _, body, _ = await api.get(f"/uptime?{between(0, 100)}")

@@ -172,7 +172,7 @@ async def test_uptime_is_what_every_second_adds_up_to(parts, http, base_url, nig
             steps = [(at(second), move) for second, move in changes]
         await live(parts, tenant.id, decider, at(begin), opening, steps)
 
-    await parts.runner.catch_up(tenant.id, 0)
+    await parts.projector.catch_up(tenant.id, 0)
     api = Client(http, base_url, tenant.token)
     ledger = await lines_of(api)
     first, length, *offsets = window
@@ -195,20 +195,20 @@ async def test_uptime_is_what_every_second_adds_up_to(parts, http, base_url, nig
         _, body, headers = await api.get(f"/services/{service_id}/uptime?{query}&explain=true")
         assert {name: body[name] for name in plain} == plain
         assert body["excluded_seconds"] == total["excluded"]
-        assert body["position"] == int(headers["Opsentry-Seq"]) == ledger[-1]["seq"]
+        assert body["position"] == int(headers["Opsentry-Position"]) == ledger[-1]["position"]
         shown = {
             (p["source"]["kind"], p["source"]["id"], p["level"], p["excluded"], moment_of(p["from"])): p
             for p in body["periods"]
         }
         assert len(shown) == len(body["periods"])
         assert {key: p["seconds"] for key, p in shown.items()} == inside
-        assert {key: p["cut_seconds"] for key, p in shown.items() if p["cut_seconds"]} == {
+        assert {key: p["excluded_seconds"] for key, p in shown.items() if p["excluded_seconds"]} == {
             key: length for key, length in cut.items() if not key[3]
         }
-        assert {key: p["counted_seconds"] for key, p in shown.items() if p["counted_seconds"]} == counted
+        assert {key: p["effective_seconds"] for key, p in shown.items() if p["effective_seconds"]} == counted
         for (_, _, level, *_), p in shown.items():
             assert p["weight"] == TENTHS.get(level, 0) / 10
-            assert p["downtime_seconds"] == pytest.approx(p["counted_seconds"] * p["weight"])
+            assert p["downtime_seconds"] == pytest.approx(p["effective_seconds"] * p["weight"])
         assert sum(p["downtime_seconds"] for p in body["periods"]) == totals["downtime_seconds"]
     _, body, _ = await api.get(f"/uptime?{query}")
     assert [{name: s[name] for name in each[0]} for s in body["services"]] == each

@@ -9,7 +9,7 @@ import pytest
 
 from opsentry.domain import incident
 from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, ResolveIncident
-from opsentry.events import export, ledger
+from opsentry.events import audit, export
 from tests.conftest import META, make_service, make_tenant
 from tests.system.processes import environment, opsentry, running
 
@@ -22,16 +22,16 @@ async def story(parts, acme):
     await make_service(parts, acme.id, "api")
     opened = OpenIncident(title="Logins fail", description=f"Found by {CANARY}", severity="major_outage")
     made = await parts.commands.create(incident.DECIDER, acme.id, opened, META)
-    seqs = [made.seq]
+    positions = [made.position]
     for command in (
         PostUpdate(message="A deploy did it.", status="identified"),
         ChangeIncident(severity="degraded", title="Logins are slow"),
         ResolveIncident(root_cause="A missing index."),
     ):
         done = await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, command, META)
-        seqs.append(done.seq)
-    await parts.runner.catch_up(acme.id, seqs[-1])
-    return str(made.stream_id), seqs
+        positions.append(done.position)
+    await parts.projector.catch_up(acme.id, positions[-1])
+    return str(made.stream_id), positions
 
 
 async def test_history_tells_who_did_what_when(run, story):
@@ -48,13 +48,15 @@ async def test_history_tells_who_did_what_when(run, story):
 
 
 async def test_history_as_of_a_position_and_a_time(run, fail, story, owner, acme):
-    number, seqs = story
-    state = json.loads(await run("history", "incident", number, "--as-of", str(seqs[1]), "--json"))
+    number, positions = story
+    state = json.loads(await run("history", "incident", number, "--as-of", str(positions[1]), "--json"))
     assert (state["status"], state["severity"], state["title"]) == ("identified", "major_outage", "Logins fail")
     assert [update["message"] for update in state["updates"]] == [f"Found by {CANARY}", "A deploy did it."]
-    at = await owner.fetchval("SELECT recorded_at FROM events WHERE tenant_id = $1 AND seq = $2", acme.id, seqs[1])
+    at = await owner.fetchval(
+        "SELECT recorded_at FROM events WHERE tenant_id = $1 AND position = $2", acme.id, positions[1]
+    )
     assert json.loads(await run("history", "incident", number, "--as-of", at.isoformat(), "--json")) == state
-    assert "Logins fail" in await run("history", "incident", number, "--as-of", str(seqs[1]))
+    assert "Logins fail" in await run("history", "incident", number, "--as-of", str(positions[1]))
     assert await fail(1, "history", "incident", number, "--as-of", "1") == "Error: there was none at 1"
 
 
@@ -70,15 +72,17 @@ async def test_history_at_a_time_of_the_world(run, fail, parts, acme):
 
 
 async def test_history_between_two_moments(run, story):
-    number, seqs = story
-    found = json.loads(await run("history", "incident", number, "--diff", str(seqs[0]), str(seqs[2]), "--json"))
+    number, positions = story
+    found = json.loads(
+        await run("history", "incident", number, "--diff", str(positions[0]), str(positions[2]), "--json")
+    )
     assert found["changed"] == {
         "status": {"before": "investigating", "after": "identified"},
         "severity": {"before": "major_outage", "after": "degraded"},
         "title": {"before": "Logins fail", "after": "Logins are slow"},
     }
     assert [update["message"] for update in found["updates"]] == ["A deploy did it."]
-    shown = await run("history", "incident", number, "--diff", str(seqs[0]), str(seqs[2]))
+    shown = await run("history", "incident", number, "--diff", str(positions[0]), str(positions[2]))
     assert "identified" in shown
 
 
@@ -118,7 +122,7 @@ async def test_words_are_redacted_after_a_question_or_with_yes(run, story, owner
     asked = await opsentry(environment(settings), *arguments)
     assert asked.code == 1  # nobody is there to answer
     assert f"Erase the words of incident {number} at " in asked.err
-    assert await owner.fetchval("SELECT count(*) FROM events WHERE words LIKE $1", f"%{CANARY}%") == 2
+    assert await owner.fetchval("SELECT count(*) FROM events WHERE erasable LIKE $1", f"%{CANARY}%") == 2
     done = json.loads(await run(*arguments, "--yes", "--json"))
     assert len(done["erased"]) == 2
     for table in ("events", "incidents", "incident_updates"):
@@ -129,7 +133,7 @@ async def test_words_are_redacted_after_a_question_or_with_yes(run, story, owner
     assert CANARY not in told
     assert "erased before" in await run(*arguments, "--yes")
     (verdict,) = json.loads(await run("verify", "--tenant", "acme", "--json"))
-    assert (verdict["damage"], verdict["erased"]) == (None, 2)
+    assert (verdict["violation"], verdict["erased"]) == (None, 2)
 
 
 async def test_tail_shows_the_last_events_and_follows(run, story, settings, parts, acme):
@@ -137,9 +141,9 @@ async def test_tail_shows_the_last_events_and_follows(run, story, settings, part
     assert len(lines) == 2
     assert "incident.resolved" in lines[1]
     last = [json.loads(line) for line in (await run("events", "tail", "--tenant", "acme", "--json")).splitlines()]
-    assert [entry["seq"] for entry in last] == list(range(1, len(last) + 1))
+    assert [entry["position"] for entry in last] == list(range(1, len(last) + 1))
     one = await run("events", "tail", "--tenant", "acme", "-n", "1", "--type", "tenant.created", "--json")
-    assert json.loads(one)["seq"] == 1
+    assert json.loads(one)["position"] == 1
     async with running(environment(settings), "events", "tail", "--tenant", "acme", "-n", "1", "-f") as process:
         await process.mentions("incident.resolved")
         await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="While you look"), META)
@@ -154,7 +158,7 @@ async def test_a_reader_who_has_enough_gets_no_complaint(story, settings, parts,
             f"{sys.executable} -m opsentry {command} | head -1", env=environment(settings), stdout=PIPE, stderr=PIPE
         )
         out, err = await process.communicate()
-        assert (json.loads(out)["seq"], err) == (1, b"")
+        assert (json.loads(out)["position"], err) == (1, b"")
 
 
 async def test_an_export_verifies_elsewhere_and_goes_on_where_it_stopped(run, fail, story, owner, acme, tmp_path):
@@ -163,20 +167,20 @@ async def test_an_export_verifies_elsewhere_and_goes_on_where_it_stopped(run, fa
     whole = file.read_bytes()
     assert whole == await export.chunk(owner, acme.id, 0, 100)
     assert (await run("events", "export", "--tenant", "acme")).encode() == whole
-    assert (await run("events", "export", "--tenant", "acme", "--from-seq", "3", "--to-seq", "3")).encode() == (
-        whole.splitlines(keepends=True)[2]
-    )
+    assert (
+        await run("events", "export", "--tenant", "acme", "--from-position", "3", "--to-position", "3")
+    ).encode() == (whole.splitlines(keepends=True)[2])
     chance = random.Random(1)
     for _ in range(3):
         file.write_bytes(whole[: chance.randrange(len(whole))])
         await run("events", "export", "--tenant", "acme", "-o", str(file), "--resume")
         assert file.read_bytes() == whole
     await run("events", "export", "--tenant", "acme", "-o", str(packed), "--gzip")
-    head = await ledger.head(owner, acme.id)
-    anchor = f"{head.seq}:{head.hash}"
+    head = await audit.read_ledger_head(owner, acme.id)
+    anchor = f"{head.position}:{head.hash}"
     for exported in (file, packed):
         (verdict,) = json.loads(await run("verify", "--from-file", str(exported), "--anchor", anchor, "--json"))
-        assert (verdict["damage"], verdict["last"], verdict["hash"]) == (None, head.seq, head.hash)
+        assert (verdict["violation"], verdict["last"], verdict["hash"]) == (None, head.position, head.hash)
     file.write_bytes(whole.replace(b"Logins fail", b"Logins work"))
     (tmp_path / "empty").touch()
     assert "is empty" in await fail(1, "verify", "--from-file", str(tmp_path / "empty"))
@@ -185,9 +189,9 @@ async def test_an_export_verifies_elsewhere_and_goes_on_where_it_stopped(run, fa
 async def test_damage_is_exit_code_one_and_named(run, story, owner, acme, settings):
     assert "whole" in await run("verify", "--tenant", "acme")
     await owner.execute("SET session_replication_role = replica; ALTER TABLE events DISABLE TRIGGER ALL")
-    await owner.execute("UPDATE events SET data = data || ' ' WHERE tenant_id = $1 AND seq = 4", acme.id)
+    await owner.execute("UPDATE events SET data = data || ' ' WHERE tenant_id = $1 AND position = 4", acme.id)
     ran = await opsentry(environment(settings), "verify", "--jobs", "1")
     assert ran.code == 1
     assert "event 4 changed: it is not what was recorded" in ran.out
     ran = await opsentry(environment(settings), "verify", "--json")
-    assert (ran.code, json.loads(ran.out)[0]["damage"]["seq"]) == (1, 4)
+    assert (ran.code, json.loads(ran.out)[0]["violation"]["position"]) == (1, 4)

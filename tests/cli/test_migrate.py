@@ -5,7 +5,7 @@ import asyncpg
 import pytest
 
 from opsentry.demo.embedded import APP_USER
-from opsentry.postgres import migrations
+from opsentry.infrastructure.postgres import migrations
 from tests.system.processes import environment, opsentry
 
 
@@ -15,7 +15,7 @@ async def empty(postgres, settings):
     name = "empty"
     connection = await asyncpg.connect(postgres.url("postgres"))
     await connection.execute(f"CREATE DATABASE {name}")
-    yield replace(settings, database_url=postgres.url(name, APP_USER), migrate_database_url=postgres.url(name))
+    yield replace(settings, database_url=postgres.url(name, APP_USER), migration_database_url=postgres.url(name))
     await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
     await connection.close()
 
@@ -60,7 +60,7 @@ async def test_a_database_that_is_ahead_is_refused(settings, owner):
 
 
 async def test_who_may_not_change_the_schema_is_told_so(empty, postgres):
-    ran = await opsentry(environment(replace(empty, migrate_database_url="")), "migrate")
+    ran = await opsentry(environment(replace(empty, migration_database_url="")), "migrate")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("Error: ")
     assert ran.err.count("\n") == 1

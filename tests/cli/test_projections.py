@@ -19,7 +19,7 @@ async def filled(parts, tenant):
     opened = OpenIncident(title="Down", service_ids=(service_id,))
     made = await parts.commands.create(incident.DECIDER, tenant.id, opened, META)
     await parts.commands.execute(incident.DECIDER, tenant.id, made.stream_id, PostUpdate(message="m"), META)
-    await parts.runner.catch_up(tenant.id, 0)
+    await parts.projector.catch_up(tenant.id, 0)
     return made.stream_id
 
 
@@ -29,10 +29,10 @@ async def standing(run):
 
 async def test_what_stands_is_listed(run, parts, acme, globex, owner):
     await filled(parts, acme)
-    await parts.runner.catch_up(globex.id, 0)
+    await parts.projector.catch_up(globex.id, 0)
     found = await standing(run)
     assert set(found) == set(NAMES)
-    assert {(row["tenants"], row["done"], row["behind"], row["parked"]) for row in found.values()} == {(2, 2, 0, 0)}
+    assert {(row["tenants"], row["done"], row["behind"], row["halted"]) for row in found.values()} == {(2, 2, 0, 0)}
     await owner.execute("UPDATE checkpoints SET position = 1 WHERE projection = 'impact' AND tenant_id = $1", acme.id)
     row = (await standing(run))["impact"]
     assert (row["done"], row["behind"]) == (1, 1)
@@ -56,7 +56,10 @@ async def test_rows_are_compared_and_derived_anew(run, parts, acme, globex, owne
     assert [line.split(":")[0].strip() for line in ran.out.splitlines()] == [
         "1 of 2 of tenants' projections are what the ledger gives", "acme incidents, table incidents", "live", "ledger"
     ]  # fmt: skip
-    events = {t.id: await owner.fetchval("SELECT seq FROM heads WHERE tenant_id = $1", t.id) for t in (acme, globex)}
+    events = {
+        t.id: await owner.fetchval("SELECT position FROM ledger_heads WHERE tenant_id = $1", t.id)
+        for t in (acme, globex)
+    }
     rebuilt = json.loads(await run("projections", "rebuild", "incidents", "--tenant", "acme", "--json"))
     assert rebuilt == {"tenants": 1, "events": events[acme.id], "failed": []}
     assert "2 of 2" in await run("projections", "verify", "incidents")
@@ -102,10 +105,10 @@ async def test_projections_are_paused_and_resumed(run, fail, parts, acme):
     assert "none, they were already" in await run("projections", "pause", "impact")
     assert "outbox: paused" in await fail(1, "projections", "rebuild", "outbox")
     await parts.commands.execute(incident.DECIDER, acme.id, number, PostUpdate(message="m"), META)
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     assert {(row["behind"], row["paused"]) for row in (await standing(run)).values()} == {(1, True)}
     assert json.loads(await run("projections", "resume", "impact", "--json")) == {"resumed": ["impact"]}
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     assert (await standing(run))["impact"]["behind"] == 0
     assert "impact" not in await run("projections", "resume", "--all")
 
@@ -113,20 +116,20 @@ async def test_projections_are_paused_and_resumed(run, fail, parts, acme):
 async def test_what_is_parked_is_named_and_goes_on_once_the_cause_is_gone(run, parts, acme, owner, settings):
     number = await filled(parts, acme)
     await plant(owner, acme.id, number, 3, type="incident.exploded")
-    await parts.runner.catch_up(acme.id, 0)
-    parked = json.loads(await run("projections", "parked", "--json"))
-    assert {row["projection"] for row in parked} == {"impact", "incidents", "outbox"}
-    assert all("incident.exploded" in row["error"] for row in parked)
+    await parts.projector.catch_up(acme.id, 0)
+    halted = json.loads(await run("projections", "halted", "--json"))
+    assert {row["projection"] for row in halted} == {"impact", "incidents", "outbox"}
+    assert all("incident.exploded" in row["error"] for row in halted)
     ran = await opsentry(environment(settings), "projections", "retry", "--all", "--json")
-    assert (ran.code, json.loads(ran.out)) == (1, {"retried": 3, "parked": 3})
+    assert (ran.code, json.loads(ran.out)) == (1, {"retried": 3, "halted": 3})
     ran = await opsentry(environment(settings), "projections", "rebuild", "incidents", "--json")
     assert ran.code == 1
     assert "incident.exploded" in json.loads(ran.out)["failed"][0]["error"]
-    assert json.loads(await run("projections", "parked", "--json"))[2]["at"] == "rebuilding"
+    assert json.loads(await run("projections", "halted", "--json"))[2]["at"] == "rebuilding"
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("UPDATE events SET type = 'incident.reopened' WHERE type = 'incident.exploded'")
-    assert json.loads(await run("projections", "retry", "--all", "--json")) == {"retried": 3, "parked": 0}
-    assert json.loads(await run("projections", "parked", "--json")) == []
+    assert json.loads(await run("projections", "retry", "--all", "--json")) == {"retried": 3, "halted": 0}
+    assert json.loads(await run("projections", "halted", "--json")) == []
     assert {row["behind"] for row in (await standing(run)).values()} == {0}
 
 

@@ -1,6 +1,6 @@
 import json
 
-from opsentry.access import tokens
+from opsentry.identity import api_tokens
 from tests.conftest import Client
 from tests.system.processes import until
 
@@ -22,13 +22,13 @@ async def test_a_token_works_is_never_shown_again_and_can_be_revoked(run, fail, 
     value = (await run("token", "create", "--tenant", "acme", "--name", "CI", "--scope", "read:status")).removesuffix(
         "\n"
     )
-    assert tokens.well_formed(value)
+    assert api_tokens.well_formed(value)
     api = Client(anonymous.session, anonymous.base_url, value)
     status, health, _ = await api.get("/health")
     assert (status, health["tenant_id"], health["scopes"]) == (200, acme.id, ["read:status"])
     assert (await api.post("/incidents", {"title": "x"}))[0] == 403
 
-    prefix = tokens.prefix(value)
+    prefix = api_tokens.prefix(value)
     listed = json.loads(await run("token", "list", "--tenant", "acme", "--json"))
     assert [(one["prefix"], one["name"], one["scopes"], one["revoked_at"]) for one in listed][1] == (
         prefix,
@@ -39,7 +39,7 @@ async def test_a_token_works_is_never_shown_again_and_can_be_revoked(run, fail, 
     secret = value[12:]
     table = await run("token", "list", "--tenant", "acme")
     assert prefix in table
-    stored = [str(await owner.fetch(f"SELECT * FROM {name}")) for name in ("tokens", "events", "claims")]
+    stored = [str(await owner.fetch(f"SELECT * FROM {name}")) for name in ("tokens", "events", "reservations")]
     for text in (json.dumps(listed), table, *stored):
         assert secret not in text
 
@@ -58,7 +58,7 @@ async def test_a_token_works_is_never_shown_again_and_can_be_revoked(run, fail, 
 async def test_a_token_as_json(run, acme, anonymous):
     arguments = ("--tenant", "acme", "--name", "CI", "--scope", "write:incidents", "--scope", "read:status", "--json")
     (made,) = json.loads(await run("token", "create", *arguments, "--expires", "2999-01-01"))
-    assert made["prefix"] == tokens.prefix(made["token"])
+    assert made["prefix"] == api_tokens.prefix(made["token"])
     _, health, _ = await Client(anonymous.session, anonymous.base_url, made["token"]).get("/health")
     assert health["scopes"] == ["read:status", "write:incidents"]
     listed = json.loads(await run("token", "list", "--tenant", "acme", "--json"))
@@ -78,7 +78,7 @@ async def test_tokens_that_cannot_be_are_refused(fail, acme, globex):
     assert await fail(2, *create, "", "--scope", "read:status") == "Error: name: must not be blank"
     nobody = ("token", "create", "--tenant", "nobody", "--name", "CI", "--scope", "read:status")
     assert await fail(1, *nobody) == "Error: no tenant has the slug nobody"
-    foreign = tokens.prefix(globex.token)
+    foreign = api_tokens.prefix(globex.token)
     said = await fail(1, "token", "revoke", "--tenant", "acme", foreign)
     assert said == f"Error: no token {foreign} that could be revoked"
 

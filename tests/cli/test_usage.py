@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from opsentry import __version__
 from opsentry.cli.main import cli
-from opsentry.config import Settings
+from opsentry.settings import Settings
 from tests.system.processes import environment, free_port, opsentry
 
 

@@ -8,7 +8,7 @@ from standardwebhooks.webhooks import Webhook
 
 from opsentry.demo import sink as sinks
 from opsentry.demo.sink import sink
-from opsentry.notifications.signing import new_secret, signatures
+from opsentry.notifications.messages.signing import new_secret, signatures
 
 BODY = b'{"type": "incident.opened", "data": {"title": "<script>alert(1)</script>"}}'
 

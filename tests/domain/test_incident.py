@@ -1,6 +1,6 @@
 import pytest
 
-from opsentry.domain.decider import MAX_TITLE, InvalidField, TransitionRefused
+from opsentry.domain.decider import MAX_TITLE, IllegalTransition, InvalidField
 from opsentry.domain.incident import (
     DECIDER,
     STATUSES,
@@ -60,7 +60,7 @@ def test_changing_the_status(start, end):
     attempt = given(DECIDER, *HISTORIES[start]).when(ChangeIncident(status=end))
     events = MOVES[start, end]
     if events is None:
-        attempt.refused(TransitionRefused, "can only be re-opened as investigating")
+        attempt.refused(IllegalTransition, "can only be re-opened as investigating")
     else:
         attempt.then(*events)
 
@@ -70,7 +70,7 @@ def test_posting_an_update_with_a_status(start, end):
     attempt = given(DECIDER, *HISTORIES[start]).when(PostUpdate(message="News", status=end))
     events = MOVES[start, end]
     if events is None:
-        attempt.refused(TransitionRefused, "can only be re-opened as investigating")
+        attempt.refused(IllegalTransition, "can only be re-opened as investigating")
     else:
         attempt.then(*events, IncidentUpdated(message="News", status=end))
 
@@ -90,7 +90,7 @@ def test_an_open_incident_is_resolved_with_its_cause(status):
 
 
 def test_a_resolved_incident_is_not_resolved_again():
-    given(DECIDER, *HISTORIES["resolved"]).when(ResolveIncident()).refused(TransitionRefused, "resolved already")
+    given(DECIDER, *HISTORIES["resolved"]).when(ResolveIncident()).refused(IllegalTransition, "resolved already")
 
 
 def test_a_description_is_the_first_entry_of_the_timeline():
@@ -169,7 +169,7 @@ def test_changing_to_something_wrong_names_the_field(command, message):
 
 @pytest.mark.parametrize("command", [ChangeIncident(), PostUpdate(message="M"), ResolveIncident()])
 def test_nothing_happens_to_an_incident_that_does_not_exist(command):
-    given(DECIDER).when(command).refused(TransitionRefused, "does not exist")
+    given(DECIDER).when(command).refused(IllegalTransition, "does not exist")
 
 
 def test_reopening_keeps_what_was_found_out():

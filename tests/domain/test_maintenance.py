@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
-from opsentry.domain.decider import InvalidField, TransitionRefused
+from opsentry.domain.decider import IllegalTransition, InvalidField
 from opsentry.domain.maintenance import (
     DECIDER,
     STATUSES,
@@ -47,14 +47,14 @@ def test_every_action_from_every_status(status, action):
     if (status, action) in ALLOWED:
         attempt.then(ALLOWED[status, action])
     else:
-        attempt.refused(TransitionRefused, f"this one is {status}")
+        attempt.refused(IllegalTransition, f"this one is {status}")
 
 
 @pytest.mark.parametrize(
     "action", [StartMaintenance, CompleteMaintenance, CancelMaintenance, ChangeMaintenance, RemindMaintenance]
 )
 def test_no_action_on_a_window_that_does_not_exist(action):
-    given(DECIDER).when(action()).refused(TransitionRefused, "does not exist")
+    given(DECIDER).when(action()).refused(IllegalTransition, "does not exist")
 
 
 def test_scheduling_keeps_every_field():
@@ -132,12 +132,12 @@ CHANGES = {
     "auto_start": MaintenanceChanged(auto_start=False),
     "auto_complete": MaintenanceChanged(auto_complete=False),
 }
-WORDS = {"title", "description"}
+REDACTABLE_FIELDS = {"title", "description"}
 MAY_CHANGE = {
     "scheduled": set(CHANGES),
-    "active": {*WORDS, "scheduled_end", "auto_complete"},
-    "completed": WORDS,
-    "cancelled": WORDS,
+    "active": {*REDACTABLE_FIELDS, "scheduled_end", "auto_complete"},
+    "completed": REDACTABLE_FIELDS,
+    "cancelled": REDACTABLE_FIELDS,
 }
 
 
@@ -149,7 +149,7 @@ def test_every_change_in_every_status(status, field):
     if field in MAY_CHANGE[status]:
         attempt.then(event)
     else:
-        attempt.refused(TransitionRefused, f"of a window that is {status}, {field} can no longer be changed")
+        attempt.refused(IllegalTransition, f"of a window that is {status}, {field} can no longer be changed")
 
 
 @pytest.mark.parametrize("status", STATUSES)

@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 from opsentry.domain import incident, maintenance
 from opsentry.domain.decider import REDACTED, InvalidField
 from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, RedactIncident, ResolveIncident
-from opsentry.domain.redaction import Erasure, Written, plan
+from opsentry.domain.redaction import HistoryEntry, RedactionPlan, plan
 from tests.projections.histories import History, redaction, schedule
 
 TEXT = st.sampled_from(["a", "b", "c", "d", "e"])
 
 
-def written(*commands: Any) -> list[Written]:
+def written(*commands: Any) -> list[HistoryEntry]:
     history = History()
     for command in commands:
         history.incident(7, command)
-    return [Written(e.version, e.seq + 100, e.event) for e in history.events]
+    return [HistoryEntry(e.version, e.position + 100, e.event) for e in history.events]
 
 
 LOGINS = written(
@@ -28,8 +28,8 @@ LOGINS = written(
 )
 
 
-def erase(*fields: str, events: tuple[int, ...] = ()) -> Erasure:
-    return plan(LOGINS, incident.WORDS, fields, events)
+def erase(*fields: str, events: tuple[int, ...] = ()) -> RedactionPlan:
+    return plan(LOGINS, incident.REDACTABLE_FIELDS, fields, events)
 
 
 def test_a_text_goes_wherever_it_stands_word_for_word():
@@ -41,13 +41,13 @@ def test_a_text_goes_wherever_it_stands_word_for_word():
 
 def test_a_title_that_was_replaced_since_need_not_be_said_again():
     assert "title" not in erase("description").restated
-    assert erase("title") == Erasure(
+    assert erase("title") == RedactionPlan(
         versions=(1, 4), fields=("title",), restated={"description": "Says Jane"}
     )  # fmt: skip
 
 
 def test_an_event_is_erased_by_its_position_whatever_it_holds():
-    assert erase(events=(103,)) == Erasure(versions=(3,), fields=(), restated={})
+    assert erase(events=(103,)) == RedactionPlan(versions=(3,), fields=(), restated={})
     assert erase(events=(101,)).versions == (1, 2, 5)
 
 
@@ -64,22 +64,22 @@ def test_what_cannot_be_erased_is_refused(fields, events, field):
 def test_what_has_no_words_is_no_event_to_erase():
     moved = written(OpenIncident(title="T"), ChangeIncident(status="monitoring"))
     with pytest.raises(InvalidField, match="no words are recorded here at 102"):
-        plan(moved, incident.WORDS, (), (102,))
+        plan(moved, incident.REDACTABLE_FIELDS, (), (102,))
 
 
 def test_a_field_that_was_never_filled_is_nothing_to_erase():
-    assert plan(written(OpenIncident(title="T")), incident.WORDS, ["root_cause"], ()).versions == ()
+    assert plan(written(OpenIncident(title="T")), incident.REDACTABLE_FIELDS, ["root_cause"], ()).versions == ()
 
 
 def test_erasing_is_an_event_and_so_is_what_is_said_again():
     state = incident.DECIDER.fold(event for _, _, event in LOGINS)  # type: ignore[misc]
-    events = incident.decide(state, RedactIncident(erasure=erase("description"), reason="asked"))
+    events = incident.decide(state, RedactIncident(erasure=erase("description"), reason="disabled_by_owner"))
     assert [event.TYPE for event in events] == ["incident.redacted", "incident.edited"]
     after = incident.DECIDER.fold(events, state)
     assert after is not None
     assert (after.title, after.description, after.root_cause) == ("Logins are slow", REDACTED, "An index")
-    nothing = Erasure(versions=(), fields=(), restated={})
-    assert incident.decide(state, RedactIncident(erasure=nothing, reason="asked")) == []
+    nothing = RedactionPlan(versions=(), fields=(), restated={})
+    assert incident.decide(state, RedactIncident(erasure=nothing, reason="disabled_by_owner")) == []
 
 
 @pytest.mark.parametrize("reason", ["", " \n", "x\x00", "x" * 50_001])
@@ -92,7 +92,7 @@ def test_a_reason_has_to_say_something(reason):
 @given(
     texts=st.lists(st.tuples(TEXT, st.none() | TEXT), min_size=1, max_size=6),
     messages=st.lists(TEXT, max_size=6),
-    field=st.sampled_from(incident.WORDS),
+    field=st.sampled_from(incident.REDACTABLE_FIELDS),
 )
 def test_no_text_that_was_asked_for_is_left_and_every_other_present_one_is(texts, messages, field):
     history = History()
@@ -105,10 +105,10 @@ def test_no_text_that_was_asked_for_is_left_and_every_other_present_one_is(texts
     before = history.states["incident", 7]
     history.incident(7, redaction(history, "incident", 7, fields=[field]))
     after = history.states["incident", 7]
-    for name in incident.WORDS:
+    for name in incident.REDACTABLE_FIELDS:
         text = getattr(before, name)
         assert getattr(after, name) == (REDACTED if text in asked and text is not None else text)
-    left = {getattr(e.event, name) for e in history.erased() for name in e.event.WORDS if name != "reason"}
+    left = {getattr(e.event, name) for e in history.erased() for name in e.event.ERASABLE if name != "reason"}
     assert not left & asked
 
 

@@ -3,12 +3,12 @@ from datetime import UTC, datetime
 import pytest
 
 from opsentry.domain import service, subscription
-from opsentry.domain.decider import InvalidField, TransitionRefused
+from opsentry.domain.decider import IllegalTransition, InvalidField
 from opsentry.domain.service import ChangeService, RegisterService, RetireService, ServiceChanged, ServiceRegistered
 from opsentry.domain.service import ServiceRetired as Retired
 from opsentry.domain.subscription import (
     CreateSubscription,
-    LapseSubscription,
+    ExpireSubscription,
     RemoveSubscription,
     RotateSecret,
     SubscriptionConfirmed,
@@ -56,37 +56,46 @@ def test_only_what_differs_is_changed():
 
 def test_a_retired_service_is_gone():
     given(service.DECIDER, API).when(RetireService()).then(Retired())
-    given(service.DECIDER, API, Retired()).when(RetireService()).refused(TransitionRefused, "does not exist")
-    given(service.DECIDER, API, Retired()).when(ChangeService(name="N")).refused(TransitionRefused, "does not exist")
+    given(service.DECIDER, API, Retired()).when(RetireService()).refused(IllegalTransition, "does not exist")
+    given(service.DECIDER, API, Retired()).when(ChangeService(name="N")).refused(IllegalTransition, "does not exist")
 
 
 def test_a_subscription_is_created_and_removed():
     command = CreateSubscription(channel="webhook", target="https://example.com/hook")
     given(subscription.DECIDER).when(command).then(HOOK)
     given(subscription.DECIDER, HOOK).when(RemoveSubscription()).then(Removed())
-    given(subscription.DECIDER, HOOK, Removed()).when(RemoveSubscription()).refused(TransitionRefused, "does not exist")
+    given(subscription.DECIDER, HOOK, Removed()).when(RemoveSubscription()).refused(IllegalTransition, "does not exist")
 
 
 def test_only_what_waits_to_be_confirmed_lapses():
     waiting = SubscriptionCreated(channel="email", target="jo@example.org", audience="public", pending=True)
-    lapse = LapseSubscription(versions=(1,))
+    lapse = ExpireSubscription(versions=(1,))
     given(subscription.DECIDER, waiting).when(lapse).then(Removed(), SubscriptionRedacted(versions=(1,)))
     given(subscription.DECIDER, waiting, SubscriptionConfirmed()).when(lapse).then()
-    off = SubscriptionDisabled(reason="asked")
+    off = SubscriptionDisabled(reason="disabled_by_owner")
     given(subscription.DECIDER, waiting, SubscriptionConfirmed(), off).when(lapse).then()
-    given(subscription.DECIDER, waiting, Removed()).when(lapse).refused(TransitionRefused, "does not exist")
+    given(subscription.DECIDER, waiting, Removed()).when(lapse).refused(IllegalTransition, "does not exist")
 
 
 def test_a_first_secret_has_none_before_it():
     until = datetime(2026, 3, 1, tzinfo=UTC)
-    rotated = [SubscriptionSecretRotated(sealed=sealed, previous_until=until) for sealed in ("first", "second")]
-    given(subscription.DECIDER, HOOK).when(RotateSecret(sealed="first", previous_until=until)).then(rotated[0])
+    rotated = [
+        SubscriptionSecretRotated(encrypted_secret=encrypted_secret, previous_until=until)
+        for encrypted_secret in ("first", "second")
+    ]
+    given(subscription.DECIDER, HOOK).when(RotateSecret(encrypted_secret="first", previous_until=until)).then(
+        rotated[0]
+    )
     first = subscription.DECIDER.fold([HOOK, rotated[0]])
     assert first is not None
-    assert (first.sealed, first.previous_sealed, first.previous_until) == ("first", None, None)
+    assert (first.encrypted_secret, first.previous_encrypted_secret, first.previous_until) == ("first", None, None)
     second = subscription.DECIDER.fold([HOOK, *rotated])
     assert second is not None
-    assert (second.sealed, second.previous_sealed, second.previous_until) == ("second", "first", until)
+    assert (second.encrypted_secret, second.previous_encrypted_secret, second.previous_until) == (
+        "second",
+        "first",
+        until,
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +103,7 @@ def test_a_first_secret_has_none_before_it():
     [
         (CreateSubscription(channel="email", target=" "), "target: must not be blank"),
         (CreateSubscription(channel="email", target="t", audience="x"), "audience: must be one of"),
-        (CreateSubscription(channel="email", target="t", lowest_severity="x"), "lowest_severity: must be one of"),
+        (CreateSubscription(channel="email", target="t", min_severity="x"), "min_severity: must be one of"),
     ],
 )
 def test_subscribing_with_something_wrong_names_the_field(command, message):

@@ -5,10 +5,10 @@ from typing import Any, TypeAlias
 import asyncpg
 import pytest
 
-from opsentry.config import Settings
+from opsentry.settings import Settings
 from tests.events import ledger
 
-pytest.register_assert_rewrite("tests.events.log_contract")
+pytest.register_assert_rewrite("tests.events.store_contract")
 
 Connect: TypeAlias = Callable[[], Awaitable[Any]]
 

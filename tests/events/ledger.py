@@ -7,11 +7,11 @@ from datetime import datetime
 from typing import Any
 
 from opsentry.domain.incident import IncidentUpdated
-from opsentry.events import log
-from opsentry.events.chain import GENESIS, Damage, Link, check
+from opsentry.events import store
 from opsentry.events.codec import Actor, Meta, to_microseconds
-from opsentry.events.log import Append, NewEvent, Outcome
-from opsentry.postgres import Connection
+from opsentry.events.hash_chain import GENESIS, Link, Violation, check
+from opsentry.events.store import Append, NewEvent, Outcome
+from opsentry.infrastructure.postgres import Connection
 
 META = Meta(Actor("operator"))
 
@@ -21,7 +21,12 @@ def note(text: str, occurred_at: datetime | None = None) -> NewEvent:
 
 
 def notes(
-    tenant_id: int, *texts: str, stream: int = 0, expected: int = 0, kind: str = "incident", claim: str | None = None
+    tenant_id: int,
+    *texts: str,
+    stream: int = 0,
+    expected: int = 0,
+    kind: str = "incident",
+    reservation: str | None = None,
 ) -> Append:
     return Append(
         tenant_id=tenant_id,
@@ -29,12 +34,12 @@ def notes(
         stream_id=stream,
         expected_version=expected,
         events=[note(text) for text in texts],
-        claim=claim,
+        reservation=reservation,
     )
 
 
 async def append(connection: Connection, command: Append, *, wait: bool = True) -> Outcome:
-    (outcome,) = await log.append(connection, [command], wait=wait)
+    (outcome,) = await store.append_events(connection, [command], wait=wait)
     return outcome
 
 
@@ -43,7 +48,7 @@ async def new_tenant(connection: Connection, slug: str) -> int:
 
 
 async def rows(connection: Connection, tenant_id: int) -> Sequence[Any]:
-    return list(await connection.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY seq", tenant_id))
+    return list(await connection.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY position", tenant_id))
 
 
 def links(stored: Iterable[Mapping[str, Any]]) -> list[Link]:
@@ -52,17 +57,17 @@ def links(stored: Iterable[Mapping[str, Any]]) -> list[Link]:
     return [Link._make(row) for row in columns]
 
 
-def damage(stored: Iterable[Mapping[str, Any]], previous: bytes = GENESIS, seq: int = 0) -> Damage | None:
-    return check(links(stored), previous, seq)
+def violation(stored: Iterable[Mapping[str, Any]], previous: bytes = GENESIS, position: int = 0) -> Violation | None:
+    return check(links(stored), previous, position)
 
 
-def first_broken(stored: Iterable[Mapping[str, Any]], previous: bytes = GENESIS, seq: int = 0) -> int | None:
-    found = damage(stored, previous, seq)
-    return None if found is None else found.seq
+def first_broken(stored: Iterable[Mapping[str, Any]], previous: bytes = GENESIS, position: int = 0) -> int | None:
+    found = violation(stored, previous, position)
+    return None if found is None else found.position
 
 
 async def messages(connection: Connection, tenant_id: int) -> list[str]:
-    recorded = await log.read_after(connection, tenant_id, 0, 100_000)
+    recorded = await store.read_after(connection, tenant_id, 0, 100_000)
     return [r.event.message for r in recorded if isinstance(r.event, IncidentUpdated)]
 
 

@@ -31,7 +31,7 @@ def plain(event: Event) -> dict[str, Any]:
 
 
 def stored(entry: dict[str, Any]) -> tuple[str, int, str, str | None]:
-    return entry["type"], entry["version"], entry["data"], entry["words"]
+    return entry["type"], entry["version"], entry["data"], entry["erasable"]
 
 
 def test_every_version_of_every_event_is_in_the_golden_file():
@@ -61,24 +61,24 @@ def test_what_was_once_written_would_be_written_the_same_way_again(entry):
         assert encode(decode(*stored(entry))) == stored(entry)
 
 
-@pytest.mark.parametrize("entry", [e for e in GOLDEN if e["words"]], ids=lambda entry: entry["type"])
+@pytest.mark.parametrize("entry", [e for e in GOLDEN if e["erasable"]], ids=lambda entry: entry["type"])
 def test_erased_words_read_redacted_and_facts_stay(entry):
-    words = json.loads(entry["words"])
+    erasable = json.loads(entry["erasable"])
     event = decode(entry["type"], entry["version"], entry["data"], None)
-    assert plain(event) == entry["fields"] | dict.fromkeys(words, REDACTED)
+    assert plain(event) == entry["fields"] | dict.fromkeys(erasable, REDACTED)
 
 
 @pytest.mark.parametrize("name", EVENT_TYPES)
 @given(data=st.data())
 def test_facts_never_hold_what_people_wrote(name, data):
     kind = EVENT_TYPES[name]
-    fullest = max((e for e in GOLDEN if e["type"] == name), key=lambda e: len(e["words"] or ""))
-    marks = {field: f"§{data.draw(TEXT)}§" for field in sorted(kind.WORDS)}
+    fullest = max((e for e in GOLDEN if e["type"] == name), key=lambda e: len(e["erasable"] or ""))
+    marks = {field: f"§{data.draw(TEXT)}§" for field in sorted(kind.ERASABLE)}
     event = msgspec.structs.replace(decode(*stored(fullest)), **marks)
     encoded = encode(event)
     assert "§" not in encoded.data
-    assert encoded.words is None or json.loads(encoded.words) == marks
-    assert (encoded.words is None) == (not kind.WORDS)
+    assert encoded.erasable is None or json.loads(encoded.erasable) == marks
+    assert (encoded.erasable is None) == (not kind.ERASABLE)
     assert decode(*encoded) == event
 
 
@@ -98,7 +98,7 @@ def test_the_same_event_is_always_the_same_text():
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "data", "words"),
+    ("name", "version", "data", "erasable"),
     [
         ("incident.exploded", 1, "{}", None),
         ("incident.reopened", 2, "{}", None),
@@ -108,22 +108,22 @@ def test_the_same_event_is_always_the_same_text():
         ("incident.status_changed", 1, "not json", None),
         ("incident.status_changed", 1, "[]", None),
         ("incident.status_changed", 1, "[" * 100_000, None),
-        ("incident.updated", 1, '{"status":"monitoring","words":["message"]}', "not json"),
-        ("incident.updated", 1, '{"status":"monitoring","words":["message"]}', "[]"),
-        ("incident.updated", 1, '{"status":"monitoring","words":7}', None),
+        ("incident.updated", 1, '{"status":"monitoring","erasable":["message"]}', "not json"),
+        ("incident.updated", 1, '{"status":"monitoring","erasable":["message"]}', "[]"),
+        ("incident.updated", 1, '{"status":"monitoring","erasable":7}', None),
         ("incident.updated", 1, '{"status":"monitoring"}', None),
     ],
 )
-def test_what_cannot_be_read_says_so(name, version, data, words):
+def test_what_cannot_be_read_says_so(name, version, data, erasable):
     with pytest.raises(UnknownEvent, match=name.replace(".", r"\.")):
-        decode(name, version, data, words)
+        decode(name, version, data, erasable)
 
 
 def test_an_old_version_is_brought_forward_step_by_step(monkeypatch):
     class Renamed(Event, frozen=True, kw_only=True):
         TYPE = "incident.renamed"
         VERSION = 3
-        WORDS = frozenset({"title"})
+        REDACTABLE_FIELDS = frozenset({"title"})
         title: str
         reason: str
 
@@ -131,11 +131,11 @@ def test_an_old_version_is_brought_forward_step_by_step(monkeypatch):
     monkeypatch.setitem(codec.UPCASTERS, (Renamed.TYPE, 1), lambda old: {"title": old["name"]})
     monkeypatch.setitem(codec.UPCASTERS, (Renamed.TYPE, 2), lambda old: old | {"reason": "unknown"})
     current: Event = Renamed(title="New", reason="unknown")
-    assert decode(Renamed.TYPE, 1, '{"words":["name"]}', '{"name":"New"}') == current
-    assert decode(Renamed.TYPE, 2, '{"words":["title"]}', '{"title":"New"}') == current
+    assert decode(Renamed.TYPE, 1, '{"erasable":["name"]}', '{"name":"New"}') == current
+    assert decode(Renamed.TYPE, 2, '{"erasable":["title"]}', '{"title":"New"}') == current
     assert decode(*encode(current)) == current
     erased: Event = Renamed(title=REDACTED, reason="unknown")
-    assert decode(Renamed.TYPE, 1, '{"words":["name"]}', None) == erased
+    assert decode(Renamed.TYPE, 1, '{"erasable":["name"]}', None) == erased
 
 
 def test_an_old_version_without_a_way_forward_is_unknown(monkeypatch):

@@ -3,7 +3,7 @@ import json
 import aiohttp
 import pytest
 
-from opsentry.wiring import core, serving
+from opsentry.bootstrap import core, serving
 from tests.conftest import Client, make_tenant
 from tests.importing.pages import load
 

@@ -7,12 +7,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from opsentry.bootstrap import Core
 from opsentry.domain.decider import Event
 from opsentry.events.codec import Actor, Meta, RecordedEvent
 from opsentry.importing import statuspage
 from opsentry.importing.importer import Importer, Result
 from opsentry.importing.translation import Dated
-from opsentry.wiring import Core
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 _ids = count(1)
@@ -113,13 +113,13 @@ def write(folder: Path, content: Any) -> Path:
 
 
 async def load(parts: Core, tenant_id: int, path: Path) -> Result:
-    importer = Importer(parts.database, parts.writer, parts.runner, tenant_id)
+    importer = Importer(parts.database, parts.appender, parts.projector, tenant_id)
     return await importer.load(statuspage.read(path), lambda: None)
 
 
 async def ledger(connection: Any, tenant_id: int, kind: str | None = None) -> list[Any]:
     """The rows of a tenant's ledger, of one kind of stream if given."""
-    rows = await connection.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY seq", tenant_id)
+    rows = await connection.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY position", tenant_id)
     return [row for row in rows if kind is None or row["stream_kind"] == kind]
 
 

@@ -27,7 +27,7 @@ def long_page():
 
 async def seen(connection, tenant_id, events):
     async def far_enough():
-        return await connection.fetchval("SELECT seq FROM heads WHERE tenant_id = $1", tenant_id) >= events
+        return await connection.fetchval("SELECT position FROM ledger_heads WHERE tenant_id = $1", tenant_id) >= events
 
     await until(far_enough)
 

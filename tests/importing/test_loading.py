@@ -146,7 +146,7 @@ async def test_nobody_is_notified_of_history(parts, acme, owner, tmp_path):
     assert await owner.fetchval("SELECT count(*) FROM outbox_intents") == 0
     # The subscription would have been told of anything that is not history.
     executed = await parts.commands.create(INCIDENTS, acme.id, OpenIncident(title="Now"), META)
-    await parts.runner.catch_up(acme.id, executed.seq)
+    await parts.projector.catch_up(acme.id, executed.position)
     assert await owner.fetchval("SELECT count(*) FROM outbox_intents") == 1
 
 

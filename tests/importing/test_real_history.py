@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from opsentry.domain.status import Period, uptime
+from opsentry.domain.uptime import Period, uptime
 from opsentry.importing.statuspage import Component
 from opsentry.importing.translation import slugs
 from tests.events.ledger import first_broken

@@ -4,11 +4,11 @@ import json
 from collections import Counter
 from datetime import UTC, datetime
 
-from opsentry.cli.history import known_at
+from opsentry.cli.ledger_history import known_at
 from opsentry.domain import incident
-from opsentry.events import export, ledger, log
+from opsentry.events import audit, export, store
 from opsentry.events.codec import RecordedEvent
-from opsentry.events.verify import Anchor, verify, verify_export
+from opsentry.events.verification import Anchor, verify, verify_export
 from tests.importing.test_real_history import moment, oldest_first
 
 DATES = [datetime(year, month, day, tzinfo=UTC) for year, month, day in
@@ -18,7 +18,7 @@ DATES = [datetime(year, month, day, tzinfo=UTC) for year, month, day in
 async def test_what_was_open_at_five_dates_is_what_the_file_says(file, page):
     parts, tenant, _, _ = page
     async with parts.database.connection(30) as connection:
-        recorded = await log.read_between(connection, tenant.id, 0, 10_000, [incident.KIND])
+        recorded = await store.read_between(connection, tenant.id, 0, 10_000, [incident.KIND])
     streams: dict[int, list[RecordedEvent]] = {}
     for event in recorded:
         streams.setdefault(event.stream_id, []).append(event)
@@ -41,11 +41,11 @@ async def test_what_was_open_at_five_dates_is_what_the_file_says(file, page):
 
 async def test_lists_as_of_five_positions_count_what_was_opened_by_then(page, owner):
     _, tenant, api, _ = page
-    last = (await api.get("/events/head"))[1]["seq"]
-    for seq in (1, last // 4, last // 2, 3 * last // 4, last):
-        _, answer, _ = await api.get(f"/incidents?as_of={seq}&limit=3")
-        query = "SELECT count(*) FROM events WHERE tenant_id = $1 AND type = 'incident.opened' AND seq <= $2"
-        opened = await owner.fetchval(query, tenant.id, seq)
+    last = (await api.get("/events/head"))[1]["position"]
+    for position in (1, last // 4, last // 2, 3 * last // 4, last):
+        _, answer, _ = await api.get(f"/incidents?as_of={position}&limit=3")
+        query = "SELECT count(*) FROM events WHERE tenant_id = $1 AND type = 'incident.opened' AND position <= $2"
+        opened = await owner.fetchval(query, tenant.id, position)
         assert answer["total"] == opened
     _, now, _ = await api.get("/incidents?limit=200")
     assert (await api.get(f"/incidents?limit=200&as_of={last}"))[1] == now
@@ -53,14 +53,14 @@ async def test_lists_as_of_five_positions_count_what_was_opened_by_then(page, ow
 
 async def test_the_export_verifies_from_the_file_alone(page, owner, tmp_path):
     _, tenant, api, result = page
-    head = await ledger.head(owner, tenant.id)
+    head = await audit.read_ledger_head(owner, tenant.id)
     url = f"{api.base_url}/api/v1/events/export"
     file = tmp_path / "page.ndjson"
     async with api.session.get(url, headers=api.headers) as response:
         file.write_bytes(await response.read())
-    assert file.read_bytes() == await export.chunk(owner, tenant.id, 0, head.seq)
-    verdict = verify_export(file, anchors=[Anchor(head.seq, head.hash)])
-    assert (verdict.damage, verdict.events) == (None, result.events + 2)
+    assert file.read_bytes() == await export.chunk(owner, tenant.id, 0, head.position)
+    verdict = verify_export(file, anchors=[Anchor(head.position, head.hash)])
+    assert (verdict.violation, verdict.events) == (None, result.events + 2)
 
 
 async def test_one_message_is_forgotten_and_all_else_stays(file, page, owner, settings):
@@ -68,19 +68,21 @@ async def test_one_message_is_forgotten_and_all_else_stays(file, page, owner, se
     texts = Counter(update["body"] for record in file["incidents"] for update in record["incident_updates"])
     text = max((text for text, times in texts.items() if times == 1), key=len)
     found = await owner.fetchrow(
-        "SELECT stream_id, seq FROM events WHERE tenant_id = $1 AND words::json ->> 'message' = $2", tenant.id, text
+        "SELECT stream_id, position FROM events WHERE tenant_id = $1 AND words::json ->> 'message' = $2",
+        tenant.id,
+        text,
     )
     before = await api.get(f"/incidents/{found['stream_id']}")
     status, after, _ = await api.post(
-        f"/incidents/{found['stream_id']}/redactions", {"events": [found["seq"]], "reason": "A customer is named."}
+        f"/incidents/{found['stream_id']}/redactions", {"events": [found["position"]], "reason": "A customer is named."}
     )
     assert status == 201
     for update in before[1]["updates"]:
-        if update["id"] == found["seq"]:
+        if update["id"] == found["position"]:
             update["message"] = "[redacted]"
     assert {**after, "updated_at": None} == {**before[1], "updated_at": None}
     snippet = json.dumps(text)[1:60]
     for table in ("events", "incidents", "incident_updates", "incident_snapshots"):
         assert await owner.fetchval(f"SELECT count(*) FROM {table} t WHERE strpos(t::text, $1) > 0", snippet) == 0
     (verdict,) = await verify(settings.database_url, tenant_id=tenant.id)
-    assert (verdict.damage, verdict.erased) == (None, 1)
+    assert (verdict.violation, verdict.erased) == (None, 1)

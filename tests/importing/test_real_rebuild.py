@@ -1,7 +1,7 @@
 """The read models of a real page, derived anew from its ledger."""
 
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.wiring import projections
+from opsentry.bootstrap import projections
+from opsentry.projections.engine.rebuild import Rebuilder
 from tests.projections.histories import dump
 
 NAMES = sorted(projection.name for projection in projections())
@@ -9,12 +9,12 @@ NAMES = sorted(projection.name for projection in projections())
 
 async def test_rebuilt_is_live(page, owner, monkeypatch):
     parts, tenant, _, _ = page
-    await parts.runner.catch_up(tenant.id, 0)
+    await parts.projector.catch_up(tenant.id, 0)
     live = await dump(owner)
     assert live["incidents"]
     rebuilder = Rebuilder(parts.database, projections())
     for in_memory, chunk in ((10**6, 2_000), (500, 50)):
-        monkeypatch.setattr("opsentry.projections.folding._IN_MEMORY", in_memory)
+        monkeypatch.setattr("opsentry.projections.engine.replay._IN_MEMORY", in_memory)
         for projection in projections():
             assert await rebuilder.verify(projection, tenant.id) is None
             await projection.clear(owner, tenant.id)

@@ -14,10 +14,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from opsentry.notifications.composing import Composer
-from opsentry.notifications.sealing import Sealing
-from opsentry.notifications.sender import Sender
-from opsentry.projections.moments import Moments
+from opsentry.infrastructure.encryption import SecretBox
+from opsentry.notifications.delivery.service import DeliveryService
+from opsentry.notifications.messages.builder import MessageBuilder
+from opsentry.projections.as_of import AsOfQueries
 from tests.notifications.desk import Desk
 from tests.notifications.sending import Scripted
 from tests.system.processes import until
@@ -61,12 +61,12 @@ class Listener:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator["Listener"]:
-        async def answer(reader, writer):
+        async def answer(reader, appender):
             self.connections += 1
-            with closing(writer):
+            with closing(appender):
                 await reader.readuntil(b"\r\n\r\n")
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                await writer.drain()
+                appender.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                await appender.drain()
 
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as first:
             self.port = first.sockets[0].getsockname()[1]
@@ -150,9 +150,11 @@ def sending(parts, channel):
 
     @asynccontextmanager
     async def run(channels=None, **options):
-        composer = Composer(Moments(parts.database, parts.runner), parts.database)
+        composer = MessageBuilder(AsOfQueries(parts.database, parts.projector), parts.database)
         known = {each.name: each for each in channels or [channel]}
-        sender = Sender(parts.database, parts.commands, composer, known, Sealing(()), **{"burst": 0.0, **options})
+        sender = DeliveryService(
+            parts.database, parts.commands, composer, known, SecretBox(()), **{"burst": 0.0, **options}
+        )
         sender.start()
         yield sender
         await sender.stop()
@@ -168,7 +170,7 @@ def settled(desk):
         await until(desk_is_quiet)
 
     async def desk_is_quiet():
-        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        await desk.parts.projector.catch_up(desk.tenant.id, 0)
         return not await desk.parts.database.fetch(
             "SELECT tenant_id FROM outbox_fresh UNION ALL"
             " SELECT tenant_id FROM endpoints WHERE due_at <= now() OR lease IS NOT NULL"

@@ -6,11 +6,11 @@ from uuid import uuid4
 from opsentry.domain import incident, subscription
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.notifications import intake, leases
-from opsentry.notifications.leases import Claimed, Due, Release, Result, Work
+from opsentry.notifications.delivery import enqueue, leases
+from opsentry.notifications.delivery.leases import Due, LeasedEndpoint, Release, Result, Work
 from tests.conftest import META
 
-DELIVERIES = "SELECT * FROM deliveries WHERE tenant_id = $1 ORDER BY seq, subscription_id"
+DELIVERIES = "SELECT * FROM deliveries WHERE tenant_id = $1 ORDER BY position, subscription_id"
 # An age makes that what is due after a burst is due now.
 AGE = """
 UPDATE deliveries SET due_at = due_at - $1 * interval '1 second', created_at = created_at - $1 * interval '1 second'
@@ -41,10 +41,10 @@ class Desk:
             await self.parts.commands.execute(incident.DECIDER, self.tenant.id, number, command, META)
 
     async def take_over(self, tenants: Sequence[int] | None = None, **options):
-        await self.parts.runner.catch_up(self.tenant.id, 0)
+        await self.parts.projector.catch_up(self.tenant.id, 0)
         async with self.parts.database.transaction(10) as connection:
-            found = await intake.fresh(connection, 0, 100) if tenants is None else tenants
-            return await intake.take_over(connection, found, self.burst, **options) if found else 0
+            found = await enqueue.tenants_with_backlog(connection, 0, 100) if tenants is None else tenants
+            return await enqueue.enqueue_intents(connection, found, self.burst, **options) if found else 0
 
     async def claim(self, seconds=60.0, at_most=10, passing_over=(), *, each=10, **options):
         async with self.parts.database.transaction(10) as connection:
@@ -64,6 +64,6 @@ class Desk:
         return [row["state"] for row in await self.rows()]
 
 
-def delivered(endpoint: Claimed, *dues: Due, release=True) -> Work:
+def delivered(endpoint: LeasedEndpoint, *dues: Due, release=True) -> Work:
     results = [Result(due, "delivered", None, 200, None, 3) for due in dues]
     return Work(endpoint, results, Release(0, 2) if release else None)

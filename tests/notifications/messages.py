@@ -59,9 +59,15 @@ def window(**fields: Any) -> dict[str, Any]:
     return decoded
 
 
-def update(seq: int, message: str = "We are looking into it.", **fields: Any) -> dict[str, Any]:
+def update(position: int, message: str = "We are looking into it.", **fields: Any) -> dict[str, Any]:
     """An entry of a timeline."""
-    return {"id": seq, "status": "investigating", "message": message, "created_at": "2026-03-01T12:30:05Z", **fields}
+    return {
+        "id": position,
+        "status": "investigating",
+        "message": message,
+        "created_at": "2026-03-01T12:30:05Z",
+        **fields,
+    }
 
 
 def message(subject: dict[str, Any] | None = None, kind: str = "incident", **fields: Any) -> Message:

@@ -6,9 +6,9 @@ import asyncpg
 import pytest
 
 from opsentry.domain import subscription
-from opsentry.notifications import dispatcher, intake, leases
 from opsentry.notifications.channel import Outcome
-from opsentry.notifications.dispatcher import Dispatcher
+from opsentry.notifications.delivery import dispatcher, enqueue, leases
+from opsentry.notifications.delivery.dispatcher import Dispatcher
 from tests.conftest import META
 from tests.notifications.desk import Desk
 from tests.notifications.sending import BROKEN, OK, Scripted, hurry
@@ -30,7 +30,7 @@ async def test_a_channel_that_hangs_holds_up_no_other(desk, channel, sending, se
         await desk.subscribe(target=f"https://example.com/{number}")
     async with sending([mail, channel], sockets=8):
         await desk.open()
-        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        await desk.parts.projector.catch_up(desk.tenant.id, 0)
         await until(lambda: has(len(mail.sent) == 3, len(channel.sent) == 8))
         hanging.set()
         await settled()
@@ -44,7 +44,7 @@ async def test_what_another_channel_is_to_send_is_left_alone(desk, channel, send
     await desk.subscribe()
     await desk.open()
     async with sending():
-        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        await desk.parts.projector.catch_up(desk.tenant.id, 0)
         await until(lambda: has(channel.sent))
     assert sorted(await desk.states()) == ["delivered", "waiting"]
     assert await owner.fetchval("SELECT count(*) FROM endpoints WHERE lease IS NOT NULL") == 0
@@ -56,7 +56,7 @@ async def test_what_is_under_way_ends_before_a_sender_stops(desk, channel, sendi
     channel.answers["https://example.com/x"] = hanging
     await desk.open()
     async with sending() as sender:
-        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        await desk.parts.projector.catch_up(desk.tenant.id, 0)
         await until(lambda: asyncio.sleep(0, bool(channel.sent)))
         stopping = asyncio.create_task(sender.stop())
         hanging.set()
@@ -121,7 +121,7 @@ async def test_disabling_waits_for_its_tenant_and_nobody_waits_for_that(desk, gl
     await owner.execute("UPDATE endpoints SET failures = 12, failing_since = now() - interval '6 days'")
     async with sending():
         async with owner.transaction():
-            await owner.execute("SELECT FROM heads WHERE tenant_id = $1 FOR UPDATE", desk.tenant.id)
+            await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", desk.tenant.id)
             await until(lambda: has(channel.to(X)))
             for number in range(3):
                 await other.open()
@@ -181,7 +181,7 @@ async def test_a_subscription_that_was_changed_meanwhile_is_not_disabled_for_its
         await until(lambda: has(channel.to(X)))
         change = subscription.ChangeSubscription(target="https://example.com/mended")
         await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, change, META)
-        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        await desk.parts.projector.catch_up(desk.tenant.id, 0)
         asked.set()
         await settled()
         await desk.open()
@@ -256,18 +256,18 @@ async def test_few_sockets_are_enough_for_who_answers_well(desk, globex, channel
 async def test_a_tenant_whose_intents_cannot_be_taken_over_holds_up_no_other(
     desk, globex, channel, sending, monkeypatch
 ):
-    take_over, other = intake.take_over, Desk(desk.parts, globex)
+    take_over, other = enqueue.enqueue_intents, Desk(desk.parts, globex)
 
     async def failing(connection, tenant_ids, *more):
         if desk.tenant.id in tenant_ids:
             raise ZeroDivisionError
         return await take_over(connection, tenant_ids, *more)
 
-    monkeypatch.setattr(intake, "take_over", failing)
+    monkeypatch.setattr(enqueue, "enqueue_intents", failing)
     for each, target in ((desk, X), (other, "https://example.com/other")):
         await each.subscribe(target=target)
         await each.open()
-        await each.parts.runner.catch_up(each.tenant.id, 0)
+        await each.parts.projector.catch_up(each.tenant.id, 0)
     async with sending():
         await until(lambda: has(channel.to("https://example.com/other")))
     assert channel.to(X) == []
@@ -290,7 +290,7 @@ async def test_very_many_endpoints_that_are_off_are_ended_some_at_a_time(desk, s
     for number in numbers:
         command = subscription.ChangeSubscription(enabled=False)
         await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, command, META)
-    await desk.parts.runner.catch_up(desk.tenant.id, 0)
+    await desk.parts.projector.catch_up(desk.tenant.id, 0)
     async with sending():
         await until(lambda: owner.fetchval("SELECT count(*) = 500 FROM deliveries WHERE state = 'disabled'"))
     assert max(sizes) <= 20

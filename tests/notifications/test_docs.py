@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from opsentry.notifications.payload import Payload
-from opsentry.notifications.signing import new_secret, signatures
+from opsentry.notifications.messages.signing import new_secret, signatures
+from opsentry.notifications.messages.webhook_payload import Payload
 
 _TEXT = (Path(__file__).parent.parent.parent / "docs" / "notifications.md").read_text()
 

@@ -5,8 +5,8 @@ from uuid import uuid4
 
 from opsentry.domain import subscription
 from opsentry.domain.incident import PostUpdate, ResolveIncident
-from opsentry.notifications import deliveries, leases
-from opsentry.notifications.leases import RETRY_SECONDS, Release, Result, Work
+from opsentry.notifications.delivery import history, leases
+from opsentry.notifications.delivery.leases import RETRY_SECONDS, Release, Result, Work
 from tests.conftest import META
 from tests.notifications.desk import AGE, Desk, delivered
 
@@ -28,8 +28,8 @@ async def test_only_the_oldest_of_a_lane_is_due_and_its_end_makes_the_next_due(d
     assert len(told) == 10
     for subscription_id in (first, second):
         for stream_id in (one, other):
-            seqs = [seq for who, what, seq in told if (who, what) == (subscription_id, stream_id)]
-            assert seqs == sorted(seqs)
+            positions = [position for who, what, position in told if (who, what) == (subscription_id, stream_id)]
+            assert positions == sorted(positions)
 
 
 async def test_one_that_waits_for_its_retry_holds_up_its_lane_only(desk):
@@ -91,7 +91,7 @@ async def test_changes_within_the_burst_become_one_message_and_stay_it(parts, ac
     )
     (endpoint,), (again,) = await desk.claim()
     assert again.intent_id == due.intent_id
-    assert [change.seq for change in again.changes] == [change.seq for change in due.changes]
+    assert [change.position for change in again.changes] == [change.position for change in due.changes]
     await desk.record(delivered(endpoint, again))
     assert await desk.states() == ["delivered", "merged", "merged", "waiting"]
 
@@ -190,7 +190,7 @@ async def test_what_comes_while_another_ends_is_never_forgotten(desk, owner):
     for _ in range(30):
         (endpoint,), (due,) = await desk.claim()
         await desk.tell(one, PostUpdate(message="m"))
-        await desk.parts.runner.catch_up(desk.tenant.id, 0)
+        await desk.parts.projector.catch_up(desk.tenant.id, 0)
         await asyncio.gather(desk.take_over([desk.tenant.id]), desk.record(delivered(endpoint, due)))
     assert (await desk.states()).count("waiting") == 1
     assert len((await desk.claim())[1]) == 1
@@ -256,7 +256,7 @@ async def test_what_came_back_goes_before_what_is_tried_again(desk, owner):
     await desk.record(Work(endpoint, [Result(first, "parked", None, 500, "answered 500", 3)], Release(0, 1)))
     (endpoint,), (second,) = await desk.claim()
     async with desk.parts.database.transaction(10) as connection:
-        assert await deliveries.redeliver(connection, desk.tenant.id, number, first.intent_id)
+        assert await history.redeliver(connection, desk.tenant.id, number, first.intent_id)
     await desk.record(Work(endpoint, [Result(second, "waiting", 5.0, 500, "answered 500", 3)], Release(0, 1)))
     assert [row["due_at"] is None for row in await desk.rows()] == [False, True]
     (endpoint,), (again,) = await desk.claim()
@@ -272,7 +272,7 @@ async def test_how_it_went_says_nothing_of_a_subscription_that_was_changed_meanw
     (endpoint,), (due,) = await desk.claim()
     change = subscription.ChangeSubscription(target="https://example.com/mended")
     await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, change, META)
-    await desk.parts.runner.catch_up(desk.tenant.id, 0)
+    await desk.parts.projector.catch_up(desk.tenant.id, 0)
     failed = Result(due, "waiting", 0.0, None, "no answer", 15_000)
     await desk.record(Work(endpoint, [failed], Release(10, 1, hold=300.0, failed=True)))
     (endpoint,), _ = await desk.claim()

@@ -6,40 +6,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsentry.config import Settings
-from opsentry.notifications.links import CONFIRM, UNSUBSCRIBE, Links
-from opsentry.notifications.sealing import CannotOpen, NoKey, Sealing, new_key
-from opsentry.notifications.signing import new_secret
+from opsentry.infrastructure.encryption import DecryptionFailed, EncryptionKeyMissing, SecretBox, new_key
+from opsentry.notifications.messages.links import CONFIRM, UNSUBSCRIBE, Links
+from opsentry.notifications.messages.signing import new_secret
+from opsentry.settings import Settings
 
 OLD, NEW, FOREIGN = new_key(), new_key(), new_key()
-SETTINGS = Settings(secret_keys=(OLD,), public_url="https://status.example.com/")
+SETTINGS = Settings(encryption_keys=(OLD,), public_url="https://status.example.com/")
 
 
 @given(st.text())
 def test_what_is_sealed_is_opened_by_any_key_there_is(text):
-    sealed = Sealing([OLD]).seal(text)
-    assert Sealing([OLD]).open(sealed) == Sealing([NEW, OLD]).open(sealed) == text
-    with pytest.raises(CannotOpen):
-        Sealing([OLD]).open(Sealing([NEW, OLD]).seal(text))
+    encrypted_secret = SecretBox([OLD]).seal(text)
+    assert SecretBox([OLD]).open(encrypted_secret) == SecretBox([NEW, OLD]).open(encrypted_secret) == text
+    with pytest.raises(DecryptionFailed):
+        SecretBox([OLD]).open(SecretBox([NEW, OLD]).seal(text))
 
 
 @pytest.mark.parametrize("keys", [[], [FOREIGN]])
-@pytest.mark.parametrize("sealed", [Sealing([OLD]).seal("secret"), "secret", "", "gAAAAA\u00e9", "[redacted]"])
-def test_what_cannot_be_opened_says_so_and_names_the_setting(keys, sealed):
-    with pytest.raises(CannotOpen, match="OPSENTRY_SECRET_KEYS") as caught:
-        Sealing(keys).open(sealed)
+@pytest.mark.parametrize(
+    "encrypted_secret", [SecretBox([OLD]).seal("secret"), "secret", "", "gAAAAA\u00e9", "[redacted]"]
+)
+def test_what_cannot_be_opened_says_so_and_names_the_setting(keys, encrypted_secret):
+    with pytest.raises(DecryptionFailed, match="OPSENTRY_ENCRYPTION_KEYS") as caught:
+        SecretBox(keys).open(encrypted_secret)
     assert "secret" not in str(caught.value).replace("a secret", "")
     assert not any(key in str(caught.value) for key in keys)
 
 
 def test_nothing_is_sealed_without_a_key():
-    with pytest.raises(NoKey, match="OPSENTRY_SECRET_KEYS"):
-        Sealing([]).seal("secret")
+    with pytest.raises(EncryptionKeyMissing, match="OPSENTRY_ENCRYPTION_KEYS"):
+        SecretBox([]).seal("secret")
 
 
 def test_a_new_key_is_one_that_the_settings_take():
     key = new_key()
-    assert Settings.from_environment({"OPSENTRY_SECRET_KEYS": f"{key},{new_key()}"}).secret_keys[0] == key
+    assert Settings.from_environment({"OPSENTRY_ENCRYPTION_KEYS": f"{key},{new_key()}"}).encryption_keys[0] == key
 
 
 def test_a_new_secret_is_32_bytes_and_never_the_same():
@@ -53,11 +55,11 @@ def test_a_token_says_whose_it_is(tenant_id, subscription_id, purpose):
     token = Links(SETTINGS).token(purpose, tenant_id, subscription_id)
     assert set(token) <= set(string.ascii_letters + string.digits + "-_")
     assert Links(SETTINGS).read(purpose, token) == (tenant_id, subscription_id)
-    assert Links(replace(SETTINGS, secret_keys=(NEW, OLD))).read(purpose, token) == (tenant_id, subscription_id)
+    assert Links(replace(SETTINGS, encryption_keys=(NEW, OLD))).read(purpose, token) == (tenant_id, subscription_id)
     other = CONFIRM if purpose == UNSUBSCRIBE else UNSUBSCRIBE
     assert Links(SETTINGS).read(other, token) is None
-    assert Links(replace(SETTINGS, secret_keys=())).read(purpose, token) is None
-    assert Links(replace(SETTINGS, secret_keys=(NEW, FOREIGN))).read(purpose, token) is None
+    assert Links(replace(SETTINGS, encryption_keys=())).read(purpose, token) is None
+    assert Links(replace(SETTINGS, encryption_keys=(NEW, FOREIGN))).read(purpose, token) is None
 
 
 @given(st.integers(0, 63), st.sampled_from(string.ascii_letters + string.digits + "-_=+/%\u00e9 \n"))
@@ -75,5 +77,5 @@ def test_nonsense_is_no_token(text):
 def test_links_lead_to_the_public_address():
     links = Links(SETTINGS)
     assert links.url(CONFIRM, 1, 2) == "https://status.example.com/confirm/" + links.token(CONFIRM, 1, 2)
-    with pytest.raises(NoKey):
+    with pytest.raises(EncryptionKeyMissing):
         Links(Settings()).url(CONFIRM, 1, 2)

@@ -4,11 +4,11 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsentry.config import Settings
-from opsentry.notifications.addresses import http_session
 from opsentry.notifications.channel import BadTarget, Outcome
-from opsentry.notifications.channels import Parts, channels, slack
+from opsentry.notifications.channels import Dependencies, channels, slack
 from opsentry.notifications.channels.slack import _content
+from opsentry.notifications.transport.egress import http_session
+from opsentry.settings import Settings
 from tests.notifications.conftest import LOOPBACK, answering
 from tests.notifications.messages import endpoint, incident, message, update, window
 
@@ -39,7 +39,7 @@ async def test_what_slack_gets():
         return web.Response(text="ok")
 
     async with answering(answer) as url, http_session(LOOPBACK, 10) as http:
-        channel = slack.make(Parts(Settings(open_networks=LOOPBACK), http))
+        channel = slack.make(Dependencies(Settings(webhook_allowed_networks=LOOPBACK), http))
         assert await channel.send(endpoint(url), message()) == Outcome(answer=200)
         await channel.close()
     ((content_type, content),) = seen
@@ -103,7 +103,7 @@ def test_blocks_are_never_too_long(title, name, character, times):
     ],
 )
 def test_a_target_is_shown_in_part(target, shown):
-    channel = slack.make(Parts(Settings(), None))  # type: ignore[arg-type]
+    channel = slack.make(Dependencies(Settings(), None))  # type: ignore[arg-type]
     assert (channel.name, channel.signs, channel.hides) == ("slack", False, True)
     assert channel.check(target) == target
     assert channel.shown(target) == shown
@@ -116,13 +116,13 @@ async def test_what_slack_refuses_is_a_failure():
         return web.Response(status=int(request.query["status"]), headers={"Retry-After": "30"})
 
     async with answering(answer) as url, http_session(LOOPBACK, 10) as http:
-        channel = slack.make(Parts(Settings(open_networks=LOOPBACK), http))
+        channel = slack.make(Dependencies(Settings(webhook_allowed_networks=LOOPBACK), http))
         limited = await channel.send(endpoint(f"{url}/?status=429"), message())
         assert limited == Outcome("answered 429", 429, retry_after=30)
         assert (await channel.send(endpoint(f"{url}/?status=410"), message())).gone
 
 
 def test_every_channel_is_found_by_being_there():
-    found = channels(Parts(Settings(), None))  # type: ignore[arg-type]
+    found = channels(Dependencies(Settings(), None))  # type: ignore[arg-type]
     assert set(found) == {"webhook", "slack", "email"}
     assert all(msgspec.json.encode(channel.shown("https://a.example/")) for channel in found.values())

@@ -12,36 +12,35 @@ import pytest
 from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from opsentry.config import Settings
-from opsentry.notifications import posting
-from opsentry.notifications.addresses import http_session
 from opsentry.notifications.channel import BadTarget, Outcome
-from opsentry.notifications.channels import Parts, webhook
-from opsentry.notifications.posting import USER_AGENT
-from opsentry.notifications.signing import new_secret
+from opsentry.notifications.channels import Dependencies, webhook
+from opsentry.notifications.messages.signing import new_secret
+from opsentry.notifications.transport.egress import http_session
+from opsentry.notifications.transport.http import USER_AGENT
+from opsentry.settings import Settings
 from tests.notifications.conftest import LOOPBACK, Names, answering
 from tests.notifications.messages import endpoint, incident, message
 
 SECRET = new_secret()
-SETTINGS = Settings(open_networks=LOOPBACK)
+SETTINGS = Settings(webhook_allowed_networks=LOOPBACK)
 
 
 @pytest.fixture
 async def channel():
     async with http_session(LOOPBACK, 10) as http:
-        yield webhook.make(Parts(SETTINGS, http))
+        yield webhook.make(Dependencies(SETTINGS, http))
 
 
 async def raw(answer, *, hang_up=True):
     """Serve these bytes to whoever sends a request."""
 
-    async def handle(reader, writer):
+    async def handle(reader, appender):
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        await writer.drain()
+        appender.write(answer)
+        await appender.drain()
         if not hang_up:
             await reader.read()
-        writer.close()
+        appender.close()
 
     return await asyncio.start_server(handle, "127.0.0.1", 0)
 
@@ -182,13 +181,13 @@ async def test_an_answer_without_end_is_not_waited_for(channel):
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"])
 async def test_no_answer_is_waited_for_so_long(channel, monkeypatch, head):
-    monkeypatch.setattr(posting, "_TIMEOUT", aiohttp.ClientTimeout(total=0.2))
+    monkeypatch.setattr("opsentry.notifications.transport.http._TIMEOUT", aiohttp.ClientTimeout(total=0.2))
     async with await raw(head, hang_up=False) as server:
         assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome("no answer within 15 s")
 
 
 async def test_a_status_counts_even_where_its_body_never_comes(channel, monkeypatch):
-    monkeypatch.setattr(posting, "_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+    monkeypatch.setattr("opsentry.notifications.transport.http._TIMEOUT", aiohttp.ClientTimeout(total=0.3))
     async with await raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx", hang_up=False) as server:
         assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(answer=200)
     async with await raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx") as server:
@@ -214,7 +213,7 @@ async def test_nonsense_is_a_failure(channel, answer, error):
 async def test_what_cannot_be_reached_is_said_without_addresses_and_queries(unused_tcp_port):
     names = Names({"inside.example": [["10.1.2.3"]]})
     async with http_session((ip_network("127.0.0.1/32"),), 10, names) as http:
-        channel = webhook.make(Parts(SETTINGS, http))
+        channel = webhook.make(Dependencies(SETTINGS, http))
         said = {}
         for url in (
             f"http://127.0.0.1:{unused_tcp_port}/?key=hidden",
@@ -244,13 +243,13 @@ async def test_that_this_machine_has_no_more_sockets_is_ours(channel, monkeypatc
     def none_left(*_):
         raise OSError(number, "no more")
 
-    monkeypatch.setattr("opsentry.notifications.addresses.socket.socket", none_left)
+    monkeypatch.setattr("opsentry.notifications.transport.egress.socket.socket", none_left)
     outcome = await channel.send(endpoint("http://127.0.0.1:1/", SECRET), message())
     assert outcome == Outcome("there are too many connections just now", ours=True)
 
 
 def test_targets_are_checked_and_shown_whole():
-    channel = webhook.make(Parts(Settings(), None))  # type: ignore[arg-type]
+    channel = webhook.make(Dependencies(Settings(), None))  # type: ignore[arg-type]
     assert (channel.name, channel.signs, channel.hides) == ("webhook", True, False)
     assert channel.check("https://example.com/a") == channel.shown("https://example.com/a") == "https://example.com/a"
     with pytest.raises(BadTarget):
@@ -269,7 +268,7 @@ async def test_certificates_count(certified, monkeypatch):
 
     async def said(url):
         async with http_session(LOOPBACK, 10, names) as http:
-            return await webhook.make(Parts(SETTINGS, http)).send(endpoint(url, SECRET), message())
+            return await webhook.make(Dependencies(SETTINGS, http)).send(endpoint(url, SECRET), message())
 
     async with answering(answer, context) as url, answering(answer) as plain:
         receiver = url.replace("127.0.0.1", "receiver.example")

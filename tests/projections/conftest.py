@@ -4,7 +4,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from opsentry.config import Settings
+from opsentry.settings import Settings
 from tests.events.ledger import new_tenant
 from tests.projections.histories import History
 

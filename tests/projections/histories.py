@@ -28,7 +28,7 @@ from opsentry.domain.maintenance import (
     ScheduleMaintenance,
     StartMaintenance,
 )
-from opsentry.domain.redaction import Written, plan, worded
+from opsentry.domain.redaction import HistoryEntry, erasable_versions, plan
 from opsentry.domain.service import ChangeService, RegisterService, RetireService
 from opsentry.domain.subscription import (
     ChangeSubscription,
@@ -41,8 +41,8 @@ from opsentry.domain.subscription import (
     SubscriptionRedacted,
 )
 from opsentry.events.codec import Actor, Meta, RecordedEvent, decode, encode
-from opsentry.postgres import Connection
-from opsentry.projections.projection import Projection
+from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine.projection import Projection
 
 DECIDERS: Mapping[str, Decider[Any, Any, Any]] = {
     d.kind: d for d in (incident.DECIDER, maintenance.DECIDER, service.DECIDER, subscription.DECIDER)
@@ -91,7 +91,7 @@ class History:
             new.append(
                 RecordedEvent(
                     tenant_id=self.tenant_id,
-                    seq=len(self.events) + 1,
+                    position=len(self.events) + 1,
                     kind=kind,
                     stream_id=stream_id,
                     version=self.versions[key],
@@ -150,14 +150,22 @@ async def dump(connection: Connection, tables: Iterable[str] = TABLES) -> dict[s
     }
 
 
-def written(history: History, kind: str, stream_id: int) -> list[Written]:
-    return [Written(e.version, e.seq, e.event) for e in history.events if (e.kind, e.stream_id) == (kind, stream_id)]
+def written(history: History, kind: str, stream_id: int) -> list[HistoryEntry]:
+    return [
+        HistoryEntry(e.version, e.position, e.event)
+        for e in history.events
+        if (e.kind, e.stream_id) == (kind, stream_id)
+    ]
 
 
 def redaction(history: History, kind: str, stream_id: int, **asked: Any) -> RedactIncident | RedactMaintenance:
     """The command that erases what is asked for, by default all words that the stream itself has had."""
-    own, command = (incident.WORDS, RedactIncident) if kind == incident.KIND else (maintenance.WORDS, RedactMaintenance)
-    erasure = plan(written(history, kind, stream_id), own, asked.get("fields", own), asked.get("seqs", ()))
+    own, command = (
+        (incident.REDACTABLE_FIELDS, RedactIncident)
+        if kind == incident.KIND
+        else (maintenance.REDACTABLE_FIELDS, RedactMaintenance)
+    )
+    erasure = plan(written(history, kind, stream_id), own, asked.get("fields", own), asked.get("positions", ()))
     return command(erasure=erasure, reason="asked to")
 
 
@@ -192,8 +200,8 @@ _SUBSCRIBE = st.builds(
     target=st.just("x"),
     audience=st.sampled_from(subscription.AUDIENCES),
     service_ids=st.just(()) | _SERVICES,
-    lowest_severity=_SEVERITY,
-    sealed=st.none() | st.just("sealed"),
+    min_severity=_SEVERITY,
+    encrypted_secret=st.none() | st.just("encrypted_secret"),
     pending=_FLAG,
 )
 _REMOVE = "remove"
@@ -211,7 +219,7 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
         st.builds(PostUpdate, message=_TITLES, status=st.none() | _STATUS, is_public=_FLAG),
         st.builds(ChangeIncident, status=_STATUS),
         st.builds(ResolveIncident, root_cause=_TITLES),
-        st.sampled_from(incident.WORDS),
+        st.sampled_from(incident.REDACTABLE_FIELDS),
     ),
     maintenance.KIND: st.one_of(
         _SCHEDULE,
@@ -230,7 +238,7 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
             exclude_from_sla=_FLAG,
         ),
         st.just(CancelMaintenance()),
-        st.sampled_from(maintenance.WORDS),
+        st.sampled_from(maintenance.REDACTABLE_FIELDS),
     ),
     service.KIND: st.one_of(
         _REGISTER,
@@ -240,11 +248,11 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
     subscription.KIND: st.one_of(
         _SUBSCRIBE,
         st.just(ConfirmSubscription()),
-        st.builds(ChangeSubscription, target=st.sampled_from("xy"), sealed=st.just("resealed")),
+        st.builds(ChangeSubscription, target=st.sampled_from("xy"), encrypted_secret=st.just("resealed")),
         st.builds(ChangeSubscription, audience=st.sampled_from(subscription.AUDIENCES), service_ids=_SERVICES),
-        st.builds(ChangeSubscription, incidents=_FLAG, lowest_severity=_SEVERITY, enabled=_FLAG),
+        st.builds(ChangeSubscription, incidents=_FLAG, min_severity=_SEVERITY, enabled=_FLAG),
         st.builds(DisableSubscription, reason=st.sampled_from(subscription.REASONS)),
-        st.just(RotateSecret(sealed="rotated", previous_until=at(24))),
+        st.just(RotateSecret(encrypted_secret="rotated", previous_until=at(24))),
         st.just(RequestTest()),
         st.just(ChangeSubscription(enabled=True)),
         st.just(RemoveSubscription()),
@@ -268,7 +276,9 @@ def histories(draw: st.DrawFn, tenants: int = 2) -> list[History]:
         command = draw((_COMMANDS if begun else _BEGINNINGS)[kind])
         when = draw(st.none() | st.integers(0, 500).map(lambda hours: at(hours / 7)))
         if command == _REMOVE:
-            command = RemoveSubscription(versions=worded(written(history, kind, stream_id)), unsubscribed=draw(_FLAG))
+            command = RemoveSubscription(
+                versions=erasable_versions(written(history, kind, stream_id)), unsubscribed=draw(_FLAG)
+            )
         elif isinstance(command, str):
             command = redaction(history, kind, stream_id, fields=[command])
         with suppress(DomainError):  # what is refused here would never have come into a ledger

@@ -5,8 +5,8 @@ from typing import Any
 BROKEN = {
     "type": "incident.updated",
     "schema_version": 1,
-    "data": '{"status":"monitoring","words":["message"]}',
-    "words": '{"message":"planted"}',
+    "data": '{"status":"monitoring","erasable":["message"]}',
+    "erasable": '{"message":"planted"}',
     "meta": '{"actor":{"kind":"operator"}}',
 }
 
@@ -14,17 +14,17 @@ BROKEN = {
 async def plant(
     owner: Any, tenant_id: int, stream_id: int, version: int, *, kind: str = "incident", **columns: Any
 ) -> int:
-    """Put one event at the end of the ledger; returns its seq. Columns that are not given are good ones."""
+    """Put one event at the end of the ledger; returns its position. Columns that are not given are good ones."""
     values = BROKEN | columns
     async with owner.transaction():
-        seq = await owner.fetchval(
-            "UPDATE heads SET seq = seq + 1, recorded_at = recorded_at + interval '1 microsecond'"
-            " WHERE tenant_id = $1 RETURNING seq",
+        position = await owner.fetchval(
+            "UPDATE ledger_heads SET position = position + 1, recorded_at = recorded_at + interval '1 microsecond'"
+            " WHERE tenant_id = $1 RETURNING position",
             tenant_id,
         )
         await owner.execute(
-            "INSERT INTO events SELECT tenant_id, seq, $2, $3, $4, $5, $6, recorded_at, recorded_at, $7, $8, $9,"
-            " ''::bytea, sha256(convert_to($9, 'UTF8')), sha256('') FROM heads WHERE tenant_id = $1",
+            "INSERT INTO events SELECT tenant_id, position, $2, $3, $4, $5, $6, recorded_at, recorded_at, $7, $8, $9,"
+            " ''::bytea, sha256(convert_to($9, 'UTF8')), sha256('') FROM ledger_heads WHERE tenant_id = $1",
             tenant_id,
             kind,
             stream_id,
@@ -33,10 +33,10 @@ async def plant(
             values["schema_version"],
             values["data"],
             values["meta"],
-            values["words"],
+            values["erasable"],
         )
-        await owner.execute("INSERT INTO unprojected VALUES ($1, $2)", tenant_id, seq)
-    return int(seq)
+        await owner.execute("INSERT INTO unprojected VALUES ($1, $2)", tenant_id, position)
+    return int(position)
 
 
 async def age(owner: Any, tenant_id: int) -> None:

@@ -5,12 +5,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from opsentry.bootstrap import projections
 from opsentry.domain import incident, maintenance, service
-from opsentry.domain.status import LEVELS
+from opsentry.domain.uptime import LEVELS
 from opsentry.projections import incident_view
 from opsentry.projections import incidents as incidents_module
 from opsentry.projections import maintenance as maintenance_module
-from opsentry.wiring import projections
 from tests.projections.histories import DECIDERS, apply, batches, dump, histories
 
 with_a_database = hypothesis_settings(

@@ -8,12 +8,12 @@ from uuid import UUID
 
 import msgspec
 
-from opsentry.notifications import intake, leases
-from opsentry.notifications.operations import backlog
+from opsentry.bootstrap import projections
+from opsentry.notifications.delivery import enqueue, leases
+from opsentry.notifications.delivery.management import backlog
 from opsentry.projections import subscriptions
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.projections.runner import Runner
-from opsentry.wiring import projections
+from opsentry.projections.engine.projector import Projector
+from opsentry.projections.engine.rebuild import Rebuilder
 from tests.projections.plans import Explained, most_rows, nodes
 
 # As many tenants as there are to be in all, with some events each, of which all projections have seen all.
@@ -21,13 +21,13 @@ GROW = (
     "INSERT INTO tenants (slug, name) SELECT 't' || n, 'T' FROM generate_series(1, $1) AS n ON CONFLICT DO NOTHING",
     """INSERT INTO events SELECT tenant_id, n, 'incident', 1, n, 'incident.updated', 1, now(), now(), '{}', '{}', NULL,
     NULL, NULL, '' FROM tenants, generate_series(1, 2) AS n WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
-    "UPDATE heads SET seq = 2 WHERE seq = 0 AND tenant_id <= $1",
+    "UPDATE ledger_heads SET position = 2 WHERE position = 0 AND tenant_id <= $1",
     """INSERT INTO checkpoints (tenant_id, projection, position) SELECT tenant_id, p.name, 2 FROM tenants, projections p
     WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
     "INSERT INTO outbox_settled SELECT tenant_id, 2 FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
     """INSERT INTO outbox_intents SELECT tenant_id, md5(tenant_id::text)::uuid, 1, 1, 'webhook', 'incident.opened',
     'incident', 1, false, now() FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
-    """INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id, seq, channel, topic,
+    """INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id, position, channel, topic,
     created_at, state, settled_at) SELECT tenant_id, intent_id, 1, stream_kind, 1, 1, channel, topic, created_at,
     'delivered', now() FROM outbox_intents WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
     "INSERT INTO endpoints SELECT tenant_id, 1, 'webhook' FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
@@ -37,7 +37,7 @@ GROW = (
 )
 GROWING = (
     "events",
-    "heads",
+    "ledger_heads",
     "checkpoints",
     "outbox_intents",
     "outbox_settled",
@@ -45,20 +45,20 @@ GROWING = (
     "endpoints",
     "subscriptions",
 )
-# Of all these, so many: behind, still to be rebuilt, to be forgotten, and one whose outbox is parked.
+# Of all these, so many: behind, still to be rebuilt, to be forgotten, and one whose outbox is halted.
 LAGGING = 3
 LAG = (
-    "INSERT INTO unprojected SELECT tenant_id, 2 FROM heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
+    "INSERT INTO unprojected SELECT tenant_id, 2 FROM ledger_heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
     "UPDATE checkpoints SET position = 1, generation = -1 WHERE tenant_id <= $1",
-    "UPDATE checkpoints SET parked_seq = 2 WHERE tenant_id = $1 AND projection = 'outbox'",
+    "UPDATE checkpoints SET halted_at = 2 WHERE tenant_id = $1 AND projection = 'outbox'",
     "UPDATE deliveries SET state = 'waiting', settled_at = NULL, due_at = now() WHERE tenant_id <= $1",
     "UPDATE endpoints SET due_at = now() WHERE tenant_id <= $1",
     "UPDATE outbox_settled SET position = 0 WHERE tenant_id <= $1",
-    "INSERT INTO outbox_fresh SELECT tenant_id, 1 FROM heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
+    "INSERT INTO outbox_fresh SELECT tenant_id, 1 FROM ledger_heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
     "UPDATE subscriptions SET created_at = now() - interval '8 days' WHERE subscription_id = 2 AND tenant_id <= $1",
 )
 CATCH_UP = (
-    "UPDATE checkpoints SET position = 2, generation = 0, parked_seq = NULL WHERE tenant_id > $1",
+    "UPDATE checkpoints SET position = 2, generation = 0, halted_at = NULL WHERE tenant_id > $1",
     "DELETE FROM unprojected WHERE tenant_id > $1",
     "UPDATE deliveries SET state = 'delivered', settled_at = now(), due_at = NULL WHERE tenant_id > $1",
     "UPDATE endpoints SET due_at = NULL WHERE tenant_id > $1",
@@ -129,15 +129,15 @@ async def polls(connection: Any) -> dict[str, Cost]:
             await transaction.start()
             match name:
                 case "behind":
-                    await Runner(polled, projections()).behind()
+                    await Projector(polled, projections()).behind()
                 case "left":
                     await Rebuilder(polled, projections()).left(20, 300.0)
                 case "backlog":
                     await backlog(polled, 1001)
                 case "fresh":
-                    await intake.fresh(polled, 0, 50)
+                    await enqueue.tenants_with_backlog(polled, 0, 50)
                 case "unconfirmed":
-                    await subscriptions.unconfirmed(polled, 7 * 86_400.0, 200)
+                    await subscriptions.select_unconfirmed(polled, 7 * 86_400.0, 200)
                 case _:
                     await leases.claim(polled, UUID(int=1), "webhook", seconds=60, at_most=10)
             await transaction.rollback()

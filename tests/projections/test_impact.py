@@ -5,7 +5,7 @@ import pytest
 from opsentry.domain.incident import ChangeIncident, OpenIncident, ResolveIncident
 from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, StartMaintenance
 from opsentry.domain.service import RegisterService, RetireService
-from opsentry.domain.status import LEVELS, Period, uptime
+from opsentry.domain.uptime import LEVELS, Period, uptime
 from opsentry.projections import impact
 from opsentry.projections.impact import Impact
 from opsentry.projections.services import Services
@@ -25,7 +25,7 @@ async def periods(request, app_connection, history):
         for events in batches:
             for projection in (Services(), Impact()):
                 await apply(app_connection, projection, events)
-        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG, MANY)
+        row = await impact.select_service_impacts(app_connection, history.tenant_id, service_id, None, None, LONG, MANY)
         found = [period for service in impact.touched(row) for period in service.periods]
         for period, end in zip(found, row["ends"] or (), strict=True):
             assert end is not None or period.end == row["now"]
@@ -124,7 +124,7 @@ async def test_only_what_reaches_into_the_window_is_read(app_connection, owner, 
             history.incident(number, ResolveIncident(), when=at(end))
     for projection in (Services(), Impact()):
         await apply(app_connection, projection, history.events)
-    row = await impact.between(app_connection, history.tenant_id, 1, None, None, days, MANY)
+    row = await impact.select_service_impacts(app_connection, history.tenant_id, 1, None, None, days, MANY)
     assert row["starts"] == [at(-24 * 200), at(1)]
     assert row["ends"] == [at(24), None]
     assert row["sinces"] == [at(-24 * 400)]
@@ -141,7 +141,9 @@ async def test_a_window_long_past_shows_what_reached_into_it_however_long_that_w
     for projection in (Services(), Impact()):
         await apply(app_connection, projection, history.events)
     for start in (1700, 1749, 1751, 1750 + 166.5, 1750 + 167.5, 1750 + 168.0005, 1750 + 168.5, 1750 + 170, 7000):
-        row = await impact.between(app_connection, history.tenant_id, 1, at(start), at(start + 0.0001), LONG, 100)
+        row = await impact.select_service_impacts(
+            app_connection, history.tenant_id, 1, at(start), at(start + 0.0001), LONG, 100
+        )
         expected = [n for n, hours in enumerate(lengths, 1) if 1750 <= start < 1750 + hours]
         assert row["source_ids"] == [10, *expected]
 
@@ -155,7 +157,7 @@ async def test_a_service_that_is_not_there_has_no_beginning(app_connection, hist
         for made in (history, other_history):
             await apply(app_connection, projection, made.events)
     for service_id in (1, 2, 3):
-        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG, MANY)
+        row = await impact.select_service_impacts(app_connection, history.tenant_id, service_id, None, None, LONG, MANY)
         assert impact.touched(row) == []
 
 
@@ -168,7 +170,7 @@ async def test_days_are_24_hours_whatever_the_clocks_of_the_servers_zone_did(app
     history.incident(1, ResolveIncident(), when=start + timedelta(minutes=30))
     for projection in (Services(), Impact()):
         await apply(app_connection, projection, history.events)
-    row = await impact.between(app_connection, history.tenant_id, 1, None, end, 30, MANY)
+    row = await impact.select_service_impacts(app_connection, history.tenant_id, 1, None, end, 30, MANY)
     assert row["ends"] == [start + timedelta(minutes=30)]
 
 
@@ -179,5 +181,5 @@ async def test_no_more_is_read_than_asked_for(app_connection, history):
     for projection in (Services(), Impact()):
         await apply(app_connection, projection, history.events)
     for service_id in (1, None):
-        row = await impact.between(app_connection, history.tenant_id, service_id, None, None, LONG, 3)
+        row = await impact.select_service_impacts(app_connection, history.tenant_id, service_id, None, None, LONG, 3)
         assert len(row["touched"]) == 3

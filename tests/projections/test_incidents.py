@@ -27,7 +27,7 @@ async def given(app_connection):
 @pytest.fixture
 async def one(app_connection, history):
     async def read(incident_id, tenant_id=history.tenant_id):
-        row = await incidents.one(app_connection, tenant_id, incident_id)
+        row = await incidents.select_incident(app_connection, tenant_id, incident_id)
         return row["body"] and msgspec.json.decode(row["body"])
 
     return read
@@ -159,7 +159,7 @@ async def test_lists_are_newest_first_filtered_and_paged(given, app_connection, 
     await given(history)
 
     async def page(status=None, severity=None, limit=10, offset=0):
-        row = await incidents.page(
+        row = await incidents.select_incidents(
             app_connection, history.tenant_id, status=status, severity=severity, limit=limit, offset=offset
         )
         return row["total"], [item["id"] for item in decoded(row)]
@@ -174,11 +174,13 @@ async def test_lists_are_newest_first_filtered_and_paged(given, app_connection, 
     assert await page(severity="critical") == (3, [4, 3, 1])
     assert await page(severity="critical", status="investigating") == (2, [4, 1])
     assert await page(status="monitoring") == (0, [])
-    assert [item["id"] for item in decoded(await incidents.active(app_connection, history.tenant_id))] == [4, 2, 1]
+    assert [
+        item["id"] for item in decoded(await incidents.select_active_incidents(app_connection, history.tenant_id))
+    ] == [4, 2, 1]
 
 
 async def test_no_incidents_are_an_empty_list(app_connection, history, one):
-    assert decoded(await incidents.active(app_connection, history.tenant_id)) == []
+    assert decoded(await incidents.select_active_incidents(app_connection, history.tenant_id)) == []
     assert await one(1) is None
 
 
@@ -189,6 +191,10 @@ async def test_tenants_see_their_own_incidents_only(given, one, app_connection, 
     await given(history, other_history)
     assert await one(5) is None
     assert (await one(6))["services"] == []
-    assert [item["id"] for item in decoded(await incidents.active(app_connection, history.tenant_id))] == [6]
-    row = await incidents.page(app_connection, history.tenant_id, status=None, severity=None, limit=9, offset=0)
+    assert [
+        item["id"] for item in decoded(await incidents.select_active_incidents(app_connection, history.tenant_id))
+    ] == [6]
+    row = await incidents.select_incidents(
+        app_connection, history.tenant_id, status=None, severity=None, limit=9, offset=0
+    )
     assert (row["total"], [item["id"] for item in decoded(row)]) == (1, [6])

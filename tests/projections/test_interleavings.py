@@ -2,18 +2,18 @@
 
 import pytest
 
+from opsentry.bootstrap import projections, working
 from opsentry.domain import incident
 from opsentry.domain.incident import OpenIncident, PostUpdate, RedactIncident
-from opsentry.domain.redaction import Written, plan
-from opsentry.notifications.operations import backlog
-from opsentry.postgres import DatabaseUnavailable
-from opsentry.projections import operations
-from opsentry.projections.folding import NoRoom
+from opsentry.domain.redaction import HistoryEntry, plan
+from opsentry.infrastructure.postgres import DatabaseUnavailable
+from opsentry.notifications.delivery.management import backlog
+from opsentry.projections.engine import management
+from opsentry.projections.engine.projector import Projector
+from opsentry.projections.engine.rebuild import Rebuilder
+from opsentry.projections.engine.replay import NoRoom
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.projections.runner import Runner
-from opsentry.wiring import projections, working
 from tests.conftest import META
 from tests.projections.planting import plant
 from tests.system.processes import until
@@ -27,7 +27,7 @@ async def opened(parts, tenant, title="Down"):
 
 async def shown(parts, tenant):
     made = await opened(parts, tenant)
-    await parts.runner.catch_up(tenant.id, made.seq)
+    await parts.projector.catch_up(tenant.id, made.position)
     return made
 
 
@@ -44,7 +44,7 @@ async def test_a_rebuild_by_older_code_is_not_taken_for_the_newer_one(parts, acm
     await older.begin()
 
     async def release_the_newer_code():
-        await operations.register(app_connection, [newer()])
+        await management.register(app_connection, [newer()])
 
     assert await older.rebuild(acme.id, breathe=release_the_newer_code) == []
     assert await older.rebuild(globex.id) == []  # it had this one on its list before
@@ -66,61 +66,61 @@ async def test_a_rebuild_that_is_asked_for_while_one_is_under_way_is_done_too(pa
 
 async def test_what_older_code_adds_rests_before_it_is_derived_anew(parts, acme, app_connection):
     made = await shown(parts, acme)
-    await operations.register(app_connection, projections())
-    await operations.register(app_connection, [newer()])
+    await management.register(app_connection, projections())
+    await management.register(app_connection, [newer()])
     found = Rebuilder(parts.database, [newer()])
     assert await found.rebuild(acme.id) == ["incidents"]
     done = await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
-    await parts.runner.catch_up(acme.id, done.seq)
+    await parts.projector.catch_up(acme.id, done.position)
     assert await found.left(10, rest=300) == {}
     assert list(await found.left(10)) == [acme.id]
 
 
 async def test_a_pass_that_began_before_a_resume_hides_nothing_from_it(parts, acme, app_connection, monkeypatch):
     await shown(parts, acme)
-    await operations.register(app_connection, projections())
-    await operations.pause(app_connection, ["outbox"])
+    await management.register(app_connection, projections())
+    await management.pause(app_connection, ["outbox"])
     await opened(parts, acme)
     real = Incidents.apply
 
     async def while_it_applies(self, connection, tenant_id, events):
-        await operations.resume(app_connection, ["outbox"])
+        await management.resume(app_connection, ["outbox"])
         await real(self, connection, tenant_id, events)
 
     monkeypatch.setattr(Incidents, "apply", while_it_applies)
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     monkeypatch.undo()
-    assert await parts.runner.behind() == [acme.id]
+    assert await parts.projector.behind() == [acme.id]
     assert (await backlog(app_connection, 10))["unseen"] == 1
-    await parts.runner.catch_up(acme.id, 0)
-    assert await parts.runner.behind() == []
+    await parts.projector.catch_up(acme.id, 0)
+    assert await parts.projector.behind() == []
     assert (await backlog(app_connection, 10))["unseen"] == 0
 
 
 async def test_a_paused_outbox_is_in_the_backlog(parts, acme, app_connection):
     await shown(parts, acme)
-    await operations.register(app_connection, projections())
-    await operations.pause(app_connection, ["outbox"])
+    await management.register(app_connection, projections())
+    await management.pause(app_connection, ["outbox"])
     await shown(parts, acme)
-    assert await parts.runner.behind() == []
+    assert await parts.projector.behind() == []
     assert (await backlog(app_connection, 10))["unseen"] == 1
 
 
 async def test_code_that_lacks_a_projection_does_not_hide_that_it_lags(parts, acme):
     await shown(parts, acme)
-    older = Runner(parts.database, [projection for projection in projections() if projection.name != "outbox"])
+    older = Projector(parts.database, [projection for projection in projections() if projection.name != "outbox"])
     made = await opened(parts, acme)
-    await older.catch_up(acme.id, made.seq)
-    assert await parts.runner.behind() == [acme.id]
-    await parts.runner.catch_up(acme.id, made.seq)
-    assert await parts.runner.behind() == []
+    await older.catch_up(acme.id, made.position)
+    assert await parts.projector.behind() == [acme.id]
+    await parts.projector.catch_up(acme.id, made.position)
+    assert await parts.projector.behind() == []
 
 
 async def test_a_pass_that_is_cut_off_between_two_projections_leaves_the_tenant_noted(parts, acme, owner, monkeypatch):
     await shown(parts, acme)
     await opened(parts, acme)
     made = await opened(parts, acme)
-    real_apply, real_step = Impact.apply, Runner._step
+    real_apply, real_step = Impact.apply, Projector._step
     failures = iter([ZeroDivisionError("once")])
 
     async def fail_once(self, connection, tenant_id, events):
@@ -130,16 +130,16 @@ async def test_a_pass_that_is_cut_off_between_two_projections_leaves_the_tenant_
 
     async def cut_off(self, connection, tenant_id, *, careful):
         # The careful steps come one projection at a time: the first one is let through.
-        if careful and await owner.fetchval("SELECT max(position) FROM checkpoints") == made.seq:
+        if careful and await owner.fetchval("SELECT max(position) FROM checkpoints") == made.position:
             raise DatabaseUnavailable("killed here")
         return await real_step(self, connection, tenant_id, careful=careful)
 
     monkeypatch.setattr(Impact, "apply", fail_once)
-    monkeypatch.setattr(Runner, "_step", cut_off)
+    monkeypatch.setattr(Projector, "_step", cut_off)
     with pytest.raises(DatabaseUnavailable):
-        await parts.runner.catch_up(acme.id, made.seq)
+        await parts.projector.catch_up(acme.id, made.position)
     monkeypatch.undo()
-    assert await parts.runner.behind() == [acme.id]
+    assert await parts.projector.behind() == [acme.id]
 
 
 async def test_a_worker_that_starts_tries_again_what_stands_still(parts, acme, owner, app_connection):
@@ -148,18 +148,18 @@ async def test_a_worker_that_starts_tries_again_what_stands_still(parts, acme, o
     found = Rebuilder(parts.database, projections())
     await found.begin()
     await found.rebuild(acme.id)
-    await parts.runner.catch_up(acme.id, 0)
-    assert {row["at"] for row in await operations.parked(app_connection)} == {"catching up", "rebuilding"}
+    await parts.projector.catch_up(acme.id, 0)
+    assert {row["at"] for row in await management.halted(app_connection)} == {"catching up", "rebuilding"}
     # What a release that knows the event would read.
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("UPDATE events SET type = 'incident.updated' WHERE type = 'incident.exploded'")
     async with working(parts):
         query = (
-            "SELECT NOT EXISTS (SELECT FROM checkpoints c JOIN heads h USING (tenant_id)"
-            " JOIN projections p ON p.name = c.projection WHERE c.position < h.seq OR c.generation < p.generation)"
+            "SELECT NOT EXISTS (SELECT FROM checkpoints c JOIN ledger_heads h USING (tenant_id)"
+            " JOIN projections p ON p.name = c.projection WHERE c.position < h.position OR c.generation < p.generation)"
         )
         await until(lambda: app_connection.fetchval(query))
-    assert await operations.parked(app_connection) == []
+    assert await management.halted(app_connection) == []
     assert [await found.verify(projection, acme.id) for projection in projections()] == [None] * len(NAMES)
 
 
@@ -170,7 +170,7 @@ async def test_a_raised_version_tries_again_what_a_rebuild_could_not_do(parts, a
     await older.begin()
     assert await older.rebuild(acme.id) == []
     assert await older.left(10) == {}
-    assert await operations.register(app_connection, [newer()]) == ["incidents"]
+    assert await management.register(app_connection, [newer()]) == ["incidents"]
     assert list(await Rebuilder(parts.database, [newer()]).left(10)) == [acme.id]
 
 
@@ -178,8 +178,8 @@ async def test_rows_of_newer_code_that_older_code_cannot_go_on_from_are_left_to_
     parts, acme, app_connection, monkeypatch
 ):
     made = await shown(parts, acme)
-    await operations.register(app_connection, projections())
-    await operations.register(app_connection, [newer()])
+    await management.register(app_connection, projections())
+    await management.register(app_connection, [newer()])
     found = Rebuilder(parts.database, [newer()])
     assert await found.rebuild(acme.id) == ["incidents"]
 
@@ -188,11 +188,11 @@ async def test_rows_of_newer_code_that_older_code_cannot_go_on_from_are_left_to_
 
     monkeypatch.setattr(Incidents, "apply", lost)
     done = await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
-    await parts.runner.catch_up(acme.id, done.seq)
+    await parts.projector.catch_up(acme.id, done.position)
     monkeypatch.undo()
-    assert [row["projection"] for row in await operations.parked(app_connection)] == ["incidents"]
+    assert [row["projection"] for row in await management.halted(app_connection)] == ["incidents"]
     assert await found.rebuild(acme.id) == ["incidents"]
-    assert await operations.parked(app_connection) == []
+    assert await management.halted(app_connection) == []
 
 
 async def test_rows_that_cannot_be_written_are_on_record_as_a_failed_rebuild(parts, acme, owner, app_connection):
@@ -202,47 +202,47 @@ async def test_rows_that_cannot_be_written_are_on_record_as_a_failed_rebuild(par
     await found.begin()
     with pytest.raises(Exception, match="refused"):
         await found.rebuild(acme.id)
-    rows = await operations.parked(app_connection)
-    assert [(row["projection"], row["at"], row["seq"]) for row in rows] == [(n, "rebuilding", None) for n in NAMES]
+    rows = await management.halted(app_connection)
+    assert [(row["projection"], row["at"], row["position"]) for row in rows] == [(n, "rebuilding", None) for n in NAMES]
     assert await found.left(10) == {}
 
 
 async def test_no_room_for_rows_that_wait_is_no_lost_database(parts, acme, app_connection, monkeypatch, tmp_path):
     await shown(parts, acme)
-    monkeypatch.setattr("opsentry.projections.folding._IN_MEMORY", 0)
+    monkeypatch.setattr("opsentry.projections.engine.replay._IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     found = Rebuilder(parts.database, projections())
     await found.begin()
     with pytest.raises(NoRoom, match="nowhere"):
         await found.rebuild(acme.id)
-    assert {row["at"] for row in await operations.parked(app_connection)} == {"rebuilding"}
+    assert {row["at"] for row in await management.halted(app_connection)} == {"rebuilding"}
 
 
 @pytest.mark.parametrize("in_memory", [0, 10**6])
 async def test_words_that_are_erased_while_a_rebuild_folds_are_in_none_of_its_rows(
     parts, acme, app_connection, monkeypatch, in_memory
 ):
-    monkeypatch.setattr("opsentry.projections.folding._IN_MEMORY", in_memory)
+    monkeypatch.setattr("opsentry.projections.engine.replay._IN_MEMORY", in_memory)
     opening = OpenIncident(title="SECRET title", description="SECRET description")
     made = await parts.commands.create(incident.DECIDER, acme.id, opening, META)
     for number in range(120):
         said = PostUpdate(message=f"SECRET {number}" if number % 50 == 0 else f"{number}")
         await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, said, META)
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     found = Rebuilder(parts.database, projections())
     await found.begin()
     erased: list[int] = []
 
     def erase(history):
-        written = [Written(event.version, event.seq, event.event) for event in history]
-        messages = [event.seq for event in history if "SECRET" in getattr(event.event, "message", "")]
-        erasure = plan(written, incident.WORDS, ["title", "description"], messages)
+        written = [HistoryEntry(event.version, event.position, event.event) for event in history]
+        messages = [event.position for event in history if "SECRET" in getattr(event.event, "message", "")]
+        erasure = plan(written, incident.REDACTABLE_FIELDS, ["title", "description"], messages)
         return RedactIncident(erasure=erasure, reason="asked to")
 
     async def once():
         if not erased:
             done = await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, erase, META)
-            erased.append(done.seq)
+            erased.append(done.position)
 
     assert sorted(await found.rebuild(acme.id, breathe=once)) == NAMES
     for table in ("incidents", "incident_updates", "incident_snapshots"):

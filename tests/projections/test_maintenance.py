@@ -29,7 +29,7 @@ async def given(app_connection):
 @pytest.fixture
 async def one(app_connection, history):
     async def read(maintenance_id, tenant_id=history.tenant_id):
-        row = await maintenance.one(app_connection, tenant_id, maintenance_id)
+        row = await maintenance.select_window(app_connection, tenant_id, maintenance_id)
         return row["body"] and msgspec.json.decode(row["body"])
 
     return read
@@ -108,7 +108,9 @@ async def test_lists_are_the_last_announced_first_filtered_and_paged(given, app_
     await given(history)
 
     async def page(status=None, limit=10, offset=0):
-        row = await maintenance.page(app_connection, history.tenant_id, status=status, limit=limit, offset=offset)
+        row = await maintenance.select_windows(
+            app_connection, history.tenant_id, status=status, limit=limit, offset=offset
+        )
         return row["total"], [item["id"] for item in decoded(row)]
 
     assert await page() == (4, [4, 2, 3, 1])
@@ -129,7 +131,7 @@ async def test_upcoming_are_the_scheduled_ones_in_the_future_the_next_first(give
     history.window(5, StartMaintenance())
     history.window(6, CancelMaintenance())
     await given(history)
-    row = await maintenance.upcoming(app_connection, history.tenant_id)
+    row = await maintenance.select_upcoming_windows(app_connection, history.tenant_id)
     assert [item["id"] for item in decoded(row)] == [2, 3, 1]
 
 
@@ -159,7 +161,7 @@ async def test_due_is_what_the_scheduler_has_to_move_on_of_all_tenants(given, ap
     await given(history, other_history)
 
     async def due(within, limit=10):
-        rows = await maintenance.due(app_connection, within, limit)
+        rows = await maintenance.select_due_windows(app_connection, within, limit)
         assert all((row["seconds"] == 0) == (row["due_at"] < now) for row in rows)
         return [(row["tenant_id"], row["maintenance_id"], row["status"]) for row in rows]
 
@@ -175,5 +177,5 @@ async def test_tenants_see_their_own_windows_only(given, one, app_connection, hi
     history.window(6, schedule())
     await given(history, other_history)
     assert await one(5) is None
-    row = await maintenance.page(app_connection, history.tenant_id, status=None, limit=9, offset=0)
+    row = await maintenance.select_windows(app_connection, history.tenant_id, status=None, limit=9, offset=0)
     assert (row["total"], [item["id"] for item in decoded(row)]) == (1, [6])

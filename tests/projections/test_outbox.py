@@ -11,11 +11,11 @@ from opsentry.domain.maintenance import (
     StartMaintenance,
 )
 from opsentry.domain.subscription import ChangeSubscription, CreateSubscription
-from opsentry.projections.outbox import Outbox
+from opsentry.projections.outbox.projection import Outbox
 from tests.projections.histories import META, apply, at, schedule
 
 
-def wish(**fields):
+def subscriber_filter(**fields):
     return CreateSubscription(
         **{"channel": "webhook", "target": "https://example.org", "audience": "internal"} | fields
     )
@@ -30,7 +30,7 @@ async def intents(app_connection, history):
     async def project(events=None):
         await apply(app_connection, Outbox(), history.events if events is None else events)
         return await app_connection.fetch(
-            "SELECT * FROM outbox_intents WHERE tenant_id = $1 ORDER BY seq, subscription_id, topic DESC",
+            "SELECT * FROM outbox_intents WHERE tenant_id = $1 ORDER BY position, subscription_id, topic DESC",
             history.tenant_id,
         )
 
@@ -42,8 +42,8 @@ def told(rows):
 
 
 async def test_each_subscription_is_told_of_each_event(intents, history):
-    history.subscription(1, wish())
-    history.subscription(2, wish(channel="email"))
+    history.subscription(1, subscriber_filter())
+    history.subscription(2, subscriber_filter(channel="email"))
     history.incident(7, incident())
     history.incident(7, ResolveIncident())
     rows = await intents()
@@ -54,14 +54,19 @@ async def test_each_subscription_is_told_of_each_event(intents, history):
         (2, "incident.resolved"),
     ]
     first = rows[0]
-    assert (first["seq"], first["channel"], first["stream_kind"], first["stream_id"]) == (3, "webhook", "incident", 7)
+    assert (first["position"], first["channel"], first["stream_kind"], first["stream_id"]) == (
+        3,
+        "webhook",
+        "incident",
+        7,
+    )
     assert first["created_at"] == history.events[2].recorded_at
     assert rows[1]["channel"] == "email"
     assert not any(row["suppressed"] for row in rows)
 
 
 async def test_what_is_worth_telling(intents, history):
-    history.subscription(1, wish())
+    history.subscription(1, subscriber_filter())
     history.incident(7, incident(description="It is down"))
     history.incident(7, ChangeIncident(title="t", service_ids=(1, 2), visibility="internal"))
     history.incident(7, ChangeIncident(severity="critical", status="identified"))
@@ -95,9 +100,9 @@ async def test_what_is_worth_telling(intents, history):
 
 
 async def test_subscriptions_filter_by_service(intents, history):
-    history.subscription(1, wish(service_ids=(1, 5)))
-    history.subscription(2, wish(service_ids=(2,)))
-    history.subscription(3, wish())
+    history.subscription(1, subscriber_filter(service_ids=(1, 5)))
+    history.subscription(2, subscriber_filter(service_ids=(2,)))
+    history.subscription(3, subscriber_filter())
     history.incident(7, incident(service_ids=(1, 3)))
     history.incident(8, incident(service_ids=()))
     history.incident(7, ChangeIncident(service_ids=(2,)))
@@ -112,7 +117,7 @@ async def test_subscriptions_filter_by_service(intents, history):
 
 
 async def test_subscriptions_filter_by_the_worst_severity_that_there_was(intents, history):
-    history.subscription(1, wish(lowest_severity="major_outage"))
+    history.subscription(1, subscriber_filter(min_severity="major_outage"))
     history.incident(7, incident(severity="partial_outage"))
     history.incident(7, ChangeIncident(severity="critical"))
     history.incident(7, PostUpdate(message="m"))
@@ -122,7 +127,7 @@ async def test_subscriptions_filter_by_the_worst_severity_that_there_was(intents
     history.incident(7, ResolveIncident())
     history.window(1, schedule(service_ids=(1,)))
     # Whoever was told that it is critical hears that it no longer is, and that it is over; then it begins anew.
-    assert [(row["seq"], row["topic"]) for row in await intents()] == [
+    assert [(row["position"], row["topic"]) for row in await intents()] == [
         (3, "incident.severity_changed"),
         (4, "incident.updated"),
         (5, "incident.severity_changed"),
@@ -132,16 +137,16 @@ async def test_subscriptions_filter_by_the_worst_severity_that_there_was(intents
 
 
 async def test_subscriptions_choose_between_incidents_and_maintenance(intents, history):
-    history.subscription(1, wish(incidents=False))
-    history.subscription(2, wish(maintenance=False))
+    history.subscription(1, subscriber_filter(incidents=False))
+    history.subscription(2, subscriber_filter(maintenance=False))
     history.incident(7, incident())
     history.window(1, schedule(service_ids=(1,)))
     assert told(await intents()) == [(2, "incident.opened"), (1, "maintenance.scheduled")]
 
 
 async def test_the_public_is_told_of_public_things_only(intents, history):
-    history.subscription(1, wish(audience="public"))
-    history.subscription(2, wish(audience="internal"))
+    history.subscription(1, subscriber_filter(audience="public"))
+    history.subscription(2, subscriber_filter(audience="internal"))
     history.incident(7, incident(visibility="internal"))
     history.incident(7, ChangeIncident(visibility="public"))
     history.incident(7, PostUpdate(message="private", is_public=False))
@@ -156,13 +161,13 @@ async def test_the_public_is_told_of_public_things_only(intents, history):
         "maintenance.scheduled",
     ]
     public = [row for row in rows if row["subscription_id"] == 1]
-    assert [(row["seq"], row["stream_id"]) for row in public] == [(6, 7), (10, 2)]
+    assert [(row["position"], row["stream_id"]) for row in public] == [(6, 7), (10, 2)]
     assert len(rows) - len(public) == 6
 
 
 async def test_what_is_done_silently_is_told_to_nobody(intents, history):
     silent = msgspec.structs.replace(META, silent=True)
-    history.subscription(1, wish())
+    history.subscription(1, subscriber_filter())
     history.incident(7, incident(), meta=silent)
     history.incident(7, ChangeIncident(severity="critical"), meta=silent)
     history.incident(7, ResolveIncident())
@@ -170,7 +175,7 @@ async def test_what_is_done_silently_is_told_to_nobody(intents, history):
 
 
 async def test_a_window_that_suppresses_alerts_does_so_while_it_is_active(intents, history):
-    history.subscription(1, wish())
+    history.subscription(1, subscriber_filter())
     history.window(1, schedule(service_ids=(1, 2), suppress_alerts=True))
     history.incident(1, incident())
     history.window(1, StartMaintenance())
@@ -197,7 +202,7 @@ async def test_a_window_that_suppresses_alerts_does_so_while_it_is_active(intent
 async def test_only_incidents_that_lie_within_the_window_are_suppressed(
     intents, history, suppress, service_ids, suppressed
 ):
-    history.subscription(1, wish(maintenance=False))
+    history.subscription(1, subscriber_filter(maintenance=False))
     history.window(1, schedule(service_ids=(1, 2), suppress_alerts=suppress))
     history.window(1, StartMaintenance())
     history.incident(1, incident(service_ids=service_ids))
@@ -206,7 +211,7 @@ async def test_only_incidents_that_lie_within_the_window_are_suppressed(
 
 async def test_the_same_history_gives_the_same_ids_however_it_is_cut(intents, app_connection, history):
     for number in (1, 2):
-        history.subscription(number, wish())
+        history.subscription(number, subscriber_filter())
     history.incident(7, incident(description="d"))
     history.incident(7, ResolveIncident())
     whole = await intents()
@@ -236,7 +241,7 @@ async def test_subscriptions_are_read_only_where_all_may_have_to_be_told(app_con
         return sum(read)
 
     for number in range(1, 101):
-        history.subscription(number, wish())
+        history.subscription(number, subscriber_filter())
     assert await cost(0) == 0
     history.subscription(7, ChangeSubscription(incidents=False))
     history.incident(1, incident(), meta=msgspec.structs.replace(META, silent=True))
@@ -247,19 +252,21 @@ async def test_subscriptions_are_read_only_where_all_may_have_to_be_told(app_con
 
 async def test_intents_of_two_tenants_never_share_an_id(intents, app_connection, history, other_history):
     for each in (history, other_history):
-        each.subscription(1, wish())
+        each.subscription(1, subscriber_filter())
         each.incident(7, incident())
     (mine,) = await intents()
     await apply(app_connection, Outbox(), other_history.events)
     theirs = await app_connection.fetchrow("SELECT * FROM outbox_intents WHERE tenant_id = $1", other_history.tenant_id)
-    assert (mine["seq"], mine["subscription_id"]) == (theirs["seq"], theirs["subscription_id"])
+    assert (mine["position"], mine["subscription_id"]) == (theirs["position"], theirs["subscription_id"])
     assert mine["intent_id"] != theirs["intent_id"]
 
 
 async def test_the_outbox_keeps_no_words(app_connection, history):
-    history.subscription(1, wish(target="https://example.org/secret", sealed="secret"))
-    history.subscription(2, wish(target="secret", pending=True))
-    history.subscription(1, ChangeSubscription(target="https://example.com/secret", sealed="secret", audience="public"))
+    history.subscription(1, subscriber_filter(target="https://example.org/secret", encrypted_secret="secret"))
+    history.subscription(2, subscriber_filter(target="secret", pending=True))
+    history.subscription(
+        1, ChangeSubscription(target="https://example.com/secret", encrypted_secret="secret", audience="public")
+    )
     history.incident(7, incident(title="secret", description="secret"))
     history.window(1, schedule(title="secret", suppress_alerts=True, service_ids=(1,)))
     history.window(1, StartMaintenance())
@@ -271,9 +278,13 @@ async def test_the_outbox_keeps_no_words(app_connection, history):
 
 
 async def test_a_subscription_made_by_command_is_told(parts, acme, app_connection):
-    created = await parts.commands.create(subscription.DECIDER, acme.id, wish(audience="public"), META)
+    created = await parts.commands.create(subscription.DECIDER, acme.id, subscriber_filter(audience="public"), META)
     opened = await parts.commands.create(DECIDER, acme.id, incident(), META)
-    await parts.runner.catch_up(acme.id, opened.seq)
+    await parts.projector.catch_up(acme.id, opened.position)
     (row,) = await app_connection.fetch("SELECT * FROM outbox_intents")
-    assert (row["subscription_id"], row["seq"], row["topic"]) == (created.stream_id, opened.seq, "incident.opened")
+    assert (row["subscription_id"], row["position"], row["topic"]) == (
+        created.stream_id,
+        opened.position,
+        "incident.opened",
+    )
     assert row["created_at"] == opened.history[-1].recorded_at

@@ -2,15 +2,16 @@
 
 import pytest
 
+from opsentry.bootstrap import projections
 from opsentry.domain.incident import SEVERITIES, OpenIncident, ResolveIncident
 from opsentry.domain.maintenance import CompleteMaintenance, StartMaintenance
 from opsentry.domain.service import RegisterService
 from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
-from opsentry.events import log
-from opsentry.notifications import deliveries
-from opsentry.projections import impact, incidents, maintenance, outbox, services, subscriptions
+from opsentry.events import store
+from opsentry.notifications.delivery import history
+from opsentry.projections import impact, incidents, maintenance, services, subscriptions
 from opsentry.projections.incidents import Incidents
-from opsentry.wiring import projections
+from opsentry.projections.outbox import projection
 from tests.projections.histories import History, apply, at, schedule
 from tests.projections.plans import Explained, ExplainedOnce, assert_goes_by, most_rows, nodes, plan_of
 from tests.projections.planting import plant
@@ -23,8 +24,8 @@ async def full(owner, app_connection, history, other_history):
     """Two tenants with thousands of rows each, of which few are open, and statistics as autovacuum leaves them."""
     for each in (history, other_history):
         fill(each)
-        for projection in projections():
-            await apply(owner, projection, each.events)
+        for each_projection in projections():
+            await apply(owner, each_projection, each.events)
         for name in ("services", "incidents", "maintenance", "subscriptions", "impact", "outbox"):
             await owner.execute("INSERT INTO checkpoints VALUES ($1, $2, $3)", each.tenant_id, name, 1)
         await plant(owner, each.tenant_id, 1, 1)
@@ -66,14 +67,14 @@ async def test_subscriptions_are_found_by_id_and_by_target(app_connection, owner
     await owner.execute("INSERT INTO checkpoints VALUES ($1, 'subscriptions', $2)", tenant_id, len(history.events))
     await owner.execute("VACUUM ANALYZE subscriptions")
 
-    one = await plan_of(app_connection, lambda c: subscriptions.one(c, tenant_id, 8))
+    one = await plan_of(app_connection, lambda c: subscriptions.select_subscription(c, tenant_id, 8))
     assert_goes_by(one, "subscriptions", "subscriptions_pkey", reads=1)
 
-    sent = await plan_of(app_connection, lambda c: subscriptions.for_sending(c, tenant_id, [7, 8]))
+    sent = await plan_of(app_connection, lambda c: subscriptions.select_for_sending(c, tenant_id, [7, 8]))
     assert_goes_by(sent, "subscriptions", "subscriptions_pkey", reads=2)
 
     async def of_target(connection):
-        return await subscriptions.find_target(connection, tenant_id, "email", "8@example.org")
+        return await subscriptions.select_by_target(connection, tenant_id, "email", "8@example.org")
 
     for how in (Explained, ExplainedOnce):
         plan = await plan_of(app_connection, of_target, how)
@@ -83,7 +84,8 @@ async def test_subscriptions_are_found_by_id_and_by_target(app_connection, owner
 @pytest.mark.parametrize("how", [Explained, ExplainedOnce])
 async def test_a_page_of_deliveries_reads_the_rows_it_shows(app_connection, owner, how):
     await owner.execute(
-        "INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id, seq, channel, topic,"
+        "INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id,"
+        " position, channel, topic,"
         " created_at, state, settled_at) SELECT 1, gen_random_uuid(), n % 20, 'incident', n, n, 'webhook', 't', now(),"
         " 'delivered', now() FROM generate_series(1, $1) AS n",
         5 * COUNT,
@@ -91,7 +93,7 @@ async def test_a_page_of_deliveries_reads_the_rows_it_shows(app_connection, owne
     await owner.execute("VACUUM ANALYZE deliveries")
 
     async def page(connection):
-        return await deliveries.page(connection, 1, 7, state=None, before=None, limit=50)
+        return await history.list_deliveries(connection, 1, 7, state=None, before=None, limit=50)
 
     plan = await plan_of(app_connection, page, how)
     assert_goes_by(plan, "deliveries", "deliveries_of_subscription", reads=51)
@@ -101,41 +103,41 @@ async def test_a_page_of_deliveries_reads_the_rows_it_shows(app_connection, owne
 async def test_hot_queries_go_by_their_indexes(app_connection, full):
     tenant_id = full.tenant_id
 
-    active = await plan_of(app_connection, lambda c: incidents.active(c, tenant_id))
+    active = await plan_of(app_connection, lambda c: incidents.select_active_incidents(c, tenant_id))
     assert_goes_by(active, "incidents", "incidents_open", reads=COUNT // 400)
 
-    one = await plan_of(app_connection, lambda c: incidents.one(c, tenant_id, 7))
+    one = await plan_of(app_connection, lambda c: incidents.select_incident(c, tenant_id, 7))
     assert_goes_by(one, "incidents", "incidents_pkey", reads=1)
     assert_goes_by(one, "incident_updates", "incident_updates_pkey", reads=1)
 
-    window = await plan_of(app_connection, lambda c: maintenance.one(c, tenant_id, 7))
+    window = await plan_of(app_connection, lambda c: maintenance.select_window(c, tenant_id, 7))
     assert_goes_by(window, "maintenance", "maintenance_pkey", reads=1)
 
-    due = await plan_of(app_connection, lambda c: maintenance.due(c, 2.0, 200))
+    due = await plan_of(app_connection, lambda c: maintenance.select_due_windows(c, 2.0, 200))
     assert_goes_by(due, "maintenance", "maintenance_due", reads=2 * COUNT // 400)
 
-    remind = await plan_of(app_connection, lambda c: maintenance.to_remind(c, 3600.0, 200))
+    remind = await plan_of(app_connection, lambda c: maintenance.select_windows_to_remind(c, 3600.0, 200))
     assert_goes_by(remind, "maintenance", "maintenance_to_remind", reads=0)
 
     # Few incidents are withheld, however many there are.
-    muted = await plan_of(app_connection, lambda c: c.fetch(outbox._LOAD_MUTED, tenant_id))
+    muted = await plan_of(app_connection, lambda c: c.fetch(projection._LOAD_MUTED, tenant_id))
     assert_goes_by(muted, "outbox_state", "outbox_state_muted", reads=0)
 
-    service = await plan_of(app_connection, lambda c: services.one(c, tenant_id, 7))
+    service = await plan_of(app_connection, lambda c: services.select_service(c, tenant_id, 7))
     assert_goes_by(service, "services", "services_pkey", reads=1)
     assert most_rows(service, "impact_periods") <= COUNT // 200 + COUNT // 800
 
-    refs = await plan_of(app_connection, lambda c: services.refs(c, tenant_id, [7, 8]))
+    refs = await plan_of(app_connection, lambda c: services.select_service_links(c, tenant_id, [7, 8]))
     assert_goes_by(refs, "services", "services_pkey", reads=2)
 
 
 @pytest.mark.parametrize("how", [Explained, ExplainedOnce])
 async def test_uptime_reads_what_reaches_into_its_window_and_of_a_week_before(app_connection, full, how):
     async def of_all_time(connection):
-        return await impact.between(connection, full.tenant_id, 7, None, None, 36500, COUNT)
+        return await impact.select_service_impacts(connection, full.tenant_id, 7, None, None, 36500, COUNT)
 
     async def of_a_day_long_past(connection):
-        return await impact.between(connection, full.tenant_id, 7, at(600), at(624), 30, COUNT)
+        return await impact.select_service_impacts(connection, full.tenant_id, 7, at(600), at(624), 30, COUNT)
 
     for query, reads in ((of_all_time, COUNT // 200), (of_a_day_long_past, 2)):
         plan = await plan_of(app_connection, query, how)
@@ -144,7 +146,9 @@ async def test_uptime_reads_what_reaches_into_its_window_and_of_a_week_before(ap
 
 
 async def test_the_first_page_of_windows_reads_the_rows_it_shows(app_connection, full):
-    plan = await plan_of(app_connection, lambda c: maintenance.page(c, full.tenant_id, status=None, limit=20, offset=0))
+    plan = await plan_of(
+        app_connection, lambda c: maintenance.select_windows(c, full.tenant_id, status=None, limit=20, offset=0)
+    )
     # The same index may serve the count, which looks at no row.
     (scan,) = [n for n in plan if n.get("Index Name") == "maintenance_newest" and n["Node Type"] == "Index Scan"]
     assert scan["Actual Rows"] * scan["Actual Loops"] == 20
@@ -168,7 +172,7 @@ async def test_the_first_page_of_windows_reads_the_rows_it_shows(app_connection,
 async def test_a_page_takes_its_ids_from_an_index_alone(app_connection, full, how, status, severity, offset, index):
     async def page(connection):
         filters = {"status": status, "severity": severity}
-        return await incidents.page(connection, full.tenant_id, **filters, limit=20, offset=offset)
+        return await incidents.select_incidents(connection, full.tenant_id, **filters, limit=20, offset=offset)
 
     plan = await plan_of(app_connection, page, how)
     ids, bodies = [n for n in plan if n.get("Relation Name") == "incidents"]
@@ -192,7 +196,7 @@ async def test_the_log_is_read_by_its_keys(app_connection, owner, full):
     for number in range(2, 2002):
         await plant(owner, full.tenant_id, number % 100 + 1, number // 100 + 2)
     await owner.execute("VACUUM ANALYZE events")
-    following = await plan_of(app_connection, lambda c: log.read_after(c, full.tenant_id, 1000, 50))
+    following = await plan_of(app_connection, lambda c: store.read_after(c, full.tenant_id, 1000, 50))
     assert_goes_by(following, "events", "events_pkey", reads=50)
-    stream = await plan_of(app_connection, lambda c: log.read_stream(c, full.tenant_id, "incident", 7, after=10))
+    stream = await plan_of(app_connection, lambda c: store.read_stream(c, full.tenant_id, "incident", 7, after=10))
     assert_goes_by(stream, "events", "events_stream_version", reads=20)

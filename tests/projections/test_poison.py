@@ -1,14 +1,14 @@
 import msgspec
 import pytest
 
+from opsentry.bootstrap import projections
 from opsentry.domain import incident, service
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.service import RegisterService
 from opsentry.projections import incidents, services
-from opsentry.projections import runner as runner_module
+from opsentry.projections.engine import projector as runner_module
+from opsentry.projections.engine.projector import PoisonEvent
 from opsentry.projections.impact import Impact
-from opsentry.projections.runner import Poison
-from opsentry.wiring import projections
 from tests.projections.histories import META
 from tests.projections.planting import age, plant
 
@@ -20,7 +20,7 @@ POISON = {
     "of a version to come": {"schema_version": 99},
     "without its fields": {"data": "{}"},
     "whose data is no JSON": {"data": "{"},
-    "whose words are no JSON": {"words": "{"},
+    "whose words are no JSON": {"erasable": "{"},
     "without an actor": {"meta": "{}"},
     "of another kind of stream": {"type": "service.retired", "data": "{}"},
 }
@@ -31,8 +31,8 @@ async def checkpoints(connection, tenant_id):
     return {row["projection"]: row for row in rows}
 
 
-async def parked(connection, tenant_id):
-    return {name for name, row in (await checkpoints(connection, tenant_id)).items() if row["parked_seq"] is not None}
+async def halted(connection, tenant_id):
+    return {name for name, row in (await checkpoints(connection, tenant_id)).items() if row["halted_at"] is not None}
 
 
 async def opened(parts, tenant, title="Down", **fields):
@@ -49,26 +49,26 @@ async def test_an_event_that_cannot_be_applied_parks_who_reads_it_and_nobody_els
 ):
     before = await opened(parts, acme)
     web = await registered(parts, acme, "web")
-    seq = await plant(owner, acme.id, before.stream_id, 2, **columns)
+    position = await plant(owner, acme.id, before.stream_id, 2, **columns)
     after = await registered(parts, acme, "db")
     other = await opened(parts, globex)
-    for tenant, last in ((acme, after.seq), (globex, other.seq)):
-        await parts.runner.catch_up(tenant.id, last)
+    for tenant, last in ((acme, after.position), (globex, other.position)):
+        await parts.projector.catch_up(tenant.id, last)
     found = await checkpoints(app_connection, acme.id)
-    stopped = await parked(app_connection, acme.id)
+    stopped = await halted(app_connection, acme.id)
     assert stopped
     assert stopped <= OF_INCIDENTS
     assert "incidents" in stopped
     for name, row in found.items():
         if name in stopped:
-            assert (row["position"], row["parked_seq"]) == (seq - 1, seq)
+            assert (row["position"], row["halted_at"]) == (position - 1, position)
             assert row["error"]
         else:
-            assert (row["position"], row["parked_seq"], row["error"]) == (after.seq, None, None)
+            assert (row["position"], row["halted_at"], row["error"]) == (after.position, None, None)
     assert {name: row["position"] for name, row in (await checkpoints(app_connection, globex.id)).items()} == (
-        dict.fromkeys(NAMES, other.seq)
+        dict.fromkeys(NAMES, other.position)
     )
-    assert await parked(app_connection, globex.id) == set()
+    assert await halted(app_connection, globex.id) == set()
     shown = await app_connection.fetch("SELECT service_id FROM services ORDER BY 1")
     assert [row["service_id"] for row in shown] == sorted([web.stream_id, after.stream_id])
 
@@ -79,22 +79,26 @@ async def test_reads_of_a_parked_projection_still_answer_with_what_came_before(p
     await opened(parts, acme, "After")
     await age(owner, acme.id)
     for _ in range(2):
-        row = await parts.runner.read(acme.id, lambda connection: incidents.active(connection, acme.id))
+        row = await parts.projector.read(
+            acme.id, lambda connection: incidents.select_active_incidents(connection, acme.id)
+        )
         assert [item["title"] for item in msgspec.json.decode(b"[" + row["items"] + b"]")] == ["Before"]
-        assert row["position"] == row["head"]
+        assert row["trusted_position"] == row["head_position"]
 
 
 async def test_what_is_parked_is_not_tried_again_and_again(parts, acme, owner, monkeypatch):
     first = await opened(parts, acme)
     await plant(owner, acme.id, first.stream_id, 2, type="incident.exploded")
-    await parts.runner.catch_up(acme.id, 0)
-    assert await parts.runner.behind() == []
+    await parts.projector.catch_up(acme.id, 0)
+    assert await parts.projector.behind() == []
     parkings: list[object] = []
-    monkeypatch.setattr(parts.runner, "_park", parkings.append)
+    monkeypatch.setattr(parts.projector, "_halt", parkings.append)
     made = await registered(parts, acme, "web")
-    await parts.runner.catch_up(acme.id, made.seq)
+    await parts.projector.catch_up(acme.id, made.position)
     assert parkings == []
-    row = await parts.runner.read(acme.id, lambda connection: services.one(connection, acme.id, made.stream_id))
+    row = await parts.projector.read(
+        acme.id, lambda connection: services.select_service(connection, acme.id, made.stream_id)
+    )
     assert row["etag"] == "1"
 
 
@@ -103,37 +107,40 @@ async def test_a_parked_projection_goes_on_where_it_stopped_once_the_cause_is_go
     made = await opened(parts, acme)
 
     async def broken(self, connection, tenant_id, events):
-        if any(event.seq == made.seq for event in events):
+        if any(event.position == made.position for event in events):
             raise ZeroDivisionError("a defect")
         await real(self, connection, tenant_id, events)
 
     monkeypatch.setattr(Impact, "apply", broken)
     last = await opened(parts, acme)
-    await parts.runner.catch_up(acme.id, last.seq)
+    await parts.projector.catch_up(acme.id, last.position)
     row = (await checkpoints(owner, acme.id))["impact"]
-    assert (row["position"], row["parked_seq"], row["error"]) == (
-        made.seq - 1,
-        made.seq,
+    assert (row["position"], row["halted_at"], row["error"]) == (
+        made.position - 1,
+        made.position,
         "ZeroDivisionError: a defect",
     )
-    assert await parked(owner, acme.id) == {"impact"}
+    assert await halted(owner, acme.id) == {"impact"}
     monkeypatch.undo()
-    await owner.execute("UPDATE checkpoints SET parked_seq = NULL, error = NULL")
-    await parts.runner.catch_up(acme.id, last.seq)
-    assert {r["position"] for r in (await checkpoints(owner, acme.id)).values()} == {last.seq}
+    await owner.execute("UPDATE checkpoints SET halted_at = NULL, error = NULL")
+    await parts.projector.catch_up(acme.id, last.position)
+    assert {r["position"] for r in (await checkpoints(owner, acme.id)).values()} == {last.position}
     assert await owner.fetchval("SELECT count(*) FROM impact_sources") == 2
 
 
 async def test_the_event_to_blame_is_found_in_the_middle_of_a_batch(parts, acme, owner, monkeypatch):
     monkeypatch.setattr(runner_module, "_BATCH", 20)
     good = [await opened(parts, acme, str(number)) for number in range(8)]
-    seq = await plant(owner, acme.id, good[-1].stream_id, 2, data="{}")
+    position = await plant(owner, acme.id, good[-1].stream_id, 2, data="{}")
     for number in range(8):
         last = await opened(parts, acme, str(number))
-    await parts.runner.catch_up(acme.id, last.seq)
-    assert await parked(owner, acme.id) == OF_INCIDENTS
+    await parts.projector.catch_up(acme.id, last.position)
+    assert await halted(owner, acme.id) == OF_INCIDENTS
     assert await owner.fetchval("SELECT count(*) FROM incidents") == 8
-    assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {seq - 1, last.seq}
+    assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {
+        position - 1,
+        last.position,
+    }
 
 
 async def test_an_unknown_kind_of_stream_stops_nobody(parts, acme, owner, monkeypatch):
@@ -141,9 +148,9 @@ async def test_an_unknown_kind_of_stream_stops_nobody(parts, acme, owner, monkey
     for number in range(6):
         await plant(owner, acme.id, number + 1, 1, kind="weather", type="weather.changed")
         last = await opened(parts, acme, str(number))
-    await parts.runner.catch_up(acme.id, last.seq)
-    assert await parked(owner, acme.id) == set()
-    assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {last.seq}
+    await parts.projector.catch_up(acme.id, last.position)
+    assert await halted(owner, acme.id) == set()
+    assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {last.position}
     assert await owner.fetchval("SELECT count(*) FROM incidents") == 6
 
 
@@ -159,15 +166,15 @@ async def test_a_failure_of_the_moment_parks_nobody(parts, acme, owner, monkeypa
     monkeypatch.setattr(Impact, "apply", interrupted)
     made = await opened(parts, acme)
     with pytest.raises(Exception, match=r"40001|unhandled"):
-        await parts.runner.catch_up(acme.id, made.seq)
-    assert await parked(owner, acme.id) == set()
-    await parts.runner.catch_up(acme.id, made.seq)
-    assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {made.seq}
+        await parts.projector.catch_up(acme.id, made.position)
+    assert await halted(owner, acme.id) == set()
+    await parts.projector.catch_up(acme.id, made.position)
+    assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {made.position}
 
 
 async def test_parking_does_not_undo_what_another_process_could_apply(parts, acme, owner):
     made = await opened(parts, acme)
-    await parts.runner.catch_up(acme.id, made.seq)
-    await parts.runner._park(acme.id, Poison("incidents", made.seq, "an older version does not know it"))
-    assert await parked(owner, acme.id) == set()
-    assert (await checkpoints(owner, acme.id))["incidents"]["position"] == made.seq
+    await parts.projector.catch_up(acme.id, made.position)
+    await parts.projector._halt(acme.id, PoisonEvent("incidents", made.position, "an older version does not know it"))
+    assert await halted(owner, acme.id) == set()
+    assert (await checkpoints(owner, acme.id))["incidents"]["position"] == made.position

@@ -5,16 +5,16 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from opsentry.bootstrap import projections
 from opsentry.domain import incident, maintenance, subscription
 from opsentry.domain.incident import OpenIncident, PostUpdate
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.projections import impact as impact_module
 from opsentry.projections import incidents as incidents_module
-from opsentry.projections import operations
-from opsentry.projections.comparing import keyed
-from opsentry.projections.projection import by_stream
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.wiring import projections
+from opsentry.projections.engine import management
+from opsentry.projections.engine.comparison import keyed
+from opsentry.projections.engine.projection import by_stream
+from opsentry.projections.engine.rebuild import Rebuilder
 from tests.conftest import META, make_service
 from tests.projections.histories import apply, batches, dump, histories, schedule
 from tests.projections.planting import plant
@@ -36,8 +36,8 @@ async def busy(parts, acme, globex):
     """Two tenants with something of everything, one incident of 120 messages among it."""
     numbers = []
     for tenant in (acme, globex):
-        wish = CreateSubscription(channel="webhook", target="x")
-        await parts.commands.create(subscription.DECIDER, tenant.id, wish, META)
+        subscriber_filter = CreateSubscription(channel="webhook", target="x")
+        await parts.commands.create(subscription.DECIDER, tenant.id, subscriber_filter, META)
         service_id = await make_service(parts, tenant.id, "web")
         opened = OpenIncident(title="Down", description="D", severity="critical", service_ids=(service_id,))
         made = await parts.commands.create(incident.DECIDER, tenant.id, opened, META)
@@ -47,7 +47,7 @@ async def busy(parts, acme, globex):
                 incident.DECIDER, tenant.id, made.stream_id, PostUpdate(message=f"message {number}"), META
             )
         await parts.commands.create(maintenance.DECIDER, tenant.id, schedule(service_ids=(service_id,)), META)
-        await parts.runner.catch_up(tenant.id, 0)
+        await parts.projector.catch_up(tenant.id, 0)
     return acme.id, globex.id, numbers[0]
 
 
@@ -118,7 +118,7 @@ async def test_totals_that_are_wrong_are_found_and_counted_anew(rebuilder, busy,
 
 @pytest.mark.parametrize("in_memory", [0, 10, 10**6])
 async def test_all_projections_are_derived_from_one_reading(rebuilder, busy, app_connection, monkeypatch, in_memory):
-    monkeypatch.setattr("opsentry.projections.folding._IN_MEMORY", in_memory)
+    monkeypatch.setattr("opsentry.projections.engine.replay._IN_MEMORY", in_memory)
     acme, globex, _ = busy
     right = await dump(app_connection)
     await app_connection.execute("UPDATE checkpoints SET position = 0")
@@ -147,7 +147,7 @@ async def test_commands_go_on_while_a_tenant_is_rebuilt_and_nothing_is_lost(rebu
         while not stopping or written < 20:
             change = PostUpdate(message=f"live {written}")
             done = await parts.commands.execute(incident.DECIDER, acme, number, change, META)
-            await parts.runner.catch_up(acme, done.seq)
+            await parts.projector.catch_up(acme, done.position)
             written += 1
         return written
 
@@ -168,7 +168,7 @@ async def test_what_is_appended_while_it_folds_is_applied_before_the_swap(rebuil
     async def append_more():
         change = PostUpdate(message=f"late {len(late)}")
         done = await parts.commands.execute(incident.DECIDER, acme, number, change, META)
-        late.append(done.seq)
+        late.append(done.position)
 
     assert await rebuilder.rebuild(acme, breathe=append_more, chunk=50)
     assert late
@@ -209,39 +209,39 @@ async def test_poison_leaves_the_rows_of_those_it_stops_as_they_were(rebuilder, 
         acme,
         number,
     )
-    seq = await plant(owner, acme, number, version + 1, type="incident.exploded")
+    position = await plant(owner, acme, number, version + 1, type="incident.exploded")
     assert sorted(await rebuilder.rebuild(acme)) == ["maintenance", "services", "subscriptions"]
-    parked = await operations.parked(app_connection)
-    assert {(row["projection"], row["at"], row["seq"]) for row in parked} == {
-        (name, "rebuilding", seq) for name in ("impact", "incidents", "outbox")
+    halted = await management.halted(app_connection)
+    assert {(row["projection"], row["at"], row["position"]) for row in halted} == {
+        (name, "rebuilding", position) for name in ("impact", "incidents", "outbox")
     }
-    assert all("incident.exploded" in row["error"] for row in parked)
+    assert all("incident.exploded" in row["error"] for row in halted)
     assert await dump(app_connection) == right
     assert await rebuilder.of().left(10) == {}
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("UPDATE events SET type = 'incident.updated' WHERE type = 'incident.exploded'")
-    await operations.release(app_connection, list(ONE), acme)
+    await management.retry_halted(app_connection, list(ONE), acme)
     assert list(await rebuilder.of().left(10)) == [acme]
     assert sorted(await rebuilder.of().rebuild(acme)) == ["impact", "incidents", "outbox"]
     assert await rebuilder.verify(acme) == RIGHT
-    assert await operations.parked(app_connection) == []
+    assert await management.halted(app_connection) == []
 
 
 async def test_a_defect_in_a_fold_is_blamed_on_its_event(rebuilder, busy, app_connection, monkeypatch):
     acme, _, _ = busy
     real = impact_module.evolve
-    seqs = "SELECT seq FROM events WHERE tenant_id = $1 AND stream_kind = 'incident' AND version = 60"
-    seq = await app_connection.fetchval(seqs, acme)
+    positions = "SELECT position FROM events WHERE tenant_id = $1 AND stream_kind = 'incident' AND version = 60"
+    position = await app_connection.fetchval(positions, acme)
 
     def broken(source, recorded):
-        if recorded.seq >= seq and recorded.kind == "incident":
+        if recorded.position >= position and recorded.kind == "incident":
             raise ZeroDivisionError("a defect")
         return real(source, recorded)
 
     monkeypatch.setattr(impact_module, "evolve", broken)
     assert "impact" not in await rebuilder.rebuild(acme)
-    (row,) = await operations.parked(app_connection)
-    assert (row["projection"], row["seq"], row["error"]) == ("impact", seq, "ZeroDivisionError: a defect")
+    (row,) = await management.halted(app_connection)
+    assert (row["projection"], row["position"], row["error"]) == ("impact", position, "ZeroDivisionError: a defect")
 
 
 async def test_a_rebuild_of_all_goes_on_where_it_was(rebuilder, busy, app_connection):
@@ -265,11 +265,11 @@ async def test_a_raised_version_has_everything_derived_anew_and_older_code_never
     rebuilder, busy, parts, app_connection
 ):
     acme, globex, number = busy
-    await operations.register(app_connection, projections())
+    await management.register(app_connection, projections())
     newer = next(projection for projection in projections() if projection.name == "incidents")
     newer.version = 2
-    assert await operations.register(app_connection, [newer]) == ["incidents"]
-    assert await operations.register(app_connection, [newer]) == []
+    assert await management.register(app_connection, [newer]) == ["incidents"]
+    assert await management.register(app_connection, [newer]) == []
     older, found = rebuilder.of(ONE["incidents"]), rebuilder.of(newer)
     assert await older.left(10) == {}
     assert sorted(await found.left(10)) == sorted([acme, globex])
@@ -278,20 +278,20 @@ async def test_a_raised_version_has_everything_derived_anew_and_older_code_never
     assert await found.left(10) == {}
     # A process of the version before, not yet replaced, answers a command.
     done = await parts.commands.execute(incident.DECIDER, acme, number, PostUpdate(message="m"), META)
-    await parts.runner.catch_up(acme, done.seq)
+    await parts.projector.catch_up(acme, done.position)
     assert list(await found.left(10)) == [acme]
-    assert await operations.register(app_connection, projections()) == []
+    assert await management.register(app_connection, projections()) == []
 
 
 async def test_a_projection_that_is_new_is_derived_for_all(rebuilder, busy, app_connection):
     acme, globex, _ = busy
     right = await dump(app_connection)
-    await operations.register(app_connection, projections())
+    await management.register(app_connection, projections())
     for statement in ("DELETE FROM checkpoints WHERE projection = 'impact'", "DELETE FROM impact_sources"):
         await app_connection.execute(statement)
     await app_connection.execute("DELETE FROM impact_periods")
     await app_connection.execute("UPDATE projections SET version = 0 WHERE name = 'impact'")
-    assert await operations.register(app_connection, projections()) == ["impact"]
+    assert await management.register(app_connection, projections()) == ["impact"]
     assert sorted(await rebuilder.of().left(10)) == sorted([acme, globex])
     for tenant_id in (acme, globex):
         assert await rebuilder.of().rebuild(tenant_id) == ["impact"]
@@ -300,28 +300,32 @@ async def test_a_projection_that_is_new_is_derived_for_all(rebuilder, busy, app_
 
 async def test_a_paused_projection_stands_still_and_misses_nothing(rebuilder, busy, parts, app_connection):
     acme, _, number = busy
-    await operations.register(app_connection, projections())
-    assert await operations.pause(app_connection, ["incidents"]) == ["incidents"]
-    assert await operations.pause(app_connection, ["incidents"]) == []
+    await management.register(app_connection, projections())
+    assert await management.pause(app_connection, ["incidents"]) == ["incidents"]
+    assert await management.pause(app_connection, ["incidents"]) == []
     done = await parts.commands.execute(incident.DECIDER, acme, number, PostUpdate(message="paused"), META)
-    await parts.runner.catch_up(acme, done.seq)
+    await parts.projector.catch_up(acme, done.position)
     positions = {r["projection"]: r["position"] for r in await app_connection.fetch("SELECT * FROM checkpoints")}
     assert await rebuilder.rebuild(acme, ONE["incidents"]) == []
     shown = {
         row["projection"]: (row["behind"], row["paused"])
-        for row in await operations.standing(app_connection, projections())
+        for row in await management.projection_status(app_connection, projections())
     }
     assert shown["incidents"] == (1, True)
     assert shown["impact"] == (0, False)
     assert positions
-    assert await parts.runner.behind() == []
-    row = await parts.runner.read(acme, lambda connection: incidents_module.one(connection, acme, number))
+    assert await parts.projector.behind() == []
+    row = await parts.projector.read(
+        acme, lambda connection: incidents_module.select_incident(connection, acme, number)
+    )
     assert b"paused" not in row["body"]
-    assert await operations.resume(app_connection, ["incidents"]) == ["incidents"]
-    assert await parts.runner.behind() == [acme]
-    await parts.runner.catch_up(acme, done.seq)
-    assert await parts.runner.behind() == []
-    row = await parts.runner.read(acme, lambda connection: incidents_module.one(connection, acme, number))
+    assert await management.resume(app_connection, ["incidents"]) == ["incidents"]
+    assert await parts.projector.behind() == [acme]
+    await parts.projector.catch_up(acme, done.position)
+    assert await parts.projector.behind() == []
+    row = await parts.projector.read(
+        acme, lambda connection: incidents_module.select_incident(connection, acme, number)
+    )
     assert b"paused" in row["body"]
 
 
@@ -344,12 +348,12 @@ async def test_whole_streams_give_the_rows_that_lived_through_every_event(app_co
 
 
 async def derived_is_live(connection, projection, history):
-    derive = projection.deriver()
+    replay = projection.replayer()
     derived: dict[str, list[tuple[object, ...]]] = {}
     for kind in projection.kinds:
         streams = by_stream(e for e in history.erased() if e.kind == kind)
         for number, stream in sorted(streams.items(), reverse=True):
-            for name, rows in derive(kind, {number: stream}).items():
+            for name, rows in replay(kind, {number: stream}).items():
                 derived.setdefault(name, []).extend(rows)
     for table in (t for t in projection.tables if t.of_streams):
         live = await connection.fetch(
@@ -362,7 +366,7 @@ async def test_lists_have_another_tag_after_a_rebuild(rebuilder, busy, app_conne
     acme, _, _ = busy
 
     async def tag():
-        return (await incidents_module.active(app_connection, acme))["tag"]
+        return (await incidents_module.select_active_incidents(app_connection, acme))["tag"]
 
     before = await tag()
     assert await tag() == before

@@ -23,7 +23,7 @@ async def given(app_connection):
 @pytest.fixture
 async def listed(app_connection, history):
     async def page(*, status=None, visibility=None, search=None, limit=100, offset=0, tenant_id=history.tenant_id):
-        row = await services.page(
+        row = await services.select_services(
             app_connection,
             tenant_id,
             status=status,
@@ -63,7 +63,7 @@ async def test_a_change_shows_and_leaves_the_rest(given, app_connection, history
     history.service(7, ChangeService(name="Website", tags=("x", "y")))
     history.service(7, ChangeService(description=None, visibility="internal"))
     await given(history)
-    row = await services.one(app_connection, history.tenant_id, 7)
+    row = await services.select_service(app_connection, history.tenant_id, 7)
     body = msgspec.json.decode(row["body"])
     assert (body["name"], body["tags"], body["description"], body["visibility"], body["slug"]) == (
         "Website",
@@ -82,16 +82,16 @@ async def test_a_retired_service_is_in_no_list_but_can_still_be_linked(given, li
     await given(history)
     total, slugs, _ = await listed()
     assert (total, slugs) == (1, ["new"])
-    assert (await services.one(app_connection, history.tenant_id, 7))["body"] is None
-    row = await services.refs(app_connection, history.tenant_id, [7, 8, 9])
-    assert services.refs_of(row).keys() == {7, 8}
-    assert bytes(services.refs_of(row)[7]) == b'{"id":7,"slug":"old","name":"Old"}'
+    assert (await services.select_service(app_connection, history.tenant_id, 7))["body"] is None
+    row = await services.select_service_links(app_connection, history.tenant_id, [7, 8, 9])
+    assert services.service_links_of(row).keys() == {7, 8}
+    assert bytes(services.service_links_of(row)[7]) == b'{"id":7,"slug":"old","name":"Old"}'
     assert row["retired"] == [7]
 
 
 async def test_no_services_are_an_empty_page(given, listed, app_connection, history):
     assert await listed() == (0, [], [])
-    assert services.refs_of(await services.refs(app_connection, history.tenant_id, [1])) == {}
+    assert services.service_links_of(await services.select_service_links(app_connection, history.tenant_id, [1])) == {}
 
 
 async def test_services_are_listed_by_name_and_page_by_page(given, listed, history):
@@ -174,5 +174,5 @@ async def test_tenants_see_their_own_services_only(given, listed, app_connection
     await given(history, other_history)
     total, slugs, items = await listed()
     assert (total, slugs, items[0]["current_status"]) == (1, ["mine"], "operational")
-    assert (await services.one(app_connection, history.tenant_id, 2))["body"] is None
-    assert services.refs_of(await services.refs(app_connection, history.tenant_id, [2])) == {}
+    assert (await services.select_service(app_connection, history.tenant_id, 2))["body"] is None
+    assert services.service_links_of(await services.select_service_links(app_connection, history.tenant_id, [2])) == {}

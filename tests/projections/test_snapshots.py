@@ -53,7 +53,7 @@ async def test_an_erasure_leaves_no_older_snapshot_and_no_word(app_connection, h
         short.events.append(event)
         short.versions["incident", 7] = event.version
     erased = next(e for e in short.events if isinstance(e.event, IncidentUpdated))
-    short.incident(7, redaction(short, "incident", 7, fields=(), seqs=[erased.seq]))
+    short.incident(7, redaction(short, "incident", 7, fields=(), positions=[erased.position]))
     while len(short.events) < MANY + 100:
         short.incident(7, PostUpdate(message=f"later {len(short.events)}"))
     rows = await applied(app_connection, short.events, size)
@@ -67,8 +67,8 @@ async def test_the_timeline_is_the_same_from_snapshots_and_from_entries(app_conn
     await apply(app_connection, Incidents(), history.events)
     whole = {}
     for version in (1, 2, 99, 100, 101, 200, 250, 300, 301, MANY):
-        whole[version] = await incidents.timeline(app_connection, 1, 7, version)
+        whole[version] = await incidents.select_timeline(app_connection, 1, 7, version)
     for gone in (100, 200, 300):
         await app_connection.execute("DELETE FROM incident_snapshots WHERE version = $1", gone)
         for version, found in whole.items():
-            assert await incidents.timeline(app_connection, 1, 7, version) == found, (gone, version)
+            assert await incidents.select_timeline(app_connection, 1, 7, version) == found, (gone, version)

@@ -13,9 +13,9 @@ from opsentry.domain.subscription import (
     RequestTest,
     RotateSecret,
 )
-from opsentry.projections.outbox import Outbox
+from opsentry.projections.outbox.projection import Outbox
 from tests.projections.histories import META, apply, at, schedule
-from tests.projections.test_outbox import incident, told, wish
+from tests.projections.test_outbox import incident, subscriber_filter, told
 
 SILENT = msgspec.structs.replace(META, silent=True)
 STILL_OPEN = "incident.still_open"
@@ -29,7 +29,7 @@ async def intents(app_connection, history):
         for event in history.events:
             await apply(app_connection, Outbox(), [event])
         return await app_connection.fetch(
-            "SELECT * FROM outbox_intents WHERE tenant_id = $1 ORDER BY seq, subscription_id, stream_id",
+            "SELECT * FROM outbox_intents WHERE tenant_id = $1 ORDER BY position, subscription_id, stream_id",
             history.tenant_id,
         )
 
@@ -41,7 +41,7 @@ async def intents(app_connection, history):
 
 async def test_nobody_is_told_of_what_came_before_they_asked_or_after_they_left(intents, history):
     history.incident(7, incident())
-    history.subscription(1, wish())
+    history.subscription(1, subscriber_filter())
     history.incident(7, ChangeIncident(status="identified"))
     history.subscription(1, RemoveSubscription())
     history.incident(7, ResolveIncident())
@@ -49,19 +49,19 @@ async def test_nobody_is_told_of_what_came_before_they_asked_or_after_they_left(
 
 
 async def test_a_pending_subscription_is_asked_and_told_nothing_until_it_is_confirmed(intents, history):
-    history.subscription(3, wish(channel="email", pending=True))
+    history.subscription(3, subscriber_filter(channel="email", pending=True))
     history.incident(7, incident())
     history.subscription(3, ConfirmSubscription())
     history.incident(7, ResolveIncident())
     asked, resolved = await intents()
-    assert (asked["seq"], asked["topic"], asked["channel"]) == (1, "subscription.created", "email")
+    assert (asked["position"], asked["topic"], asked["channel"]) == (1, "subscription.created", "email")
     assert (asked["stream_kind"], asked["stream_id"], asked["subscription_id"]) == ("subscription", 3, 3)
     assert not asked["suppressed"]
-    assert (resolved["seq"], resolved["topic"]) == (4, "incident.resolved")
+    assert (resolved["position"], resolved["topic"]) == (4, "incident.resolved")
 
 
 async def test_a_pending_subscription_that_is_changed_is_told_by_the_change_once_it_is_confirmed(intents, history):
-    history.subscription(1, wish(pending=True, service_ids=(1,)))
+    history.subscription(1, subscriber_filter(pending=True, service_ids=(1,)))
     history.subscription(1, ChangeSubscription(service_ids=(2,)))
     history.incident(7, incident(service_ids=(2,)))
     history.subscription(1, ConfirmSubscription())
@@ -74,30 +74,30 @@ async def test_a_pending_subscription_that_is_changed_is_told_by_the_change_once
 
 
 async def test_a_subscription_that_is_not_pending_is_not_asked(intents, history):
-    history.subscription(1, wish())
+    history.subscription(1, subscriber_filter())
     assert await intents() == []
 
 
 async def test_what_is_wanted_changes_with_the_subscription(intents, history):
-    history.subscription(1, wish(audience="public"))
+    history.subscription(1, subscriber_filter(audience="public"))
     history.incident(7, incident(visibility="internal"))
     history.subscription(1, ChangeSubscription(audience="internal"))
     history.incident(7, PostUpdate(message="m"))
-    history.subscription(1, ChangeSubscription(lowest_severity="critical", incidents=False, maintenance=False))
+    history.subscription(1, ChangeSubscription(min_severity="critical", incidents=False, maintenance=False))
     history.incident(7, ChangeIncident(status="monitoring"))
     history.window(1, schedule())
     history.subscription(1, ChangeSubscription(incidents=True, service_ids=(2,)))
     history.incident(8, incident(severity="critical", service_ids=(1,)))
     history.incident(9, incident(severity="critical", service_ids=(2,)))
-    assert [(row["seq"], row["topic"]) for row in await intents()] == [
+    assert [(row["position"], row["topic"]) for row in await intents()] == [
         (4, "incident.updated"),
         (10, "incident.opened"),
     ]
 
 
-@pytest.mark.parametrize("reason", ["asked", "gone", "failing"])
+@pytest.mark.parametrize("reason", ["disabled_by_owner", "endpoint_gone", "endpoint_failing"])
 async def test_a_disabled_subscription_is_told_nothing_until_it_is_enabled(intents, history, reason):
-    history.subscription(1, wish())
+    history.subscription(1, subscriber_filter())
     history.subscription(1, DisableSubscription(reason=reason))
     history.incident(7, incident())
     history.subscription(1, ChangeSubscription(enabled=True))
@@ -106,8 +106,8 @@ async def test_a_disabled_subscription_is_told_nothing_until_it_is_enabled(inten
 
 
 async def test_another_secret_or_target_changes_nothing(intents, history, app_connection):
-    history.subscription(1, wish(sealed="s"))
-    history.subscription(1, RotateSecret(sealed="t", previous_until=at(5)))
+    history.subscription(1, subscriber_filter(encrypted_secret="s"))
+    history.subscription(1, RotateSecret(encrypted_secret="t", previous_until=at(5)))
     history.subscription(1, ChangeSubscription(target="https://example.com"))
     history.incident(7, incident())
     assert told(await intents()) == [(1, "incident.opened")]
@@ -116,8 +116,8 @@ async def test_another_secret_or_target_changes_nothing(intents, history, app_co
 
 
 async def test_a_test_is_for_the_one_that_asked(intents, history):
-    history.subscription(1, wish(incidents=False, maintenance=False))
-    history.subscription(2, wish(channel="email"))
+    history.subscription(1, subscriber_filter(incidents=False, maintenance=False))
+    history.subscription(2, subscriber_filter(channel="email"))
     history.subscription(1, RequestTest())
     (row,) = await intents()
     assert (row["subscription_id"], row["channel"], row["topic"]) == (1, "webhook", "subscription.test_requested")
@@ -125,7 +125,7 @@ async def test_a_test_is_for_the_one_that_asked(intents, history):
 
 
 async def test_nothing_is_left_of_a_subscription_that_was_removed(intents, history, app_connection):
-    history.subscription(1, wish(pending=True))
+    history.subscription(1, subscriber_filter(pending=True))
     history.subscription(1, RemoveSubscription(versions=(1,)))
     await intents()
     assert await app_connection.fetchval("SELECT count(*) FROM outbox_state") == 0
@@ -137,7 +137,7 @@ async def test_nothing_is_left_of_a_subscription_that_was_removed(intents, histo
 @pytest.fixture
 def within(history):
     """A subscription to incidents, and a window that withholds what is told of services 1 and 2."""
-    history.subscription(1, wish(maintenance=False))
+    history.subscription(1, subscriber_filter(maintenance=False))
     history.window(1, schedule(service_ids=(1, 2), suppress_alerts=True))
     history.window(1, StartMaintenance())
     return history
@@ -153,9 +153,9 @@ async def test_what_is_still_open_when_a_window_is_over_is_told_once_each(intent
     within.window(2, StartMaintenance())
     within.window(2, CompleteMaintenance())
     rows = [row for row in await intents() if row["topic"] == STILL_OPEN]
-    assert [(row["seq"], row["stream_kind"], row["stream_id"]) for row in rows] == [
-        (over.seq, "incident", 7),
-        (over.seq, "incident", 8),
+    assert [(row["position"], row["stream_kind"], row["stream_id"]) for row in rows] == [
+        (over.position, "incident", 7),
+        (over.position, "incident", 8),
     ]
     assert {(row["created_at"], row["suppressed"], row["subscription_id"]) for row in rows} == {
         (over.recorded_at, False, 1)
@@ -184,7 +184,7 @@ async def test_what_was_heard_or_is_over_is_not_told_again(intents, within, sinc
 
 
 async def test_what_was_told_aloud_and_had_no_news_since_is_not_told_again(intents, history):
-    history.subscription(1, wish(maintenance=False))
+    history.subscription(1, subscriber_filter(maintenance=False))
     history.incident(7, incident())
     history.window(1, schedule(service_ids=(1,), suppress_alerts=True))
     history.window(1, StartMaintenance())
@@ -199,9 +199,9 @@ async def test_another_window_goes_on_withholding_until_it_is_over_too(intents, 
         within.incident(number, incident(service_ids=services))
     (first,) = within.window(1, CompleteMaintenance())
     (second,) = within.window(2, CompleteMaintenance())
-    assert [(row["seq"], row["stream_id"]) for row in await intents() if row["topic"] == STILL_OPEN] == [
-        (first.seq, 8),
-        (second.seq, 7),
+    assert [(row["position"], row["stream_id"]) for row in await intents() if row["topic"] == STILL_OPEN] == [
+        (first.position, 8),
+        (second.position, 7),
     ]
 
 
@@ -213,9 +213,9 @@ async def test_a_window_that_is_completed_silently_tells_nothing(intents, within
 
 async def test_whoever_asked_since_is_told_what_is_still_open_and_whoever_left_is_not(intents, within):
     within.incident(7, incident())
-    within.subscription(2, wish(maintenance=False))
-    within.subscription(3, wish(maintenance=False, service_ids=(2,)))
-    within.subscription(4, wish(maintenance=False, lowest_severity="critical"))
+    within.subscription(2, subscriber_filter(maintenance=False))
+    within.subscription(3, subscriber_filter(maintenance=False, service_ids=(2,)))
+    within.subscription(4, subscriber_filter(maintenance=False, min_severity="critical"))
     within.subscription(1, RemoveSubscription())
     within.window(1, CompleteMaintenance())
     assert [(row["subscription_id"], row["topic"]) for row in await intents() if not row["suppressed"]] == [
@@ -224,7 +224,7 @@ async def test_whoever_asked_since_is_told_what_is_still_open_and_whoever_left_i
 
 
 async def test_the_public_is_not_told_of_what_is_still_open_inside(intents, within):
-    within.subscription(2, wish(maintenance=False, audience="public"))
+    within.subscription(2, subscriber_filter(maintenance=False, audience="public"))
     within.incident(7, incident())
     within.incident(7, ChangeIncident(visibility="internal"))
     within.window(1, CompleteMaintenance())
@@ -235,7 +235,7 @@ async def test_the_public_is_not_told_of_what_is_still_open_inside(intents, with
     ("suppress", "services", "withheld"), [(True, (1,), True), (False, (1,), False), (True, (2,), False)]
 )
 async def test_what_a_window_withholds_is_what_it_said_when_it_began(intents, history, suppress, services, withheld):
-    history.subscription(1, wish(maintenance=False))
+    history.subscription(1, subscriber_filter(maintenance=False))
     history.window(1, schedule(service_ids=(9,), suppress_alerts=not suppress))
     history.window(1, ChangeMaintenance(suppress_alerts=suppress, service_ids=services))
     history.window(1, StartMaintenance())

@@ -8,8 +8,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from opsentry.domain import subscription
-from opsentry.domain.decider import TransitionRefused
-from opsentry.domain.redaction import worded
+from opsentry.domain.decider import IllegalTransition
+from opsentry.domain.redaction import erasable_versions
 from opsentry.domain.subscription import (
     ChangeSubscription,
     ConfirmSubscription,
@@ -21,19 +21,19 @@ from opsentry.domain.subscription import (
     Subscription,
 )
 from opsentry.projections import subscriptions
-from opsentry.projections.projection import by_stream
+from opsentry.projections.engine.projection import by_stream
 from opsentry.projections.subscriptions import Subscriptions
 from tests.projections.histories import History, apply, at, written
 
 PROJECTION = Subscriptions()
 
 
-def wish(**fields: Any) -> CreateSubscription:
+def subscriber_filter(**fields: Any) -> CreateSubscription:
     return CreateSubscription(**{"channel": "webhook", "target": "https://example.com/hook", **fields})
 
 
 def remove(history: History, number: int, **fields: Any) -> None:
-    versions = worded(written(history, subscription.KIND, number))
+    versions = erasable_versions(written(history, subscription.KIND, number))
     history.subscription(number, RemoveSubscription(versions=versions, **fields))
 
 
@@ -44,7 +44,7 @@ async def row_of(connection: Any, history: History, number: int) -> Any:
 
 
 async def test_a_row_has_the_answer_and_the_state(app_connection, history):
-    history.subscription(1, wish(service_ids=(2, 1), sealed="ciphertext"))
+    history.subscription(1, subscriber_filter(service_ids=(2, 1), encrypted_secret="ciphertext"))
     history.subscription(1, ChangeSubscription(audience="internal"))
     await apply(app_connection, PROJECTION, history.events)
     row = await row_of(app_connection, history, 1)
@@ -56,7 +56,7 @@ async def test_a_row_has_the_answer_and_the_state(app_connection, history):
         "incidents": True,
         "maintenance": True,
         "service_ids": [1, 2],
-        "lowest_severity": "informational",
+        "min_severity": "informational",
         "status": "active",
         "disabled_reason": None,
         "created_at": "2026-01-01T00:01:00Z",
@@ -68,8 +68,8 @@ async def test_a_row_has_the_answer_and_the_state(app_connection, history):
 
 
 async def test_of_a_removed_one_nothing_is_left_that_was_written(app_connection, history):
-    history.subscription(1, wish(sealed="ciphertext"))
-    history.subscription(1, RotateSecret(sealed="ciphertext", previous_until=at(5)))
+    history.subscription(1, subscriber_filter(encrypted_secret="ciphertext"))
+    history.subscription(1, RotateSecret(encrypted_secret="ciphertext", previous_until=at(5)))
     remove(history, 1)
     await apply(app_connection, PROJECTION, history.events)
     row = await row_of(app_connection, history, 1)
@@ -82,21 +82,27 @@ _STEPS = st.sampled_from(
     [
         ConfirmSubscription(),
         ChangeSubscription(target="https://example.org/other"),
-        ChangeSubscription(target="https://example.org/third", sealed="resealed", enabled=False),
-        RotateSecret(sealed="rotated", previous_until=at(24)),
-        DisableSubscription(reason="gone"),
+        ChangeSubscription(target="https://example.org/third", encrypted_secret="resealed", enabled=False),
+        RotateSecret(encrypted_secret="rotated", previous_until=at(24)),
+        DisableSubscription(reason="endpoint_gone"),
         RequestTest(),
     ]
 )
 
 
 @hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(_STEPS, max_size=6), sealed=st.sampled_from([None, "sealed"]), pending=st.booleans())
-async def test_a_removed_one_is_derived_from_erased_words_as_it_was_live(app_connection, steps, sealed, pending):
+@given(
+    steps=st.lists(_STEPS, max_size=6),
+    encrypted_secret=st.sampled_from([None, "encrypted_secret"]),
+    pending=st.booleans(),
+)
+async def test_a_removed_one_is_derived_from_erased_words_as_it_was_live(
+    app_connection, steps, encrypted_secret, pending
+):
     history = History(10**6)
-    history.subscription(1, wish(sealed=sealed, pending=pending))
+    history.subscription(1, subscriber_filter(encrypted_secret=encrypted_secret, pending=pending))
     for step in steps:
-        with suppress(TransitionRefused):
+        with suppress(IllegalTransition):
             history.subscription(1, step)
     remove(history, 1)
     transaction = app_connection.transaction()
@@ -107,24 +113,24 @@ async def test_a_removed_one_is_derived_from_erased_words_as_it_was_live(app_con
         live = await row_of(app_connection, history, 1)
     finally:
         await transaction.rollback()
-    (derived,) = PROJECTION.deriver()(subscription.KIND, by_stream(history.erased()))["subscriptions"]
+    (derived,) = PROJECTION.replayer()(subscription.KIND, by_stream(history.erased()))["subscriptions"]
     assert tuple(live)[1:] == derived
     assert "[redacted]" not in str(derived)
 
 
 async def test_lists_are_the_tenants_own_newest_first_and_without_removed_ones(app_connection, history, other_history):
-    history.subscription(1, wish())
-    history.subscription(2, wish(channel="email", target="ops@example.org"))
-    history.subscription(3, wish(pending=True))
-    history.subscription(4, wish())
+    history.subscription(1, subscriber_filter())
+    history.subscription(2, subscriber_filter(channel="email", target="ops@example.org"))
+    history.subscription(3, subscriber_filter(pending=True))
+    history.subscription(4, subscriber_filter())
     remove(history, 4)
-    other_history.subscription(5, wish())
+    other_history.subscription(5, subscriber_filter())
     for each in (history, other_history):
         await apply(app_connection, PROJECTION, each.events)
 
     async def page(**asked: Any) -> tuple[list[int], int]:
         asked = {"channel": None, "status": None, "limit": 10, "offset": 0, **asked}
-        row = await subscriptions.page(app_connection, history.tenant_id, **asked)
+        row = await subscriptions.select_subscriptions(app_connection, history.tenant_id, **asked)
         items = msgspec.json.decode(b"[" + (row["items"] or b"") + b"]")
         return [item["id"] for item in items], row["total"]
 
@@ -133,37 +139,37 @@ async def test_lists_are_the_tenants_own_newest_first_and_without_removed_ones(a
     assert await page(channel="webhook") == ([3, 1], 2)
     assert await page(status="pending") == ([3], 1)
     assert await page(status="removed") == ([], 0)
-    assert (await subscriptions.one(app_connection, history.tenant_id, 3))["status"] == "pending"
+    assert (await subscriptions.select_subscription(app_connection, history.tenant_id, 3))["status"] == "pending"
     for number in (4, 5):
-        row = await subscriptions.one(app_connection, history.tenant_id, number)
+        row = await subscriptions.select_subscription(app_connection, history.tenant_id, number)
         assert (row["body"], row["etag"], row["status"]) == (None, None, None)
 
 
 async def test_the_sender_is_told_of_removed_ones_too_and_of_no_other_tenants(app_connection, history, other_history):
-    history.subscription(1, wish(sealed="ciphertext"))
-    history.subscription(2, wish())
+    history.subscription(1, subscriber_filter(encrypted_secret="ciphertext"))
+    history.subscription(2, subscriber_filter())
     remove(history, 2)
-    other_history.subscription(3, wish())
+    other_history.subscription(3, subscriber_filter())
     for each in (history, other_history):
         await apply(app_connection, PROJECTION, each.events)
-    rows = await subscriptions.for_sending(app_connection, history.tenant_id, [1, 2, 3, 4])
+    rows = await subscriptions.select_for_sending(app_connection, history.tenant_id, [1, 2, 3, 4])
     states = {row["subscription_id"]: msgspec.json.decode(row["state"], type=Subscription) for row in rows}
-    assert {number: (state.status, state.sealed) for number, state in states.items()} == {
+    assert {number: (state.status, state.encrypted_secret) for number, state in states.items()} == {
         1: ("active", "ciphertext"), 2: ("removed", None),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["ops@example.org", "nobody@example.org"])
 async def test_whoever_signs_up_again_is_found_by_the_target(app_connection, history, other_history, target):
-    history.subscription(1, wish(channel="email", target="ops@example.org"))
-    history.subscription(2, wish(channel="email", target="ops@example.org", pending=True))
-    history.subscription(3, wish(target="ops@example.org"))
-    history.subscription(4, wish(channel="email", target="ops@example.org"))
+    history.subscription(1, subscriber_filter(channel="email", target="ops@example.org"))
+    history.subscription(2, subscriber_filter(channel="email", target="ops@example.org", pending=True))
+    history.subscription(3, subscriber_filter(target="ops@example.org"))
+    history.subscription(4, subscriber_filter(channel="email", target="ops@example.org"))
     remove(history, 4)
-    other_history.subscription(5, wish(channel="email", target="ops@example.org"))
+    other_history.subscription(5, subscriber_filter(channel="email", target="ops@example.org"))
     for each in (history, other_history):
         await apply(app_connection, PROJECTION, each.events)
-    found = await subscriptions.find_target(app_connection, history.tenant_id, "email", target)
+    found = await subscriptions.select_by_target(app_connection, history.tenant_id, "email", target)
     if target == "nobody@example.org":
         assert (found["ids"], found["statuses"], found["ages"]) == (None, None, None)
     else:

@@ -35,7 +35,7 @@ REST = {
 class Told(NamedTuple):
     """A message that somebody must get, or would have to were it not for a window."""
 
-    seq: int
+    position: int
     subscription_id: int
     channel: str
     topic: str
@@ -48,7 +48,7 @@ class Teller:
     """What is the case after the events that it has read."""
 
     def __init__(self) -> None:
-        self.wishes: dict[int, Any] = {}
+        self.filters: dict[int, Any] = {}
         self.things: dict[tuple[str, int], Any] = {}
         self.silencing: dict[int, set[int]] = {}
         # Open incidents whose last message was withheld.
@@ -63,21 +63,21 @@ class Teller:
         over = name == "maintenance.completed" and self.silencing.pop(number, None) is not None
         match name:
             case "subscription.created":
-                self.wishes[number] = {**data, "active": not data.get("pending", False)}
+                self.filters[number] = {**data, "active": not data.get("pending", False)}
                 if data.get("pending", False) and loud:
-                    yield Told(row["seq"], number, data["channel"], name, kind, number, suppressed=False)
+                    yield Told(row["position"], number, data["channel"], name, kind, number, suppressed=False)
             case "subscription.confirmed" | "subscription.enabled":
-                self.wishes[number]["active"] = True
+                self.filters[number]["active"] = True
             case "subscription.disabled":
-                self.wishes[number]["active"] = False
+                self.filters[number]["active"] = False
             case "subscription.changed":
-                self.wishes[number] |= data
+                self.filters[number] |= data
             case "subscription.removed":
-                del self.wishes[number]
+                del self.filters[number]
             case "subscription.test_requested":
                 if loud:
-                    channel = self.wishes[number]["channel"]
-                    yield Told(row["seq"], number, channel, name, kind, number, suppressed=False)
+                    channel = self.filters[number]["channel"]
+                    yield Told(row["position"], number, channel, name, kind, number, suppressed=False)
             case "incident.opened" | "maintenance.scheduled":
                 self.things[kind, number] = thing = {**data, "worst": data.get("severity", "critical")}
             case "incident.visibility_changed" | "incident.services_changed" | "maintenance.changed":
@@ -95,7 +95,7 @@ class Teller:
         if name in TOLD and loud:
             withheld = kind == "incident" and self.withheld(thing)
             for wish_id, channel in self.who(kind, thing, public=data.get("is_public", True)):
-                yield Told(row["seq"], wish_id, channel, name, kind, number, withheld)
+                yield Told(row["position"], wish_id, channel, name, kind, number, withheld)
             if kind == "incident":
                 (self.unheard.add if withheld else self.unheard.discard)(number)
         if name == "incident.resolved":
@@ -107,7 +107,13 @@ class Teller:
                     self.unheard.remove(unheard)
                     for wish_id, channel in self.who("incident", topic, public=True):
                         yield Told(
-                            row["seq"], wish_id, channel, "incident.still_open", "incident", unheard, suppressed=False
+                            row["position"],
+                            wish_id,
+                            channel,
+                            "incident.still_open",
+                            "incident",
+                            unheard,
+                            suppressed=False,
                         )
 
     def withheld(self, thing: Mapping[str, Any]) -> bool:
@@ -116,15 +122,18 @@ class Teller:
 
     def who(self, kind: str, thing: Mapping[str, Any], *, public: bool) -> Iterator[tuple[int, str]]:
         public = public and thing["visibility"] == "public"
-        for wish_id, wish in self.wishes.items():
+        for wish_id, subscriber_filter in self.filters.items():
             if (
-                wish["active"]
-                and wish["incidents" if kind == "incident" else "maintenance"]
-                and (public or wish["audience"] == "internal")
-                and (not wish["service_ids"] or set(thing["service_ids"]) & set(wish["service_ids"]))
-                and LEVELS.index(thing["worst"]) >= LEVELS.index(wish["lowest_severity"])
+                subscriber_filter["active"]
+                and subscriber_filter["incidents" if kind == "incident" else "maintenance"]
+                and (public or subscriber_filter["audience"] == "internal")
+                and (
+                    not subscriber_filter["service_ids"]
+                    or set(thing["service_ids"]) & set(subscriber_filter["service_ids"])
+                )
+                and LEVELS.index(thing["worst"]) >= LEVELS.index(subscriber_filter["min_severity"])
             ):
-                yield wish_id, wish["channel"]
+                yield wish_id, subscriber_filter["channel"]
 
 
 def told(ledger: Iterable[Mapping[str, Any]]) -> list[Told]:
@@ -140,8 +149,9 @@ async def check_intents(owner: Any, tenant_id: int) -> int:
             "SELECT position FROM checkpoints WHERE tenant_id = $1 AND projection = 'outbox'", tenant_id
         )
         ledger = await owner.fetch(
-            "SELECT seq, stream_kind, stream_id, type, data, meta FROM events WHERE tenant_id = $1 AND seq <= $2"
-            " ORDER BY seq",
+            "SELECT position, stream_kind, stream_id, type, data, meta FROM events WHERE tenant_id = $1 AND"
+            " position <= $2"
+            " ORDER BY position",
             tenant_id,
             position,
         )

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import fields
 from typing import Any, NamedTuple, TypeVar
 
-from opsentry.config import Settings
+from opsentry.settings import Settings
 
 T = TypeVar("T")
 

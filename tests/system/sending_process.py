@@ -12,20 +12,20 @@ from contextlib import suppress
 from functools import wraps
 from typing import Any
 
-from opsentry import wiring
-from opsentry.config import Settings
-from opsentry.notifications import leases
-from opsentry.notifications.composing import Composer
-from opsentry.notifications.courier import Courier
+from opsentry import bootstrap
+from opsentry.notifications.delivery import leases
+from opsentry.notifications.delivery.endpoint_worker import EndpointWorker
+from opsentry.notifications.messages.builder import MessageBuilder
+from opsentry.settings import Settings
 
 # What is called there, and whether it dies before or after that was done. What is taken and recorded is not committed
 # yet when the call ends.
 POINTS: dict[str, tuple[Any, str, bool]] = {
     "taking": (leases, "take", True),
-    "claimed": (Courier, "serve", False),
-    "composed": (Composer, "compose", True),
-    "sending": (Courier, "send", False),
-    "sent": (Courier, "send", True),
+    "reserved": (EndpointWorker, "serve", False),
+    "composed": (MessageBuilder, "compose", True),
+    "sending": (EndpointWorker, "send", False),
+    "sent": (EndpointWorker, "send", True),
     "recording": (leases, "record", True),
 }
 
@@ -59,8 +59,8 @@ async def main(lease: float, point: str, nth: int) -> None:
     settings = Settings.from_environment()
     if point != "-":
         plant(point, nth)
-    wiring.configure_logging(settings.log_level)
-    async with wiring.core(settings) as parts, wiring.sending(parts, lease=lease):
+    bootstrap.configure_logging(settings.log_level)
+    async with bootstrap.core(settings) as parts, bootstrap.sending(parts, lease=lease):
         print("sending", flush=True)  # noqa: T201
         await asyncio.Event().wait()
 

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from opsentry.config import Settings
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.wiring import core, projections
+from opsentry.bootstrap import core, projections
+from opsentry.projections.engine.rebuild import Rebuilder
+from opsentry.settings import Settings
 from tests.conftest import make_tenant, new_database, settings_for
 from tests.system.intents import check_intents
 from tests.system.processes import Running, environment, opsentry, running, server, until
@@ -42,7 +42,7 @@ OUTBOX = "SELECT tenant_id, position FROM checkpoints WHERE projection = 'outbox
 INTENTS = """
 SELECT tenant_id, count(*), md5(string_agg(i::text, ',' ORDER BY intent_id)) FROM outbox_intents i
 JOIN unnest($1::bigint[], $2::bigint[]) AS was (tenant_id, position) USING (tenant_id)
-WHERE seq <= position GROUP BY tenant_id ORDER BY tenant_id
+WHERE position <= position GROUP BY tenant_id ORDER BY tenant_id
 """
 # What those are at who rebuild a tenant just now.
 AT_WORK = """
@@ -101,7 +101,7 @@ class Killing:
         self.watch = await self.stack.enter_async_context(Watch(url, self.tenants))
 
     async def connect(self) -> Any:
-        connection = await asyncpg.connect(self.settings.migrate_database_url)
+        connection = await asyncpg.connect(self.settings.migration_database_url)
         self.stack.push_async_callback(connection.close)
         return connection
 
@@ -110,7 +110,7 @@ class Killing:
         await self.worker.line("working")
 
     async def round(self, moment: str, ending: str) -> Round:
-        """Make all rows old ones, begin to derive them anew, kill that, have it ended, and look at what is there."""
+        """Make all rows old ones, begin to replay them anew, kill that, have it ended, and look at what is there."""
         before = self.counted()
         for one in self.tenants:
             await one.mark(self.owner)

@@ -118,7 +118,7 @@ async def kill_and_retry(settings, owner, rounds):
             lost = [command.mark for command, answer in zip(made, first, strict=True) if answer is None]
             recorded = sum(before[mark] for mark in lost)
             found.append(Round(COMMANDS - len(lost), len(lost), recorded, sum(after[mark] for mark in wanted)))
-    rows = await owner.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY seq", tenant.id)
+    rows = await owner.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY position", tenant.id)
     assert first_broken(rows) is None
     return found
 
@@ -126,9 +126,10 @@ async def kill_and_retry(settings, owner, rounds):
 async def marks(owner, tenant):
     """How often each mark stands in the tenant's ledger."""
     rows = await owner.fetch(
-        "SELECT words FROM events WHERE tenant_id = $1 AND stream_kind = 'incident' AND words IS NOT NULL", tenant.id
+        "SELECT erasable FROM events WHERE tenant_id = $1 AND stream_kind = 'incident' AND erasable IS NOT NULL",
+        tenant.id,
     )
-    return Counter(text for row in rows for text in json.loads(row["words"]).values())
+    return Counter(text for row in rows for text in json.loads(row["erasable"]).values())
 
 
 async def test_commands_sent_again_after_a_kill_have_one_effect_each(settings, owner):

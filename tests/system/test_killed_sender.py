@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from standardwebhooks import Webhook
 
+from opsentry.bootstrap import core
 from opsentry.domain import incident, subscription
 from opsentry.domain.incident import OpenIncident, PostUpdate
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.notifications.sealing import Sealing, new_key
-from opsentry.notifications.signing import new_secret
-from opsentry.wiring import core
+from opsentry.infrastructure.encryption import SecretBox, new_key
+from opsentry.notifications.messages.signing import new_secret
 from tests.conftest import META, make_tenant
 from tests.system.processes import Running, environment, until
 from tests.system.receivers import receivers
@@ -32,7 +32,7 @@ SOCKETS = 12
 # What was claimed by the last sender and has not come to an end: it may be under way.
 UNDER_WAY = """
 SELECT d.intent_id FROM deliveries d JOIN endpoints e USING (tenant_id, subscription_id)
-WHERE d.state = 'waiting' AND d.until_seq IS NOT NULL AND e.lease IS NOT NULL AND e.lease <> ALL($1)
+WHERE d.state = 'waiting' AND d.until_position IS NOT NULL AND e.lease IS NOT NULL AND e.lease <> ALL($1)
 """
 LEASES = "SELECT coalesce(array_agg(lease), '{}') FROM endpoints WHERE lease IS NOT NULL"
 SESSIONS = """
@@ -62,7 +62,9 @@ async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
     secrets = {}
     for number in range(subscribers):
         secret = new_secret()
-        command = CreateSubscription(channel="webhook", target=url(number), sealed=Sealing([key]).seal(secret))
+        command = CreateSubscription(
+            channel="webhook", target=url(number), encrypted_secret=SecretBox([key]).seal(secret)
+        )
         made = await parts.commands.create(subscription.DECIDER, tenant.id, command, META)
         secrets[number] = (made.stream_id, secret)
     for number in range(incidents):
@@ -70,7 +72,7 @@ async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
         for update in range(updates):
             more = PostUpdate(message=f"update {update}")
             await parts.commands.execute(incident.DECIDER, tenant.id, opened.stream_id, more, META)
-    await parts.runner.catch_up(tenant.id, 0)
+    await parts.projector.catch_up(tenant.id, 0)
     return secrets
 
 
@@ -78,10 +80,10 @@ async def kill_again_and_again(settings, owner, *, subscribers, incidents, updat
     key = new_key()
     settings = replace(
         settings,
-        secret_keys=(key,),
-        open_networks=(ip_network("127.0.0.0/8"),),
-        burst_seconds=0,
-        sender_sockets=SOCKETS,
+        encryption_keys=(key,),
+        webhook_allowed_networks=(ip_network("127.0.0.0/8"),),
+        coalesce_seconds=0,
+        max_concurrent_deliveries=SOCKETS,
     )
     # Many messages are taken and recorded in one go.
     rounds = [

@@ -44,7 +44,7 @@ async def kill_and_restart(settings, owner, rounds):
         marks = await check_ledgers(owner, tenants, answers)
         lost = [mark for mark, status in load.answers.items() if status is None]
         behind = await owner.fetchval(
-            "SELECT count(*) FROM checkpoints c JOIN heads h USING (tenant_id) WHERE position < seq"
+            "SELECT count(*) FROM checkpoints c JOIN ledger_heads h USING (tenant_id) WHERE position < position"
         )
         found.append(Round(load.count(201), len(lost), sum(marks[mark] for mark in lost), behind))
     async with server(settings) as (_, url), aiohttp.ClientSession() as session:

@@ -1,8 +1,8 @@
 import asyncio
 import json
 
-from opsentry.access import operators
-from opsentry.wiring import core
+from opsentry.bootstrap import core
+from opsentry.identity import operator_tokens
 from tests.conftest import Client
 from tests.projections.planting import plant
 from tests.system.load import prepare
@@ -13,13 +13,13 @@ OF_INCIDENTS = {"incidents", "impact", "outbox"}
 WINDOW = {"title": "Move", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
 
 
-async def age(owner, tenant_id, seq):
+async def age(owner, tenant_id, position):
     """Make an event an hour older, which none has applied that reads it."""
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute(
-        "UPDATE events SET recorded_at = recorded_at - interval '1 hour' WHERE tenant_id = $1 AND seq = $2",
+        "UPDATE events SET recorded_at = recorded_at - interval '1 hour' WHERE tenant_id = $1 AND position = $2",
         tenant_id,
-        seq,
+        position,
     )
     await owner.execute("ALTER TABLE events ENABLE ALWAYS TRIGGER events_append_only")
 
@@ -37,24 +37,24 @@ class Operator:
         return ran.code, json.loads(ran.out)
 
     async def sees_parked(self, expected):
-        """Check that everything which tells of parked projections tells of these, and where they stopped."""
+        """Check that everything which tells of halted projections tells of these, and where they stopped."""
 
         async def told():
-            _, body, _ = await self.client.send("GET", "/ops/projections/parked")
-            return {(row["slug"], row["projection"], row["seq"]) for row in body["parked"]} == expected
+            _, body, _ = await self.client.send("GET", "/ops/projections/halted")
+            return {(row["slug"], row["projection"], row["position"]) for row in body["halted"]} == expected
 
         await until(told)
-        (_, rows), (_, standing) = await asyncio.gather(self.runs("parked"), self.runs("list"))
-        assert {(row["slug"], row["projection"], row["seq"]) for row in rows} == expected
+        (_, rows), (_, standing) = await asyncio.gather(self.runs("halted"), self.runs("list"))
+        assert {(row["slug"], row["projection"], row["position"]) for row in rows} == expected
         assert all("exploded" in row["error"] for row in rows)
         names = {name for _, name, _ in expected}
         assert {row["projection"] for row in standing} == NAMES
-        assert {row["projection"] for row in standing if row["parked"] == 1} == names
+        assert {row["projection"] for row in standing if row["halted"] == 1} == names
 
         async def listed():
             # An answer may be as old as a second.
             _, body, _ = await self.client.send("GET", "/ops/projections")
-            return {row["projection"] for row in body["projections"] if row["parked"] == 1} == names
+            return {row["projection"] for row in body["projections"] if row["halted"] == 1} == names
 
         await until(listed)
 
@@ -62,7 +62,7 @@ class Operator:
         return await self.client.send("GET", "/health/ready")
 
 
-FROM_BEFORE = "UPDATE checkpoints SET parked_seq = position + 1, error = 'from before' WHERE tenant_id = $1"
+FROM_BEFORE = "UPDATE checkpoints SET halted_at = position + 1, error = 'from before' WHERE tenant_id = $1"
 
 
 async def begun(owner, tenant):
@@ -80,7 +80,7 @@ async def test_poison_is_seen_everywhere_stops_nothing_else_and_nothing_is_skipp
 ):
     acme, globex = await prepare(settings, 2)
     async with core(settings) as parts, parts.database.connection() as connection:
-        token = await operators.create(connection, name="on call")
+        token = await operator_tokens.create_operator_token(connection, name="on call")
     await owner.execute(FROM_BEFORE, globex.id)
     async with server(settings) as (_, url), running(environment(settings), "worker") as worker:
         await begun(owner, globex)
@@ -102,9 +102,9 @@ async def test_poison_is_seen_everywhere_stops_nothing_else_and_nothing_is_skipp
         in_incidents = await plant(owner, acme.id, number["id"], 2, type="incident.exploded")
         for name in OF_INCIDENTS:
             await worker.mentions(f'"projection": "{name}"')
-        assert worker.said.count("projection parked") == 1 + len(OF_INCIDENTS)
-        parked = {(acme.slug, name, in_incidents) for name in OF_INCIDENTS} | {(acme.slug, "services", in_services)}
-        await operator.sees_parked(parked)
+        assert worker.said.count("projection halted") == 1 + len(OF_INCIDENTS)
+        halted = {(acme.slug, name, in_incidents) for name in OF_INCIDENTS} | {(acme.slug, "services", in_services)}
+        await operator.sees_parked(halted)
         status, body, _ = await operator.ready()
         assert (status, body["checks"]["outbox"]["status"]) == (200, "ok")
         await age(owner, acme.id, in_incidents)
@@ -120,19 +120,19 @@ async def test_poison_is_seen_everywhere_stops_nothing_else_and_nothing_is_skipp
         for client in (api, other):
             _, window, _ = await client.post("/maintenance", WINDOW)
             status, body, headers = await client.get(f"/maintenance/{window['id']}")
-            assert (status, body["title"], "Opsentry-Lag" in headers) == (200, "Move", False)
+            assert (status, body["title"], "Opsentry-Lag-Events" in headers) == (200, "Move", False)
         status, body, _ = await other.post("/incidents", {"title": "Up and down"})
         assert [item["title"] for item in (await other.get("/incidents/active"))[1]["incidents"]] == ["Up and down"]
         assert (await api.get(incident))[1]["updates"] == []
 
         # What cannot be applied yet stops again; what can goes on where it stopped.
-        assert await operator.runs("retry", "--all") == (1, {"retried": 4, "parked": 4})
-        await operator.sees_parked(parked)
+        assert await operator.runs("retry", "--all") == (1, {"retried": 4, "halted": 4})
+        await operator.sees_parked(halted)
         await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
         await owner.execute("UPDATE events SET type = 'service.retired' WHERE type = 'service.exploded'")
         await owner.execute("UPDATE events SET type = 'incident.updated' WHERE type = 'incident.exploded'")
         await owner.execute("ALTER TABLE events ENABLE ALWAYS TRIGGER events_append_only")
-        assert await operator.runs("retry", "--all") == (0, {"retried": 4, "parked": 0})
+        assert await operator.runs("retry", "--all") == (0, {"retried": 4, "halted": 0})
         await operator.sees_parked(set())
         code, compared = await operator.runs("verify", "--all")
         assert (code, len(compared)) == (0, 2 * len(NAMES))
@@ -140,7 +140,7 @@ async def test_poison_is_seen_everywhere_stops_nothing_else_and_nothing_is_skipp
         await api.post(f"{incident}/updates", {"message": "after it"})
         status, body, headers = await api.get(incident)
         assert [entry["message"] for entry in body["updates"]] == ["planted", "after it"]
-        assert "Opsentry-Lag" not in headers
+        assert "Opsentry-Lag-Events" not in headers
 
         async def ready():
             return (await operator.ready())[0] == 200

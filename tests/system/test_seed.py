@@ -1,7 +1,7 @@
 import pytest
 
 from opsentry.demo import seed
-from opsentry.events.writer import TenantBusy
+from opsentry.events.appender import TenantBusy
 
 SHOWN = "SELECT status, body::json ->> 'title' AS title FROM {} ORDER BY title"
 
@@ -22,17 +22,17 @@ async def tenant_id(parts):
 
 async def test_sowing_twice_adds_nothing(parts, tenant_id, owner):
     await seed.seed(parts, tenant_id)
-    await parts.runner.catch_up(tenant_id, 0)
+    await parts.projector.catch_up(tenant_id, 0)
     before = await look(owner)
-    head = await owner.fetchval("SELECT seq FROM heads")
+    head = await owner.fetchval("SELECT position FROM ledger_heads")
     assert await seed.tenant(parts, seed.SLUG, seed.NAME) == tenant_id
     await seed.seed(parts, tenant_id)
-    assert await owner.fetchval("SELECT seq FROM heads") == head
+    assert await owner.fetchval("SELECT position FROM ledger_heads") == head
     assert await look(owner) == before
 
 
 async def test_an_end_half_way_is_made_up_for_at_the_next_start(parts, tenant_id, owner, monkeypatch):
-    append = parts.writer.append
+    append = parts.appender.append
     left = 0
 
     async def dying(command):
@@ -42,19 +42,19 @@ async def test_an_end_half_way_is_made_up_for_at_the_next_start(parts, tenant_id
             raise Killed
         return await append(command)
 
-    monkeypatch.setattr(parts.writer, "append", dying)
-    heads: list[int] = []
+    monkeypatch.setattr(parts.appender, "append", dying)
+    ledger_heads: list[int] = []
     while True:
-        left = len(heads)
+        left = len(ledger_heads)
         try:
             await seed.seed(parts, tenant_id)
         except Killed:
-            heads.append(await owner.fetchval("SELECT seq FROM heads"))
+            ledger_heads.append(await owner.fetchval("SELECT position FROM ledger_heads"))
         else:
             break
-    assert heads == sorted(set(heads))
-    assert len(heads) == 11
-    await parts.runner.catch_up(tenant_id, 0)
+    assert ledger_heads == sorted(set(ledger_heads))
+    assert len(ledger_heads) == 11
+    await parts.projector.catch_up(tenant_id, 0)
     incidents, windows, services = await look(owner)
     assert [status for status, _ in incidents] == ["resolved", "investigating", "resolved"]
     assert [status for status, _ in windows] == ["scheduled", "completed", "active"]

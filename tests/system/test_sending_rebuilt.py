@@ -7,13 +7,14 @@ from ipaddress import ip_network
 import pytest
 from rich.console import Console
 
+from opsentry.bootstrap import core, projections, sending
 from opsentry.domain import incident
 from opsentry.domain.incident import ChangeIncident, IncidentEdited, OpenIncident, ResolveIncident
-from opsentry.notifications.sealing import new_key
-from opsentry.projections import intents, operations
-from opsentry.projections.outbox import Outbox
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.wiring import core, projections, sending
+from opsentry.infrastructure.encryption import new_key
+from opsentry.projections.engine import management
+from opsentry.projections.engine.rebuild import Rebuilder
+from opsentry.projections.outbox import intents
+from opsentry.projections.outbox.projection import Outbox
 from tests.conftest import META, make_tenant
 from tests.system.processes import environment, opsentry, until
 from tests.system.receivers import receivers
@@ -25,7 +26,9 @@ INTENTS = "SELECT count(*) FROM outbox_intents"
 
 async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa: PLR0915 - one story
     key = new_key()
-    settings = replace(settings, secret_keys=(key,), open_networks=(ip_network("127.0.0.0/8"),), burst_seconds=0)
+    settings = replace(
+        settings, encryption_keys=(key,), webhook_allowed_networks=(ip_network("127.0.0.0/8"),), coalesce_seconds=0
+    )
     told = 0
     async with core(settings) as parts, receivers() as there, sending(parts):
         tenant = await make_tenant(parts, "acme")
@@ -37,7 +40,7 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
                 done = await parts.commands.create(incident.DECIDER, tenant.id, command, META)
             else:
                 done = await parts.commands.execute(incident.DECIDER, tenant.id, number, command, META)
-            await parts.runner.catch_up(tenant.id, done.seq)
+            await parts.projector.catch_up(tenant.id, done.position)
             return done.stream_id
 
         async def go_on():
@@ -56,7 +59,7 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
         async def derive_anew():
             """Do what workers do whose code has another version of the outbox."""
             async with parts.database.connection(10) as connection:
-                assert await operations.register(connection, projections()) == ["outbox"]
+                assert await management.register(connection, projections()) == ["outbox"]
             rebuilder = Rebuilder(parts.database, projections())
             for tenant_id in await rebuilder.left(100, 0):
                 await rebuilder.rebuild(tenant_id)

@@ -78,7 +78,7 @@ async def test_a_request_in_flight_is_answered_after_sigterm(settings, acme, own
     async with server(settings) as (process, url), aiohttp.ClientSession() as session:
         # Whoever holds the head makes the server wait.
         async with owner.transaction():
-            await owner.execute("SELECT FROM heads FOR UPDATE")
+            await owner.execute("SELECT FROM ledger_heads FOR UPDATE")
             last = asyncio.create_task(Client(session, url, acme.token).post("/incidents", {"title": "The last one"}))
             await until(lambda: owner.fetchval(WAITING))
             process.process.send_signal(signal.SIGTERM)
@@ -92,12 +92,12 @@ async def refused(port):
     async with asyncio.timeout(10):
         while True:
             try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                _, appender = await asyncio.open_connection("127.0.0.1", port)
             except ConnectionRefusedError:
                 return
             except ConnectionResetError:
                 continue  # it came between the last accept and the end of the listening
-            writer.close()
+            appender.close()
             await asyncio.sleep(0.01)
 
 

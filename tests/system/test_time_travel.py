@@ -16,13 +16,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from opsentry.config import Settings
+from opsentry.bootstrap import Core, core, serving
 from opsentry.domain import incident, service
 from opsentry.domain.decider import REDACTED
 from opsentry.domain.events import EVENT_TYPES
 from opsentry.domain.service import ChangeService, RetireService
-from opsentry.events.verify import verify
-from opsentry.wiring import Core, core, serving
+from opsentry.events.verification import verify
+from opsentry.settings import Settings
 from tests.conftest import META, Tenant, make_service, make_tenant
 
 _numbers = count(1)
@@ -46,7 +46,7 @@ class Answer(NamedTuple):
     """What a read was answered at a moment."""
 
     path: str
-    seq: int
+    position: int
     body: bytes
 
 
@@ -59,7 +59,7 @@ class Sent(NamedTuple):
     key: str
     status: int
     answer: bytes
-    seq: int
+    position: int
 
 
 class World:
@@ -102,7 +102,7 @@ class Side:
         self.windows: list[int] = []
         self.answers: list[Answer] = []
         self.sent: list[Sent] = []
-        self.lost: list[tuple[int, set[bytes]]] = []
+        self.downtime: list[tuple[int, set[bytes]]] = []
         self.foreign = b"-"
 
     def word(self) -> str:
@@ -127,7 +127,7 @@ class Side:
         key = draw(st.none() | st.just(f"key {next(_numbers)}"))
         status, octets, headers = self.ask(method, path, body, **({"Idempotency-Key": key} if key else {}))
         if key is not None and status < 300:
-            self.sent.append(Sent(method, path, body, key, status, octets, int(headers["Opsentry-Seq"])))
+            self.sent.append(Sent(method, path, body, key, status, octets, int(headers["Opsentry-Position"])))
         answer = json.loads(octets)
         things = [f"/incidents/{i}" for i in self.incidents] + [f"/maintenance/{i}" for i in self.windows]
         things += [f"/services/{i}" for i in self.services]
@@ -138,19 +138,19 @@ class Side:
     def look(self, path: str) -> None:
         status, octets, headers = self.ask("GET", path)
         if status == 200:
-            self.answers.append(Answer(path, int(headers["Opsentry-Seq"]), octets))
+            self.answers.append(Answer(path, int(headers["Opsentry-Position"]), octets))
 
-    def as_erased(self, octets: bytes, seq: int) -> bytes:
-        """What was answered at `seq`, without the words that were erased since."""
-        for erased_at, words in self.lost:
-            if seq < erased_at:
+    def as_erased(self, octets: bytes, position: int) -> bytes:
+        """What was answered at `position`, without the words that were erased since."""
+        for erased_at, words in self.downtime:
+            if position < erased_at:
                 for word in words:
                     octets = octets.replace(word, msgspec.json.encode(REDACTED))
         return octets
 
     def words_of(self, kind: str, number: int) -> dict[int, dict[str, Any]]:
         _, octets, _ = self.ask("GET", f"/{kind}/{number}/events?limit=1000")
-        return {event["seq"]: event["data"] for event in json.loads(octets)["events"]}
+        return {event["position"]: event["data"] for event in json.loads(octets)["events"]}
 
 
 class TimeTravel(RuleBasedStateMachine):
@@ -247,7 +247,7 @@ class TimeTravel(RuleBasedStateMachine):
             chosen = draw(st.sampled_from(side.services))
             command = RetireService() if retire == 0 else ChangeService(name=side.word())
             done = self.world.parts.commands.execute(service.DECIDER, side.tenant.id, chosen, command, META)
-            self.world.run(self.world.parts.runner.catch_up(side.tenant.id, self.world.run(done).seq))
+            self.world.run(self.world.parts.projector.catch_up(side.tenant.id, self.world.run(done).position))
             if retire == 0:
                 side.services.remove(chosen)
 
@@ -259,7 +259,7 @@ class TimeTravel(RuleBasedStateMachine):
             return
         chosen = draw(st.sampled_from(side.incidents))
         before = side.words_of("incidents", chosen)
-        messages = [seq for seq, words in before.items() if "message" in words]
+        messages = [position for position, words in before.items() if "message" in words]
         body: dict[str, Any] = {"fields": [what], "reason": side.word()}
         if what == "update":
             if not messages:
@@ -270,14 +270,14 @@ class TimeTravel(RuleBasedStateMachine):
         after = side.words_of("incidents", chosen)
         gone = {
             msgspec.json.encode(text)
-            for seq, words in before.items()
+            for position, words in before.items()
             for name, text in words.items()
-            if after[seq][name] == REDACTED and text != REDACTED
+            if after[position][name] == REDACTED and text != REDACTED
         }
         if gone:
-            first = min(seq for seq in after if seq not in before)
-            side.lost.append((first, gone))
-            assert int(headers["Opsentry-Seq"]) >= first
+            first = min(position for position in after if position not in before)
+            side.downtime.append((first, gone))
+            assert int(headers["Opsentry-Position"]) >= first
 
     @precondition(lambda self: any(side.sent for side in self.sides))
     @rule(number=TENANTS, data=st.data())
@@ -287,23 +287,23 @@ class TimeTravel(RuleBasedStateMachine):
             return
         sent = draw(st.sampled_from(side.sent))
         status, octets, headers = side.ask(sent.method, sent.path, sent.body, **{"Idempotency-Key": sent.key})
-        assert (status, headers["Idempotency-Replayed"], headers["Opsentry-Seq"]) == (
+        assert (status, headers["Idempotency-Replayed"], headers["Opsentry-Position"]) == (
             sent.status,
             "true",
-            str(sent.seq),
+            str(sent.position),
         )
-        assert octets == side.as_erased(sent.answer, sent.seq)
+        assert octets == side.as_erased(sent.answer, sent.position)
 
     def teardown(self) -> None:
         for side in getattr(self, "sides", []):
             for answer in side.answers:
                 joint = "&" if "?" in answer.path else "?"
-                status, octets, _ = side.ask("GET", f"{answer.path}{joint}as_of={answer.seq}")
-                assert (status, octets) == (200, side.as_erased(answer.body, answer.seq)), answer
+                status, octets, _ = side.ask("GET", f"{answer.path}{joint}as_of={answer.position}")
+                assert (status, octets) == (200, side.as_erased(answer.body, answer.position)), answer
             for number in side.incidents:
                 check_fold(side, number)
             (verdict,) = self.world.run(verify(self.world.settings.database_url, tenant_id=side.tenant.id, jobs=1))
-            assert verdict.damage is None
+            assert verdict.violation is None
 
 
 def check_fold(side: Side, number: int) -> None:

@@ -13,14 +13,14 @@ from typing import Any, Self
 
 import aiohttp
 
+from opsentry.bootstrap import Core
 from opsentry.domain import incident, maintenance, subscription
 from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import IncidentOpened, IncidentUpdated
 from opsentry.domain.maintenance import StartMaintenance
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.events import log
-from opsentry.events.log import Append, NewEvent
-from opsentry.wiring import Core
+from opsentry.events import store
+from opsentry.events.store import Append, NewEvent
 from tests.conftest import META, Client, Tenant, make_service
 from tests.projections.histories import schedule
 
@@ -98,12 +98,12 @@ class Watched:
 async def watched(parts: Core, tenant: Tenant, incidents: int) -> Watched:
     """Fill a tenant's ledger with `incidents` of a dozen messages each, with subscriptions and a window."""
     made = Watched(tenant, *[await make_service(parts, tenant.id, slug) for slug in ("loud", "silenced")])
-    for wish in (
+    for subscriber_filter in (
         CreateSubscription(channel="webhook", target="x", audience="internal"),
-        CreateSubscription(channel="email", target="x", lowest_severity="critical"),
+        CreateSubscription(channel="email", target="x", min_severity="critical"),
         CreateSubscription(channel="slack", target="x", maintenance=False, service_ids=(made.loud,)),
     ):
-        await parts.commands.create(subscription.DECIDER, tenant.id, wish, META)
+        await parts.commands.create(subscription.DECIDER, tenant.id, subscriber_filter, META)
     # Nobody is told of what happens while this window is open, so that not everything waits to be sent.
     window = schedule(service_ids=(made.silenced,), suppress_alerts=True, auto_complete=False)
     planned = await parts.commands.create(maintenance.DECIDER, tenant.id, window, META)
@@ -125,8 +125,8 @@ async def watched(parts: Core, tenant: Tenant, incidents: int) -> Watched:
                 expected_version=0,
                 events=[NewEvent(event, META) for event in events],
             )
-            (appended,) = await log.append(connection, [append], wait=True)
-        assert isinstance(appended, log.Appended)
+            (appended,) = await store.append_events(connection, [append], wait=True)
+        assert isinstance(appended, store.Appended)
         if number:
             made.others.append(appended.stream_id)
         else:
@@ -136,7 +136,7 @@ async def watched(parts: Core, tenant: Tenant, incidents: int) -> Watched:
         made.answered.add(title)
         made.messages[appended.stream_id] = texts
         made.posted[appended.stream_id] = list(texts)
-    await parts.runner.catch_up(tenant.id, 0)
+    await parts.projector.catch_up(tenant.id, 0)
     return made
 
 
@@ -163,7 +163,7 @@ class Watch:
         steps: list[tuple[Callable[[], Awaitable[None]], float]] = [(self._probe, LOOKING_PACE)]
         for one in self._tenants:
             client = Client(self._session, self._base_url, one.tenant.token)
-            steps.append((self._writer(client, one), WRITING_PACE))
+            steps.append((self._appender(client, one), WRITING_PACE))
             steps.append((self._reader(client, one), READING_PACE))
         self._tasks = [asyncio.create_task(self._again_and_again(step, pace)) for step, pace in steps]
         return self
@@ -203,7 +203,7 @@ class Watch:
 
     # -------------------------------------------------------------------------------------------- writing
 
-    def _writer(self, client: Client, one: Watched) -> Callable[[], Awaitable[None]]:
+    def _appender(self, client: Client, one: Watched) -> Callable[[], Awaitable[None]]:
         turns = count()
         own = 0
 
@@ -270,8 +270,8 @@ class Watch:
         status, body, headers = await client.get(path)
         if status != 200:
             raise AssertionError(f"GET {path}: {status} {body}")
-        self.lagging += "Opsentry-Lag" in headers
-        return body, "Opsentry-Lag" in headers
+        self.lagging += "Opsentry-Lag-Events" in headers
+        return body, "Opsentry-Lag-Events" in headers
 
     async def _compare(
         self, what: str, one: Watched, texts: Sequence[str], required: Iterable[str], allowed: Iterable[str]

@@ -1,17 +1,17 @@
 import asyncpg
 
-from opsentry.config import Settings
+from opsentry.bootstrap import core, working
 from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres
 from opsentry.domain.incident import DECIDER, OpenIncident
-from opsentry.postgres import migrate, migrations
-from opsentry.wiring import core, working
+from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.settings import Settings
 from tests.conftest import META, make_tenant
 from tests.system.processes import environment, running, until
 from tests.worker.windows import DONE, completed, schedule, story
 
 UP_TO_DATE = (
-    "SELECT NOT EXISTS (SELECT FROM heads h WHERE (SELECT count(*) FROM checkpoints c"
-    " WHERE c.tenant_id = h.tenant_id AND c.position = h.seq) < $1)"
+    "SELECT NOT EXISTS (SELECT FROM ledger_heads h WHERE (SELECT count(*) FROM checkpoints c"
+    " WHERE c.tenant_id = h.tenant_id AND c.position = h.position) < $1)"
 )
 PROJECTIONS = 6
 
@@ -46,7 +46,7 @@ async def test_what_comes_later_is_projected_too(settings, parts, acme, owner):
 async def test_a_tenant_whose_checkpoint_is_held_does_not_hold_up_the_others(
     parts, acme, globex, owner, app_connection
 ):
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     await leave_behind(parts, [acme, globex], 1)
     async with owner.transaction():
         await owner.execute("SELECT FROM checkpoints WHERE tenant_id = $1 FOR UPDATE", acme.id)

@@ -12,15 +12,15 @@ import aiohttp
 import asyncpg
 import pytest
 
+from opsentry.bootstrap import projections
 from opsentry.demo.embedded import EmbeddedValkey
 from opsentry.domain import incident
 from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import IncidentOpened, IncidentUpdated, OpenIncident, PostUpdate
-from opsentry.events import log
-from opsentry.events.log import Append, Appended, NewEvent
-from opsentry.projections import operations
-from opsentry.projections.rebuild import Rebuilder
-from opsentry.wiring import projections
+from opsentry.events import store
+from opsentry.events.store import Append, Appended, NewEvent
+from opsentry.projections.engine import management
+from opsentry.projections.engine.rebuild import Rebuilder
 from tests.conftest import META, Client, make_tenant
 from tests.projections.histories import TABLES, dump
 from tests.system.processes import environment, running, until
@@ -73,7 +73,7 @@ WHERE datname = current_database() AND application_name = $1 AND query_start > $
 @pytest.fixture
 async def holder(settings):
     """One more connection of the owner, whose locks no worker takes away."""
-    connection = await asyncpg.connect(settings.migrate_database_url)
+    connection = await asyncpg.connect(settings.migration_database_url)
     yield connection
     await connection.close()
 
@@ -130,7 +130,9 @@ async def all_is_right(parts):
 
 async def append_to(parts, tenant, stream_id):
     """Add a message and project nothing; return its position."""
-    return (await parts.commands.execute(incident.DECIDER, tenant.id, stream_id, PostUpdate(message="m"), META)).seq
+    return (
+        await parts.commands.execute(incident.DECIDER, tenant.id, stream_id, PostUpdate(message="m"), META)
+    ).position
 
 
 async def thaws(parts, owner, tenant, stream_id, trail, frozen):
@@ -140,18 +142,18 @@ async def thaws(parts, owner, tenant, stream_id, trail, frozen):
     frozen.process.send_signal(signal.SIGCONT)
     await until(lambda: owner.fetchval(ASKED_SINCE, "frozen", now))
     assert await dump(owner, ("checkpoints", "trail", *TABLES)) == before
-    seq = await append_to(parts, tenant, stream_id)
+    position = await append_to(parts, tenant, stream_id)
     await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
-    assert {steps[-1] for steps in (await trail()).values()} == {("frozen", seq)}
+    assert {steps[-1] for steps in (await trail()).values()} == {("frozen", position)}
     await all_is_right(parts)
 
 
 async def test_workers_share_what_there_is_to_do_and_apply_each_event_once(settings, parts, owner, trail):
     # Known from the start: what is new is derived anew for all.
-    await operations.register(owner, projections())
+    await management.register(owner, projections())
     tenants = [await make_tenant(parts, f"tenant-{number}") for number in range(40)]
     for tenant in tenants[::2]:
-        await parts.runner.catch_up(tenant.id, 0)
+        await parts.projector.catch_up(tenant.id, 0)
     names = ["one", "two", "three"]
     async with AsyncExitStack() as stack:
         for name in names:
@@ -162,8 +164,10 @@ async def test_workers_share_what_there_is_to_do_and_apply_each_event_once(setti
     steps = await trail()
     assert len(steps) == len(tenants) * PROJECTIONS
     assert {who for one in steps.values() for who, _ in one} >= set(names)
-    heads = {row["tenant_id"]: row["seq"] for row in await owner.fetch("SELECT tenant_id, seq FROM heads")}
-    assert {key: one[-1][1] for key, one in steps.items()} == {key: heads[key[0]] for key in steps}
+    ledger_heads = {
+        row["tenant_id"]: row["position"] for row in await owner.fetch("SELECT tenant_id, position FROM ledger_heads")
+    }
+    assert {key: one[-1][1] for key, one in steps.items()} == {key: ledger_heads[key[0]] for key in steps}
     for one in steps.values():
         assert all(before < after for (_, before), (_, after) in pairwise(one))
     assert await owner.fetchval("SELECT count(*) FROM incidents") == 20 * len(tenants)
@@ -174,19 +178,19 @@ async def test_a_worker_that_is_frozen_in_a_pass_loses_its_locks_and_writes_noth
     settings, parts, acme, owner, holder, trail
 ):
     made = await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     async with worker(replace(settings, log_level="warning"), "frozen") as frozen:
         # It has locked the checkpoints and cannot write the row.
         async with holder.transaction():
             await holder.execute("SELECT FROM incidents WHERE tenant_id = $1 FOR UPDATE", acme.id)
-            seq = await append_to(parts, acme, made.stream_id)
+            position = await append_to(parts, acme, made.stream_id)
             await until(lambda: is_at(owner, "frozen", wait_event_type="Lock", query="WITH stored AS"))
             frozen.process.send_signal(signal.SIGSTOP)
         async with worker(settings, "other"):
             await until(lambda: is_at(owner, "other", wait_event_type="Lock"))
             await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS), seconds=10)
-            assert {steps[-1] for steps in (await trail()).values()} == {("other", seq)}
-            assert {steps[-1] for steps in (await trail()).values()} == {("other", seq)}
+            assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
+            assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
         await thaws(parts, owner, acme, made.stream_id, trail, frozen)
         await frozen.mentions("pass failed")
         frozen.process.terminate()
@@ -208,9 +212,9 @@ async def test_a_worker_that_is_frozen_in_the_middle_of_a_copy_is_thrown_out(
         events=[NewEvent(event, META) for event in events],
     )
     async with parts.database.connection(30) as connection:
-        (made,) = await log.append(connection, [append], wait=True)
+        (made,) = await store.append_events(connection, [append], wait=True)
     assert isinstance(made, Appended)
-    await parts.runner.catch_up(acme.id, 0)
+    await parts.projector.catch_up(acme.id, 0)
     row = await owner.fetchrow("DELETE FROM incident_updates WHERE version = 2 RETURNING *")
     async with worker(settings, "frozen") as frozen:
         # Where it comes to this row, it waits: somebody else may have written it.
@@ -222,11 +226,11 @@ async def test_a_worker_that_is_frozen_in_the_middle_of_a_copy_is_thrown_out(
         frozen.process.send_signal(signal.SIGSTOP)
         await transaction.rollback()
         await until(lambda: is_at(owner, "frozen", state="active", wait_event="ClientRead", query="COPY"))
-        seq = await append_to(parts, acme, made.stream_id)
+        position = await append_to(parts, acme, made.stream_id)
         async with worker(replace(settings, log_level="warning"), "other") as other:
             await other.mentions("threw out a session that stood still")
             await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS), seconds=10)
-            assert {steps[-1] for steps in (await trail()).values()} == {("other", seq)}
+            assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
             await until(lambda: owner.fetchval("SELECT min(generation) = 0 FROM checkpoints"))
             other.process.terminate()
             assert await other.ended() == 0
@@ -236,7 +240,8 @@ async def test_a_worker_that_is_frozen_in_the_middle_of_a_copy_is_thrown_out(
 
 LATE = """
 SELECT max(extract(epoch FROM at - recorded_at))::float8 AS seconds, array_agg(DISTINCT who) AS who
-FROM events e JOIN trail t ON t.tenant_id = e.tenant_id AND was < seq AND position >= seq WHERE type = 'incident.opened'
+FROM events e JOIN trail t ON t.tenant_id = e.tenant_id AND was < position AND position >= position WHERE type
+= 'incident.opened'
 """
 
 
@@ -247,7 +252,7 @@ async def test_what_a_killed_server_left_behind_is_projected_within_a_second_wit
     valkey.start()
     settings = replace(settings, redis_url=valkey.url)
     for tenant in (acme, globex):
-        await parts.runner.catch_up(tenant.id, 0)
+        await parts.projector.catch_up(tenant.id, 0)
     written = "SELECT count(*) FROM events WHERE type = 'incident.opened'"
     async with worker(settings, "worker"):
         os.kill(valkey.pid, signal.SIGKILL)

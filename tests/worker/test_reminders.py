@@ -2,9 +2,9 @@
 
 import pytest
 
+from opsentry.bootstrap import core, working
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import CancelMaintenance, ChangeMaintenance, StartMaintenance
-from opsentry.wiring import core, working
 from opsentry.worker.worker import Worker
 from tests.conftest import META
 from tests.system.processes import until
@@ -14,8 +14,10 @@ SCHEDULED, REMINDED = "maintenance.scheduled", "maintenance.reminded"
 MINUTE = 60.0
 
 
-def worker(parts, reminder_minutes=60):
-    return Worker(parts.database, parts.commands, parts.runner, reminder_minutes=reminder_minutes)
+def worker(parts, maintenance_reminder_minutes=60):
+    return Worker(
+        parts.database, parts.commands, parts.projector, maintenance_reminder_minutes=maintenance_reminder_minutes
+    )
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ async def announce(parts, acme, app_connection):
 
 async def execute(parts, tenant, number, command):
     done = await parts.commands.execute(maintenance.DECIDER, tenant.id, number, command, META)
-    await parts.runner.catch_up(tenant.id, done.seq)
+    await parts.projector.catch_up(tenant.id, done.position)
 
 
 async def test_people_are_reminded_once_within_the_lead(parts, announce, owner):
@@ -109,7 +111,7 @@ async def test_a_row_that_is_old_reminds_nobody(parts, acme, announce, owner):
 async def test_a_tenant_that_is_busy_does_not_hold_up_the_others(parts, acme, globex, announce, owner, app_connection):
     held, free = await announce(30, 1000), await announce(40, 1000, globex.id)
     async with owner.transaction():
-        await owner.execute("SELECT FROM heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
+        await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
         await worker(parts).remind_of_windows()
         assert await story(app_connection, free) == [SCHEDULED, REMINDED]
     assert await story(app_connection, held) == [SCHEDULED]
@@ -119,7 +121,7 @@ async def test_a_tenant_that_is_busy_does_not_hold_up_the_others(parts, acme, gl
 
 async def test_a_tenant_whose_windows_are_parked_is_left_alone(parts, acme, announce, owner):
     soon = await announce(30, 1000)
-    await owner.execute("UPDATE checkpoints SET parked_seq = 9 WHERE projection = 'maintenance'")
+    await owner.execute("UPDATE checkpoints SET halted_at = 9 WHERE projection = 'maintenance'")
     await worker(parts).remind_of_windows()
     assert await story(owner, soon) == [SCHEDULED]
 

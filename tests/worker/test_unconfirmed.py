@@ -2,9 +2,10 @@
 
 import pytest
 
+from opsentry.bootstrap import core, working
 from opsentry.domain import subscription
 from opsentry.domain.subscription import (
-    PENDING_DAYS,
+    CONFIRMATION_DAYS,
     ChangeSubscription,
     ConfirmSubscription,
     CreateSubscription,
@@ -12,8 +13,7 @@ from opsentry.domain.subscription import (
     SubscriptionCreated,
     SubscriptionRemoved,
 )
-from opsentry.events import log
-from opsentry.wiring import core, working
+from opsentry.events import store
 from opsentry.worker import worker
 from opsentry.worker.worker import Worker
 from tests.conftest import META
@@ -25,13 +25,13 @@ ADDRESS = "jo@example.org"
 
 
 def forgetting(parts):
-    return Worker(parts.database, parts.commands, parts.runner).forget_unconfirmed()
+    return Worker(parts.database, parts.commands, parts.projector).forget_unconfirmed()
 
 
 async def execute(parts, tenant, number, *commands):
     for command in commands:
         done = await parts.commands.execute(subscription.DECIDER, tenant.id, number, command, META)
-        await parts.runner.catch_up(tenant.id, done.seq)
+        await parts.projector.catch_up(tenant.id, done.position)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ async def ask(parts, acme, app_connection):
     async def make(days, tenant=acme, *, pending=True):
         command = CreateSubscription(channel="email", target=ADDRESS, pending=pending)
         made = await parts.commands.create(subscription.DECIDER, tenant.id, command, META)
-        await parts.runner.catch_up(tenant.id, made.seq)
+        await parts.projector.catch_up(tenant.id, made.position)
         await app_connection.execute(
             "UPDATE subscriptions SET created_at = created_at - $3 * interval '1 day'"
             " WHERE tenant_id = $1 AND subscription_id = $2",
@@ -63,17 +63,17 @@ async def story(connection, number):
 
 
 async def test_an_address_of_someone_who_never_agreed_is_forgotten(parts, acme, ask, owner):
-    forgotten, waiting = await ask(PENDING_DAYS + 0.01), await ask(PENDING_DAYS - 0.01)
+    forgotten, waiting = await ask(CONFIRMATION_DAYS + 0.01), await ask(CONFIRMATION_DAYS - 0.01)
     for _ in range(3):
         await forgetting(parts)
     assert await story(owner, forgotten) == LAPSED
     assert await story(owner, waiting) == [CREATED]
     async with parts.database.connection() as connection:
-        created, removed, _ = await log.read_stream(connection, acme.id, "subscription", forgotten)
+        created, removed, _ = await store.read_stream(connection, acme.id, "subscription", forgotten)
     asked = SubscriptionCreated(channel="email", target="[redacted]", audience="public", pending=True)
     assert (created.event, removed.event) == (asked, SubscriptionRemoved(unsubscribed=False))
     assert removed.meta.actor.kind == "scheduler"
-    assert await owner.fetchval("SELECT count(*) FROM events WHERE words::text LIKE '%' || $1 || '%'", ADDRESS) == 1
+    assert await owner.fetchval("SELECT count(*) FROM events WHERE erasable::text LIKE '%' || $1 || '%'", ADDRESS) == 1
     rows = await owner.fetch("SELECT status, target FROM subscriptions ORDER BY created_at")
     assert [tuple(row) for row in rows] == [("removed", ""), ("pending", ADDRESS)]
 
@@ -104,7 +104,7 @@ async def test_what_cannot_be_removed_just_now_does_not_hold_up_others(
     held = [await ask(30) for _ in range(3)]
     free = [await ask(20, globex) for _ in range(3)]
     async with owner.transaction():
-        await owner.execute("SELECT FROM heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
+        await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
         await forgetting(parts)
         for number in free:
             assert await story(app_connection, number) == LAPSED
@@ -117,7 +117,7 @@ async def test_what_cannot_be_removed_just_now_does_not_hold_up_others(
 
 async def test_a_tenant_whose_subscriptions_are_parked_is_left_alone(parts, ask, owner):
     number = await ask(30)
-    await owner.execute("UPDATE checkpoints SET parked_seq = 9 WHERE projection = 'subscriptions'")
+    await owner.execute("UPDATE checkpoints SET halted_at = 9 WHERE projection = 'subscriptions'")
     await forgetting(parts)
     assert await story(owner, number) == [CREATED]
 

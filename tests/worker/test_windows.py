@@ -2,9 +2,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from opsentry.bootstrap import core, working
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import CancelMaintenance, StartMaintenance
-from opsentry.wiring import core, working
 from opsentry.worker.worker import Worker
 from tests.conftest import META, make_tenant
 from tests.system.processes import environment, running
@@ -34,7 +34,7 @@ async def test_several_workers_move_windows_on_time_and_once(settings, parts, ac
         await on_time_and_once(owner)
         # Whoever looks again finds nothing to do.
         for one in cores:
-            await Worker(one.database, one.commands, one.runner).move_windows()
+            await Worker(one.database, one.commands, one.projector).move_windows()
         assert await types(owner) == dict.fromkeys(DONE, WINDOWS)
 
 
@@ -59,8 +59,8 @@ async def test_a_window_that_came_and_went_while_no_worker_ran_is_moved_late(par
     assert await story(owner, missed) == DONE
     assert all(late > 3600 for late in await lateness(owner))
     # The worker was stopped as soon as the window was over: whoever reads now may have to catch up.
-    ended = await owner.fetchval("SELECT seq FROM heads WHERE tenant_id = $1", acme.id)
-    _, shown, _ = await api.get(f"/maintenance/{missed}", headers={"Opsentry-Min-Seq": str(ended)})
+    ended = await owner.fetchval("SELECT position FROM ledger_heads WHERE tenant_id = $1", acme.id)
+    _, shown, _ = await api.get(f"/maintenance/{missed}", headers={"Opsentry-Min-Position": str(ended)})
     assert shown["status"] == "completed"
     assert shown["scheduled_end"] < shown["started_at"] < shown["completed_at"]
 
@@ -83,7 +83,7 @@ async def test_a_window_that_was_started_by_hand_before_its_hour_is_only_complet
     early = await schedule(parts, acme.id, 0.5, 0.5)
     async with working(parts):
         await parts.commands.execute(maintenance.DECIDER, acme.id, early, StartMaintenance(), META)
-        await parts.runner.catch_up(acme.id, 0)
+        await parts.projector.catch_up(acme.id, 0)
         await completed(owner, 1)
     assert await story(owner, early) == DONE
     assert sorted(late > 0 for late in await lateness(owner)) == [False, True]
@@ -95,7 +95,7 @@ async def test_a_window_that_was_cancelled_does_not_happen(parts, acme, owner, c
     await schedule(parts, acme.id, -50, 10)
     await parts.commands.execute(maintenance.DECIDER, acme.id, off, CancelMaintenance(), META)
     if caught_up:
-        await parts.runner.catch_up(acme.id, 0)
+        await parts.projector.catch_up(acme.id, 0)
     async with working(parts):
         await completed(owner, 1)
     assert await story(owner, off) == ["maintenance.scheduled", "maintenance.cancelled"]
@@ -105,7 +105,7 @@ async def test_a_tenant_that_is_busy_does_not_hold_up_the_others(parts, acme, gl
     held = await schedule(parts, acme.id, -100, 10)
     free = await schedule(parts, globex.id, -50, 10)
     async with owner.transaction():
-        await owner.execute("SELECT FROM heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
+        await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
         async with working(parts):
             await completed(app_connection, 1)
             assert await story(app_connection, free) == DONE

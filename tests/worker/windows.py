@@ -4,9 +4,9 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from opsentry.bootstrap import Core
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import ScheduleMaintenance
-from opsentry.wiring import Core
 from tests.conftest import META
 from tests.system.processes import until
 
@@ -20,7 +20,7 @@ async def schedule(parts: Core, tenant_id: int, begins_in: float, lasts: float =
         title="Upgrade", scheduled_start=start, scheduled_end=start + timedelta(seconds=lasts), **fields
     )
     executed = await parts.commands.create(maintenance.DECIDER, tenant_id, command, META)
-    await parts.runner.catch_up(tenant_id, executed.seq)
+    await parts.projector.catch_up(tenant_id, executed.position)
     return executed.stream_id
 
 

@@ -1,6 +1,6 @@
 """The channels: each module here is one, and is found by being here.
 
-A module has `make(parts: Parts) -> Channel`. Nothing else has to be changed to add one.
+A module has `make(parts: Dependencies) -> Channel`. Nothing else has to be changed to add one.
 """
 
 import importlib
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from opsentry.config import Settings
 from opsentry.notifications.channel import Channel
+from opsentry.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Dependencies:
     """What channels are made of.
 
     Attributes:
@@ -27,7 +27,7 @@ class Parts:
     http: aiohttp.ClientSession
 
 
-def channels(parts: Parts) -> Mapping[str, Channel]:
+def channels(parts: Dependencies) -> Mapping[str, Channel]:
     """Return a channel of each kind there is, by name."""
     made = [importlib.import_module(f"{__name__}.{found.name}").make(parts) for found in pkgutil.iter_modules(__path__)]
     return {channel.name: channel for channel in made}

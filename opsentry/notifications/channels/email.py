@@ -2,12 +2,12 @@
 
 import re
 
-from opsentry.config import Settings
+from opsentry.infrastructure.encryption import EncryptionKeyMissing
 from opsentry.notifications.channel import BadTarget, Channel, Endpoint, Message, Outcome
-from opsentry.notifications.channels import Parts
-from opsentry.notifications.letters import Letters
-from opsentry.notifications.relay import CONNECTIONS, Relay
-from opsentry.notifications.sealing import NoKey
+from opsentry.notifications.channels import Dependencies
+from opsentry.notifications.messages.email import EmailRenderer
+from opsentry.notifications.transport.smtp import CONNECTIONS, SmtpPool
+from opsentry.settings import Settings
 
 _MAX_ADDRESS = 254
 _MAX_LOCAL = 64
@@ -16,7 +16,7 @@ _LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(\.[A-Za-z0-9!#$%&'*+/=?^_`
 _DOMAIN = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]", re.IGNORECASE)
 
 
-def make(parts: Parts) -> Channel:
+def make(parts: Dependencies) -> Channel:
     """Return the channel."""
     return Email(parts.settings)
 
@@ -30,8 +30,8 @@ class Email:
     at_once: int | None = CONNECTIONS
 
     def __init__(self, settings: Settings) -> None:
-        self._letters = Letters(settings)
-        self._relay = Relay(settings.smtp_url, self._letters.domain) if settings.smtp_url else None
+        self._letters = EmailRenderer(settings)
+        self._relay = SmtpPool(settings.smtp_url, self._letters.domain) if settings.smtp_url else None
 
     def check(self, target: str) -> str:
         """Return the address as it is; raises `BadTarget`."""
@@ -49,7 +49,7 @@ class Email:
         try:
             to = _ascii(endpoint.target)
             letter = self._letters.letter(endpoint, to, message)
-        except NoKey as error:
+        except EncryptionKeyMissing as error:
             return Outcome(str(error), ours=True)
         except BadTarget as error:
             return Outcome(str(error))

@@ -10,12 +10,12 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from opsentry.config import Network
-from opsentry.notifications.addresses import check_url
 from opsentry.notifications.channel import Channel, Endpoint, Message, Outcome
-from opsentry.notifications.channels import Parts
-from opsentry.notifications.posting import post
-from opsentry.notifications.wording import HEADINGS, facts, line, paragraphs, plain, shorter, tenant_name
+from opsentry.notifications.channels import Dependencies
+from opsentry.notifications.messages.text import HEADINGS, facts, line, paragraphs, plain, shorter, tenant_name
+from opsentry.notifications.transport.egress import check_url
+from opsentry.notifications.transport.http import post
+from opsentry.settings import Network
 
 _MAX_HEADER = 150
 _MAX_SECTION = 3_000
@@ -28,9 +28,9 @@ _LONG_ENOUGH = 20
 _SLACK_PATH = "/services/"
 
 
-def make(parts: Parts) -> Channel:
+def make(parts: Dependencies) -> Channel:
     """Return the channel."""
-    return Slack(parts.http, parts.settings.open_networks)
+    return Slack(parts.http, parts.settings.webhook_allowed_networks)
 
 
 class Slack:
@@ -41,9 +41,9 @@ class Slack:
     hides = True
     at_once: int | None = None
 
-    def __init__(self, http: aiohttp.ClientSession, open_networks: tuple[Network, ...]) -> None:
+    def __init__(self, http: aiohttp.ClientSession, webhook_allowed_networks: tuple[Network, ...]) -> None:
         self._http = http
-        self._open_networks = open_networks
+        self._open_networks = webhook_allowed_networks
 
     def check(self, target: str) -> str:
         """Return the URL; raises `BadTarget`."""

@@ -4,18 +4,18 @@ import time
 
 import aiohttp
 
-from opsentry.config import Network
-from opsentry.notifications import signing
-from opsentry.notifications.addresses import check_url
 from opsentry.notifications.channel import Channel, Endpoint, Message, Outcome
-from opsentry.notifications.channels import Parts
-from opsentry.notifications.payload import Bodies
-from opsentry.notifications.posting import post
+from opsentry.notifications.channels import Dependencies
+from opsentry.notifications.messages import signing
+from opsentry.notifications.messages.webhook_payload import Bodies
+from opsentry.notifications.transport.egress import check_url
+from opsentry.notifications.transport.http import post
+from opsentry.settings import Network
 
 
-def make(parts: Parts) -> Channel:
+def make(parts: Dependencies) -> Channel:
     """Return the channel."""
-    return Webhook(parts.http, parts.settings.open_networks)
+    return Webhook(parts.http, parts.settings.webhook_allowed_networks)
 
 
 class Webhook:
@@ -26,9 +26,9 @@ class Webhook:
     hides = False
     at_once: int | None = None
 
-    def __init__(self, http: aiohttp.ClientSession, open_networks: tuple[Network, ...]) -> None:
+    def __init__(self, http: aiohttp.ClientSession, webhook_allowed_networks: tuple[Network, ...]) -> None:
         self._http = http
-        self._open_networks = open_networks
+        self._open_networks = webhook_allowed_networks
         self._bodies = Bodies()
 
     def check(self, target: str) -> str:

@@ -1,0 +1,220 @@
+"""The composition root: the only module that knows all concrete parts."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from aiohttp import web
+
+from opsentry.api.app import create_app
+from opsentry.api.context import Dependencies
+from opsentry.api.health import Readiness
+from opsentry.api.operator import Ops
+from opsentry.events.appender import Appender
+from opsentry.events.command_handler import CommandHandler
+from opsentry.identity.api_tokens import ApiTokens
+from opsentry.identity.operator_tokens import OperatorTokens
+from opsentry.infrastructure.encryption import SecretBox
+from opsentry.infrastructure.postgres import Database
+from opsentry.infrastructure.rate_limit import RateLimiter
+from opsentry.infrastructure.redis import connect
+from opsentry.notifications.channels import Dependencies as ChannelParts
+from opsentry.notifications.channels import channels
+from opsentry.notifications.delivery.service import LEASE_SECONDS, DeliveryService
+from opsentry.notifications.messages.builder import MessageBuilder
+from opsentry.notifications.transport.egress import http_session
+from opsentry.projections.as_of import AsOfQueries
+from opsentry.projections.engine.projection import Projection
+from opsentry.projections.engine.projector import Projector
+from opsentry.projections.impact import Impact
+from opsentry.projections.incidents import Incidents
+from opsentry.projections.maintenance import MaintenanceWindows
+from opsentry.projections.outbox.projection import Outbox
+from opsentry.projections.services import ServiceLinkLoader, Services
+from opsentry.projections.subscriptions import Subscriptions
+from opsentry.public.routes import pages
+from opsentry.settings import Settings
+from opsentry.worker.worker import Worker
+
+KEEPALIVE_SECONDS = 75
+# After an answer to a body that is not read to its end, so long may the client go on sending before it is cut off.
+LINGER_SECONDS = 2
+# PostgreSQL connections of a sender: it takes and records at the same time, and looks up what it tells.
+SENDER_POOL = 8
+
+
+def projections() -> list[Projection]:
+    """Return all projections there are."""
+    return [Services(), Incidents(), MaintenanceWindows(), Subscriptions(), Impact(), Outbox()]
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """What every process has: the way to the log and to the read models."""
+
+    settings: Settings
+    database: Database
+    appender: Appender
+    commands: CommandHandler
+    projector: Projector
+
+
+@asynccontextmanager
+async def core(settings: Settings) -> AsyncIterator[Core]:
+    """Put the core together; at the end, let what is being written be written, then close."""
+    database = Database(settings.database_url, size=settings.database_pool_size)
+    await database.open()
+    appender = Appender(database)
+    try:
+        yield Core(settings, database, appender, CommandHandler(database, appender), Projector(database, projections()))
+    finally:
+        await appender.drain()
+        await database.close()
+
+
+@asynccontextmanager
+async def serving(
+    settings: Settings, parts: Core, *, host: str | None = None, port: int | None = None
+) -> AsyncIterator[str]:
+    """Serve HTTP, on `host` and `port` if given instead of the settings'; yields the base URL."""
+    async with AsyncExitStack() as stack:
+        client = connect(settings.redis_url)
+        stack.push_async_callback(client.aclose)
+        probe = Database(settings.database_url, size=2)
+        await probe.open()
+        stack.push_async_callback(probe.close)
+        limiter = RateLimiter(client, settings.rate_limit, "requests")
+        failures = RateLimiter(client, settings.auth_failure_rate_limit, "failures")
+        asking = RateLimiter(client, settings.subscribe_rate_limit, "asking")
+        for counts in (limiter, failures, asking):
+            stack.push_async_callback(counts.close)
+        http = await stack.enter_async_context(
+            http_session(settings.webhook_allowed_networks, settings.max_concurrent_deliveries)
+        )
+        # They check targets here and send nothing.
+        known = channels(ChannelParts(settings, http))
+        for channel in known.values():
+            stack.push_async_callback(channel.close)
+        handling = Dependencies(
+            settings=settings,
+            database=parts.database,
+            commands=parts.commands,
+            projector=parts.projector,
+            as_of_queries=AsOfQueries(parts.database, parts.projector),
+            refs=ServiceLinkLoader(parts.projector),
+            tokens=ApiTokens(parts.database),
+            operators=OperatorTokens(parts.database),
+            channels=known,
+            sealing=SecretBox(settings.encryption_keys),
+            limiter=limiter,
+            failures=failures,
+        )
+        app = create_app(
+            handling,
+            Readiness(probe, client),
+            Ops(parts.database, parts.projector.projections),
+            pages(handling, asking),
+        )
+        web_runner = web.AppRunner(
+            app,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_SECONDS,
+            lingering_time=LINGER_SECONDS,
+            shutdown_timeout=5,
+            handle_signals=False,
+        )
+        await web_runner.setup()
+        stack.push_async_callback(web_runner.cleanup)
+        site = web.TCPSite(web_runner, host or settings.host, settings.port if port is None else port, backlog=1024)
+        await site.start()
+        bound, number = web_runner.addresses[0][:2]
+        yield base_url_of(bound, number)
+
+
+def base_url_of(host: str, port: int) -> str:
+    """Return the base URL of what listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@asynccontextmanager
+async def sending(parts: Core, *, lease: float = LEASE_SECONDS) -> AsyncIterator[None]:
+    """Send what is due; at the end, let what is under way end. `lease` is in seconds, see `DeliveryService`."""
+    settings = parts.settings
+    async with AsyncExitStack() as stack:
+        # Connections of its own: sending and catching up do not wait for each other.
+        database = Database(settings.database_url, size=SENDER_POOL)
+        await database.open()
+        stack.push_async_callback(database.close)
+        http = await stack.enter_async_context(
+            http_session(settings.webhook_allowed_networks, settings.max_concurrent_deliveries)
+        )
+        known = channels(ChannelParts(settings, http))
+        for channel in known.values():
+            stack.push_async_callback(channel.close)
+        sender = DeliveryService(
+            database,
+            parts.commands,
+            MessageBuilder(AsOfQueries(database, parts.projector), database),
+            known,
+            SecretBox(settings.encryption_keys),
+            sockets=settings.max_concurrent_deliveries,
+            burst=settings.coalesce_seconds,
+            lease=lease,
+        )
+        sender.start()
+        stack.push_async_callback(sender.stop)
+        yield
+
+
+@asynccontextmanager
+async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[None]:
+    """Run the worker's loops and send; `heartbeat` is a file to touch after each round."""
+    worker = Worker(
+        parts.database,
+        parts.commands,
+        parts.projector,
+        keys_kept=parts.settings.idempotency_key_ttl_hours * 3600,
+        delivery_retention_days=parts.settings.delivery_retention_days,
+        maintenance_reminder_minutes=parts.settings.maintenance_reminder_minutes,
+        heartbeat=heartbeat,
+    )
+    worker.start()
+    try:
+        async with sending(parts):
+            yield
+    finally:
+        worker.stop()
+
+
+async def until_stopped() -> None:
+    """Return at SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+def configure_logging(level: str) -> None:
+    """Send structured lines to standard error, one JSON object each."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=logging.WARNING)
+    # That a job is not begun again while it still runs is as it should be, and no warning.
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)

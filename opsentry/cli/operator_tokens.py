@@ -1,0 +1,58 @@
+"""`opsentry operator`: tokens of those who run Opsentry, which read how it stands over HTTP."""
+
+from datetime import datetime
+
+import click
+
+from opsentry.cli.common import as_json, connected, expiring, run, settings, show, show_token
+from opsentry.identity import operator_tokens
+
+
+@click.group(name="operator")
+def operator_group() -> None:
+    """Let operators read over HTTP how the read models stand."""
+
+
+@operator_group.group(name="token")
+def token_group() -> None:
+    """Create, list and revoke operators' tokens, which belong to no tenant."""
+
+
+@token_group.command(name="create")
+@click.argument("name")
+@expiring
+@as_json
+def create_token(name: str, expires: datetime | None, *, json_output: bool) -> None:
+    """Create an operator's token for whom or what NAME says. Its value is printed this once and cannot be recovered."""
+
+    async def work() -> str:
+        async with connected(settings()) as connection:
+            return await operator_tokens.create_operator_token(connection, name=name, expires_at=expires)
+
+    show_token(run(work()), json_output=json_output)
+
+
+@token_group.command(name="list")
+@as_json
+def list_tokens(*, json_output: bool) -> None:
+    """List operators' tokens by their prefixes."""
+
+    async def work() -> None:
+        async with connected(settings()) as connection:
+            rows = await operator_tokens.list_operator_tokens(connection)
+        show(rows, ["prefix", "name", "created_at", "expires_at", "revoked_at"], json_output=json_output)
+
+    run(work())
+
+
+@token_group.command(name="revoke")
+@click.argument("prefix")
+def revoke_token(prefix: str) -> None:
+    """Revoke the operator's token with this prefix; it stops working everywhere within 5 s."""
+
+    async def work() -> None:
+        async with connected(settings()) as connection:
+            await operator_tokens.revoke_operator_token(connection, prefix)
+
+    run(work())
+    click.echo(f"revoked {prefix}")

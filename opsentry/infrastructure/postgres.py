@@ -1,0 +1,228 @@
+"""The way to PostgreSQL: a pool whose waits are bounded, driver errors translated once, and migrations."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import asyncpg
+
+Connection: TypeAlias = asyncpg.Connection  # lent by the pool as a proxy with the same methods
+
+# How long anyone waits for the database before hearing that it is down. A request makes at most two such waits in
+# a row that can both run out, and has to be answered within 2 s.
+DATABASE_TIMEOUT = 0.9
+
+MIGRATIONS = next(
+    path
+    for path in (Path(__file__).parents[2] / "migrations", Path(__file__).parents[1] / "migrations")
+    if path.is_dir()
+)
+
+_LOST = (
+    OSError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedFunctionError,
+    asyncpg.ReadOnlySQLTransactionError,
+    # What stood still in a transaction was thrown out of it, so that others get its locks.
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.TransactionTimeoutError,
+)
+
+
+# Classes of SQLSTATE that say something of the moment, not of the statement: lost connections, conflicts with others,
+# missing resources, operator intervention, system errors.
+_PASSING_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell whether the same statement may well succeed at another time."""
+    if isinstance(error, asyncpg.PostgresError) and str(error.sqlstate or "")[:2] in _PASSING_CLASSES:
+        return True
+    # A missing table, column or grant: the code is ahead of its migration.
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return True
+    return isinstance(error, (*_LOST, DatabaseUnavailable)) and not isinstance(error, asyncpg.DataError)
+
+
+class DatabaseUnavailable(Exception):
+    """The database did not answer in time, or not at all. Nothing was changed."""
+
+
+class OutcomeUnknown(DatabaseUnavailable):
+    """The database was lost while it was asked to write: the change may or may not be recorded."""
+
+
+class Database:
+    """A pool of connections that keep no session state, so it works behind PgBouncer in transaction mode too.
+
+    Connections are made when first needed: a process starts, and answers what needs no database, while it is down.
+    """
+
+    def __init__(self, url: str, *, size: int) -> None:
+        self._url = url
+        self._size = size
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+
+    async def open(self) -> None:
+        """Prepare the pool; connects to nothing yet."""
+        self._pool = await asyncpg.create_pool(
+            self._url,
+            min_size=0,
+            max_size=self._size,
+            max_queries=1_000_000_000,
+            max_inactive_connection_lifetime=0,
+            # The default reset is one more round trip for each request; connections here carry nothing to reset.
+            reset=_keep,
+            server_settings=None,
+        )
+
+    async def close(self) -> None:
+        """Close what is open, waiting at most a second for connections in use."""
+        if self._pool is not None:
+            try:
+                async with asyncio.timeout(1):
+                    await self._pool.close()
+            except TimeoutError:
+                self._pool.terminate()
+
+    @asynccontextmanager
+    async def connection(self, seconds: float = DATABASE_TIMEOUT) -> AsyncIterator[Connection]:
+        """Lend a connection for at most `seconds`, the wait for it included.
+
+        Raises:
+            DatabaseUnavailable: No connection was to be had, it was lost, or time ran out.
+        """
+        assert self._pool is not None, "open() comes first"  # noqa: S101 - a mistake of ours, not of a user
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._pool.acquire()
+                try:
+                    yield connection
+                except (asyncio.CancelledError, asyncpg.InternalClientError):
+                    # Whatever was under way is given up together with the connection: asking a frozen server to
+                    # cancel would wait for that server, and a driver that has lost count of what was sent, as it
+                    # does where a connection ends in mid-statement, never finds it again.
+                    connection.terminate()
+                    raise
+                finally:
+                    await self._pool.release(connection)
+        except asyncpg.DataError:
+            raise  # a value of ours that fits no column: a defect, though the driver files it under lost connections
+        except (TimeoutError, *_LOST) as error:
+            raise DatabaseUnavailable(f"database: {type(error).__name__}") from error
+
+    @asynccontextmanager
+    async def transaction(self, seconds: float = DATABASE_TIMEOUT) -> AsyncIterator[Connection]:
+        """Lend a connection inside a transaction that commits at the end.
+
+        Raises:
+            DatabaseUnavailable: As `connection()`; where it was lost at the commit, the outcome is unknown.
+        """
+        async with self.connection(seconds) as connection:
+            await connection.execute("BEGIN")
+            try:
+                yield connection
+            except asyncio.CancelledError:
+                raise  # the connection is given up: a ROLLBACK would wait for a server that does not answer
+            except BaseException:
+                try:
+                    async with asyncio.timeout(DATABASE_TIMEOUT):
+                        await connection.execute("ROLLBACK")
+                except (TimeoutError, *_LOST):
+                    # With the connection goes the transaction; what led here is what is worth telling.
+                    with suppress(asyncpg.InterfaceError):
+                        connection.terminate()
+                raise
+            await connection.execute("COMMIT")
+
+    async def fetchrow(self, query: str, *values: Any, seconds: float = DATABASE_TIMEOUT) -> asyncpg.Record | None:
+        """Return the first row of `query`; raises as `connection()`."""
+        async with self.connection(seconds) as connection:
+            return await connection.fetchrow(query, *values)
+
+    async def fetch(self, query: str, *values: Any, seconds: float = DATABASE_TIMEOUT) -> list[asyncpg.Record]:
+        """Return all rows of `query`; raises as `connection()`."""
+        async with self.connection(seconds) as connection:
+            return list(await connection.fetch(query, *values))
+
+
+async def _keep(_: Connection) -> None:
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ migrations
+
+
+class MigrationRefused(Exception):
+    """The database cannot be migrated from here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One forward step of the schema: a plain SQL file named `NNNN_what_it_does.sql`."""
+
+    number: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the file, hex."""
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+
+def migrations(folder: Path = MIGRATIONS) -> Sequence[Migration]:
+    """Return the migrations in `folder`, in order."""
+    return [Migration(int(path.name[:4]), path.stem, path.read_text()) for path in sorted(folder.glob("*.sql"))]
+
+
+async def migrate(connection: Connection, steps: Sequence[Migration]) -> list[Migration]:
+    """Apply those of `steps` that the database lacks, all in one transaction, and return them.
+
+    Many processes may call it at once: the first does the work, the others wait and find it done.
+
+    Raises:
+        MigrationRefused: A step that was applied before has been edited since, or the database is ahead of `steps`.
+    """
+    async with connection.transaction():
+        # A transaction's advisory lock, as a session's would not survive a transaction-mode pooler. The number is ours.
+        await connection.execute("SELECT pg_advisory_xact_lock(7306925114)")
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS schema_migrations (number integer PRIMARY KEY, name text NOT NULL,"
+            " checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
+        )
+        applied = {row["number"]: row for row in await connection.fetch("SELECT * FROM schema_migrations")}
+        known = {step.number for step in steps}
+        for number, row in applied.items():
+            if number not in known:
+                raise MigrationRefused(f"the database has {row['name']}, which this version of Opsentry does not know")
+        done = []
+        for step in steps:
+            row = applied.get(step.number)
+            if row is None:
+                await connection.execute(step.sql)
+                await connection.execute(
+                    "INSERT INTO schema_migrations (number, name, checksum) VALUES ($1, $2, $3)",
+                    step.number,
+                    step.name,
+                    step.checksum,
+                )
+                done.append(step)
+            elif row["checksum"] != step.checksum:
+                raise MigrationRefused(f"{step.name} was edited after it had been applied; add a new file instead")
+        await connection.execute("GRANT SELECT ON schema_migrations TO opsentry_app")
+        return done

@@ -1,0 +1,1 @@
+"""Deliveries: enqueue intents, lease endpoints, send, retry, record."""

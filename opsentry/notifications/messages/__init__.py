@@ -1,0 +1,1 @@
+"""Messages: their content, their texts, and the formats of each channel."""

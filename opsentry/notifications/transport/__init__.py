@@ -1,0 +1,1 @@
+"""Connections to the outside: HTTP and SMTP, with the egress filter."""

@@ -1,0 +1,1 @@
+"""Projections in general: applying events, freshness, rebuilds, comparison, management."""

@@ -1,0 +1,1 @@
+"""The outbox: notification intents, derived from the ledger by rules."""

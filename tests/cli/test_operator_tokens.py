@@ -1,0 +1,52 @@
+import json
+
+from opsentry.identity import api_tokens, operator_tokens
+from tests.conftest import Client
+from tests.system.processes import until
+
+
+async def test_a_token_works_is_never_shown_again_and_can_be_revoked(run, fail, anonymous):
+    value = (await run("operator", "token", "create", "on call")).removesuffix("\n")
+    assert api_tokens.well_formed(value, operator_tokens.MARK)
+    operator = Client(anonymous.session, anonymous.base_url, value)
+    assert (await operator.send("GET", "/ops/projections"))[0] == 200
+
+    prefix = api_tokens.prefix(value)
+    (listed,) = json.loads(await run("operator", "token", "list", "--json"))
+    assert listed.keys() == {"prefix", "name", "created_at", "expires_at", "revoked_at"}
+    assert (listed["prefix"], listed["name"], listed["revoked_at"]) == (prefix, "on call", None)
+    assert listed["created_at"].endswith("Z")
+    table = await run("operator", "token", "list")
+    assert prefix in table
+    assert value[12:] not in table
+
+    assert await run("operator", "token", "revoke", prefix) == f"revoked {prefix}\n"
+
+    async def refused():
+        return (await operator.send("GET", "/ops/projections"))[0] == 401
+
+    await until(refused, seconds=5)
+    said = f"Error: no token {prefix} that could be revoked"
+    assert await fail(1, "operator", "token", "revoke", prefix) == said
+    (listed,) = json.loads(await run("operator", "token", "list", "--json"))
+    assert listed["revoked_at"] is not None
+
+
+async def test_a_token_as_json(run, anonymous):
+    create = ("operator", "token", "create", "dashboard", "--json", "--expires")
+    (made,) = json.loads(await run(*create, "2999-01-01"))
+    assert made == {"token": made["token"], "prefix": api_tokens.prefix(made["token"])}
+    (late,) = json.loads(await run(*create, "2020-01-01T12:30:00Z"))
+    listed = json.loads(await run("operator", "token", "list", "--json"))
+    assert [one["expires_at"] for one in listed] == ["2999-01-01T00:00:00Z", "2020-01-01T12:30:00Z"]
+    for one, expected in ((made, 200), (late, 401)):
+        client = Client(anonymous.session, anonymous.base_url, one["token"])
+        assert (await client.send("GET", "/ops/projections"))[0] == expected
+
+
+async def test_tokens_that_cannot_be_are_refused(run, fail, acme):
+    assert await fail(2, "operator", "token", "create", " ") == "Error: name: must not be blank"
+    prefix = api_tokens.prefix(acme.token)
+    said = await fail(1, "operator", "token", "revoke", prefix)
+    assert said == f"Error: no token {prefix} that could be revoked"
+    assert json.loads(await run("operator", "token", "list", "--json")) == []

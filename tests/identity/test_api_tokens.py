@@ -1,0 +1,185 @@
+import asyncio
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+
+import pytest
+
+from opsentry.domain.decider import InvalidField
+from opsentry.domain.identity import TokenCreated, TokenRevoked
+from opsentry.events import store
+from opsentry.identity import api_tokens
+from opsentry.identity.api_tokens import ApiTokens, InvalidToken, TokenNotFound
+from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
+from tests.conftest import META
+
+
+class Counting(Database):
+    """A database that counts what it is asked."""
+
+    def __init__(self, settings):
+        super().__init__(settings.database_url, size=2)
+        self.asked = 0
+
+    async def fetchrow(self, query, *values, **options):
+        self.asked += 1
+        return await super().fetchrow(query, *values, **options)
+
+
+@pytest.fixture
+async def counting(settings):
+    database = Counting(settings)
+    await database.open()
+    yield database
+    await database.close()
+
+
+async def make_token(parts, tenant_id, **fields):
+    async with parts.database.connection() as connection:
+        return await api_tokens.create_api_token(
+            connection, tenant_id, **{"name": "t", "scopes": ["read:status"], "meta": META, **fields}
+        )
+
+
+def test_a_value_is_prefix_secret_and_checksum():
+    value = api_tokens.mint()
+    assert len(value) == 4 + 8 + 40 + 8
+    assert api_tokens.well_formed(value)
+    assert api_tokens.prefix(value) == value[4:12]
+    assert api_tokens.mint() != value
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda _: "",
+        lambda value: value[:-1],
+        lambda value: value + "0",
+        lambda value: value.upper(),
+        lambda value: value.replace("ops_", "opt_"),
+        lambda value: value[:20] + ("0" if value[20] != "0" else "1") + value[21:],
+        lambda value: value + "\n",
+        lambda value: value[:12] + "٣" * 40 + value[52:],
+        lambda _: "ops_\udcff",
+    ],
+)
+async def test_what_is_no_token_is_refused_without_asking_the_database(counting, spoil):
+    with pytest.raises(InvalidToken):
+        await ApiTokens(counting).authenticate(spoil(api_tokens.mint()))
+    assert counting.asked == 0
+
+
+async def test_many_at_once_are_one_question(counting, acme):
+    known = ApiTokens(counting)
+    found = await asyncio.gather(*(known.authenticate(acme.token) for _ in range(50)))
+    assert {token.tenant_id for token in found} == {acme.id}
+    assert counting.asked == 1
+
+
+async def test_an_answer_is_believed_for_a_moment_and_then_asked_for_again(monkeypatch, counting, parts, acme):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    known = ApiTokens(counting)
+    await known.authenticate(acme.token)
+    async with parts.database.connection() as connection:
+        await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(acme.token), META)
+    now += api_tokens.CACHE_SECONDS - 0.1
+    await known.authenticate(acme.token)
+    now += 0.2
+    with pytest.raises(InvalidToken):
+        await known.authenticate(acme.token)
+    assert counting.asked == 2
+    assert api_tokens.CACHE_SECONDS + 0.1 < 5
+
+
+async def test_a_token_that_there_is_not_is_remembered_too(counting):
+    known, value = ApiTokens(counting), api_tokens.mint()
+    for _ in range(3):
+        with pytest.raises(InvalidToken):
+            await known.authenticate(value)
+    assert counting.asked == 1
+
+
+async def test_a_remembered_token_expires_on_time(monkeypatch, counting, parts, acme):
+    expires = datetime.now(UTC) + timedelta(hours=1)
+    value = await make_token(parts, acme.id, expires_at=expires)
+    known = ApiTokens(counting)
+    await known.authenticate(value)
+
+    class AtThatMoment:
+        @staticmethod
+        def now(_):
+            return expires
+
+    monkeypatch.setattr(api_tokens, "datetime", AtThatMoment)
+    with pytest.raises(InvalidToken):
+        await known.authenticate(value)
+    assert counting.asked == 1
+
+
+async def test_the_memory_is_bounded(monkeypatch, counting):
+    monkeypatch.setattr(api_tokens, "_CACHE_SIZE", 5)
+    known = ApiTokens(counting)
+    for _ in range(12):
+        with pytest.raises(InvalidToken):
+            await known.authenticate(api_tokens.mint())
+    assert len(known._known) <= 5
+
+
+async def test_a_lost_database_is_no_bad_token_and_is_not_remembered(settings, counting, acme):
+    lost = Database("postgresql://127.0.0.1:1/nowhere", size=2)
+    await lost.open()
+    known = ApiTokens(lost)
+    with pytest.raises(DatabaseUnavailable):
+        await known.authenticate(acme.token)
+    known._database = counting
+    assert (await known.authenticate(acme.token)).tenant_id == acme.id
+    await lost.close()
+
+
+async def test_creation_and_revocation_are_on_the_record_without_the_secret(parts, owner, acme):
+    expires = datetime(2036, 1, 1, tzinfo=UTC)
+    value = await make_token(parts, acme.id, name="CI", scopes=["write:incidents", "read:status"], expires_at=expires)
+    async with parts.database.connection() as connection:
+        await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(value), META)
+        recorded = (await store.read_after(connection, acme.id, 0, 100))[-2:]
+        rows = await api_tokens.list_api_tokens(connection, acme.id)
+    assert [e.event for e in recorded] == [
+        TokenCreated(
+            prefix=api_tokens.prefix(value), name="CI", scopes=("read:status", "write:incidents"), expires_at=expires
+        ),
+        TokenRevoked(),
+    ]
+    assert (rows[-1]["name"], rows[-1]["expires_at"]) == ("CI", expires)
+    assert rows[-1]["revoked_at"] is not None
+    assert await owner.fetchval("SELECT digest FROM tokens WHERE name = 'CI'") == sha256(value.encode()).digest()
+    everything = str([dict(row) for row in rows]) + str(await owner.fetch("SELECT * FROM events"))
+    assert value[12:52] not in everything
+
+
+async def test_a_token_is_revoked_once_and_only_by_its_tenant(parts, acme, globex):
+    async with parts.database.connection() as connection:
+        with pytest.raises(TokenNotFound):
+            await api_tokens.revoke_api_token(connection, globex.id, api_tokens.prefix(acme.token), META)
+        await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(acme.token), META)
+        with pytest.raises(TokenNotFound):
+            await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(acme.token), META)
+        assert await api_tokens.find_api_token_names(connection, globex.id, [1, 2]) == {2: "globex token"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"scopes": []}, "scopes"),
+        ({"scopes": ["admin"]}, "scopes"),
+        ({"scopes": ["read:status", "write:everything"]}, "scopes"),
+        ({"name": " "}, "name"),
+        ({"name": "a\x00b"}, "name"),
+        ({"name": "x" * 301}, "name"),
+    ],
+)
+async def test_a_token_that_cannot_be_made_leaves_nothing(parts, owner, acme, fields, field):
+    with pytest.raises(InvalidField) as refused:
+        await make_token(parts, acme.id, **fields)
+    assert refused.value.field == field
+    assert await owner.fetchval("SELECT count(*) FROM tokens") == 1
+    assert await owner.fetchval("SELECT count(*) FROM events WHERE type = 'token.created'") == 1

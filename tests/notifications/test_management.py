@@ -1,0 +1,308 @@
+"""What operators see of sending and do about it, and what readiness makes of it."""
+
+import json
+from uuid import UUID
+
+import pytest
+
+from opsentry.api import health
+from opsentry.bootstrap import projections
+from opsentry.domain import subscription
+from opsentry.domain.incident import ResolveIncident
+from opsentry.domain.subscription import ChangeSubscription
+from opsentry.notifications.delivery import management
+from opsentry.notifications.delivery.leases import Release, Result, Work
+from opsentry.notifications.delivery.management import Chosen
+from opsentry.projections.engine import management as projecting
+from tests.conftest import META
+from tests.notifications.desk import delivered
+from tests.projections.planting import plant
+from tests.system.processes import environment, opsentry
+
+MANY = """
+INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id, position, channel,
+topic, created_at,
+    due_at, attempts)
+SELECT $1, gen_random_uuid(), 1, 'incident', n, 1, 'webhook', 'incident.opened', now(),
+    now() + $3 * interval '1 second', $4
+FROM generate_series(1, $2::int) AS n
+"""
+ENDPOINT = """
+INSERT INTO endpoints (tenant_id, subscription_id, channel, due_at)
+VALUES ($1, 1, 'webhook', now() + $2 * interval '1 second')
+"""
+
+
+@pytest.fixture
+def ready(anonymous, monkeypatch):
+    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+
+    async def ask():
+        status, body, _ = await anonymous.send("GET", "/health/ready")
+        outbox = body["checks"]["outbox"]
+        assert (outbox["status"] == "ok") == (status == 200)
+        return status, outbox
+
+    return ask
+
+
+@pytest.fixture
+def backlog(parts):
+    async def ask(at_most=10):
+        async with parts.database.transaction(10) as connection:
+            return await management.backlog(connection, at_most)
+
+    return ask
+
+
+async def move(parts, how, chosen):
+    return await how(parts.database, chosen, seconds=10)
+
+
+async def parked(desk):
+    """One delivery that is parked, and one behind it that waits; the ids of both."""
+    await desk.subscribe()
+    one = await desk.open()
+    await desk.tell(one, ResolveIncident())
+    await desk.take_over()
+    (endpoint,), (due,) = await desk.claim()
+    result = Result(due, "parked", None, 500, "answered 500", 5)
+    await desk.record(Work(endpoint, [result], Release(1, 1)))
+    return [row["intent_id"] for row in await desk.rows()]
+
+
+async def test_the_backlog_counts_what_waits_and_what_was_not_seen(desk, globex, backlog, owner):
+    for tenant in (desk.tenant, globex):
+        await desk.parts.projector.catch_up(tenant.id, 0)
+    assert dict(await backlog()) == {
+        "pending": 0,
+        "due": 0,
+        "pending_seconds": None,
+        "waiting": 0,
+        "parked_deliveries": 0,
+        "paused": False,
+        "unseen": 0,
+        "unseen_seconds": None,
+        "parked": 0,
+    }
+    await desk.subscribe()
+    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    for _ in range(3):
+        await desk.open()
+    lagging = await backlog()
+    assert (lagging["pending"], lagging["unseen"]) == (0, 3)
+    assert lagging["unseen_seconds"] >= 0
+    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    untaken = await backlog()
+    assert (untaken["pending"], untaken["due"], untaken["unseen"]) == (3, 0, 0)
+    assert untaken["pending_seconds"] >= 0
+    assert (await backlog(2))["pending"] == 2
+    await desk.take_over()
+    taken = await backlog()
+    assert (taken["pending"], taken["due"], taken["waiting"]) == (3, 3, 3)
+    assert (await backlog(2))["pending"] == 2
+    (endpoint,), dues = await desk.claim(seconds=60.0)
+    leased = await backlog()
+    assert (leased["pending"], leased["waiting"]) == (0, 3)
+    await owner.execute("UPDATE endpoints SET due_at = now() - interval '1 second'")
+    assert (await backlog())["pending"] == 3, "whoever leased it died"
+    await desk.record(delivered(endpoint, *dues))
+    assert (await backlog())["waiting"] == 0
+    await plant(owner, globex.id, 1, 1, data="{")
+    await desk.parts.projector.catch_up(globex.id, 0)
+    stopped = await backlog()
+    assert (stopped["unseen"], stopped["parked"]) == (1, 1)
+
+
+async def test_a_dead_worker_does_not_look_healthy(desk, ready, owner):
+    """Neither while nobody takes intents over, nor once they were."""
+    await desk.subscribe()
+    await desk.open()
+    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    assert (await ready())[0] == 200
+    await owner.execute(
+        "INSERT INTO outbox_intents SELECT tenant_id, gen_random_uuid(), position, subscription_id, channel, topic,"
+        " stream_kind, stream_id + n, suppressed, created_at FROM outbox_intents, generate_series(1, 1000) AS n"
+    )
+    status, outbox = await ready()
+    assert (status, outbox["pending"]) == (503, 1001)
+    await desk.take_over()
+    status, outbox = await ready()
+    assert (status, outbox["pending"]) == (503, 1001)
+    await desk.take_over()
+    while (claimed := await desk.claim(each=100))[0]:
+        (endpoint,), dues = claimed
+        await desk.record(delivered(endpoint, *dues))
+    assert (await ready())[0] == 200
+
+
+async def test_one_that_is_due_for_five_minutes_is_too_old(desk, ready, owner):
+    await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    for table in ("endpoints", "deliveries"):
+        await owner.execute(f"UPDATE {table} SET due_at = now() - interval '299 seconds'")
+    assert (await ready())[0] == 200
+    for table in ("endpoints", "deliveries"):
+        await owner.execute(f"UPDATE {table} SET due_at = now() - interval '301 seconds'")
+    status, outbox = await ready()
+    assert status == 503
+    assert outbox["oldest_pending_seconds"] > 300
+    (endpoint,), dues = await desk.claim()
+    await desk.record(delivered(endpoint, *dues))
+    assert (await ready())[0] == 200
+
+
+async def test_events_that_a_stopped_outbox_has_not_seen_are_too_many_or_too_old(desk, ready, owner, monkeypatch):
+    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    await projecting.register(owner, projections())
+    await projecting.pause(owner, ["outbox"])
+    await desk.open()
+    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    status, outbox = await ready()
+    assert (status, outbox["lag_events"]) == (200, 1)
+    monkeypatch.setattr(health, "MAX_AGE_SECONDS", 0)
+    assert (await ready())[0] == 503
+    await projecting.resume(owner, ["outbox"])
+    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    assert (await ready())[0] == 200
+
+
+async def test_what_waits_for_its_hour_is_shown_and_drains_nothing(desk, ready, owner):
+    await owner.execute(MANY, desk.tenant.id, 5000, 3600, 3)
+    await owner.execute(ENDPOINT, desk.tenant.id, 3600)
+    status, outbox = await ready()
+    assert (status, outbox["waiting"], outbox["pending"]) == (200, 5000, 0)
+    # Due, but at an endpoint that is probed later.
+    await owner.execute("UPDATE deliveries SET due_at = now() - interval '1 hour'")
+    status, outbox = await ready()
+    assert (status, outbox["waiting"], outbox["pending"]) == (200, 5000, 0)
+    await owner.execute("UPDATE endpoints SET due_at = now()")
+    status, outbox = await ready()
+    assert (status, outbox["pending"]) == (503, 1001)
+    async with desk.parts.database.transaction(10) as connection:
+        await management.pause(connection, management.ALL_TENANTS)
+    status, outbox = await ready()
+    assert (status, outbox["pending"], outbox["paused"], outbox["waiting"]) == (200, 0, True, 5000)
+
+
+async def test_retrying_begins_anew_and_dropping_lets_the_next_go(desk, parts, owner):
+    first, second = await parked(desk)
+    (endpoint,), dues = await desk.claim()
+    await desk.record(
+        Work(endpoint, [Result(dues[0], "waiting", 7200.0, 500, "answered 500", 5)], Release(10, 1, hold=300))
+    )
+    assert await move(parts, management.retry, Chosen(("parked",), tenant_id=desk.tenant.id)) == 1
+    _, (again,) = await desk.claim(seconds=0.0)
+    assert (again.intent_id, again.attempts) == (first, 0)
+    assert await move(parts, management.drop, Chosen(management.DROPPED, [first])) == 1
+    assert await move(parts, management.drop, Chosen(management.DROPPED, [UUID(int=7)])) == 0
+    assert await move(parts, management.retry, Chosen(management.RETRIED, [second])) == 1
+    assert await desk.states() == ["dropped", "waiting"]
+    _, (other,) = await desk.claim()
+    assert other.intent_id == second
+
+
+async def test_what_is_retried_goes_before_what_is_younger_of_the_same_thing(desk, parts):
+    first, second = await parked(desk)
+    assert await move(parts, management.retry, Chosen(("parked",))) == 1
+    _, dues = await desk.claim(seconds=0.0)
+    assert [due.intent_id for due in dues] == [first]
+    assert second not in {due.intent_id for due in dues}
+
+
+async def test_what_is_retried_at_an_endpoint_that_is_only_probed_follows_if_the_first_is_taken(desk, parts, owner):
+    await desk.subscribe()
+    for _ in range(3):
+        await desk.open()
+    await desk.take_over()
+    await owner.execute("UPDATE endpoints SET failures = 12, due_at = now() + interval '5 minutes'")
+    assert await desk.claim() == ([], [])
+    assert await move(parts, management.retry, Chosen(("waiting",))) == 3
+    (endpoint,), dues = await desk.claim()
+    assert (endpoint.failures, len(dues)) == (9, 3)
+
+
+async def test_what_ended_with_its_subscription_is_retried_once_that_is_on_again(desk, parts, owner):
+    number = await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    await owner.execute("UPDATE deliveries SET state = 'disabled', settled_at = now(), due_at = NULL")
+
+    async def switch(*, enabled):
+        command = ChangeSubscription(enabled=enabled)
+        done = await parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, command, META)
+        await parts.projector.catch_up(desk.tenant.id, done.position)
+
+    await switch(enabled=False)
+    assert await move(parts, management.retry, Chosen(management.RETRIED)) == 0
+    await switch(enabled=True)
+    assert await move(parts, management.retry, Chosen(management.RETRIED)) == 1
+
+
+async def test_very_many_are_moved_some_at_a_time(desk, parts, owner, monkeypatch):
+    monkeypatch.setattr(management, "_AT_ONCE", 7)
+    await owner.execute(MANY, desk.tenant.id, 50, 3600, 3)
+    assert await move(parts, management.retry, Chosen(("waiting",))) == 50
+    assert await move(parts, management.drop, Chosen(management.DROPPED)) == 50
+    assert set(await desk.states()) == {"dropped"}
+
+
+async def test_one_in_flight_that_is_dropped_stays_dropped(desk, parts):
+    await desk.subscribe()
+    await desk.open()
+    await desk.take_over()
+    (endpoint,), (due,) = await desk.claim()
+    assert await move(parts, management.drop, Chosen(management.DROPPED, tenant_id=desk.tenant.id)) == 1
+    await desk.record(delivered(endpoint, due))
+    assert await desk.states() == ["dropped"]
+    assert await desk.claim() == ([], [])
+
+
+async def test_the_command_line(desk, settings):
+    async def run(*arguments):
+        ran = await opsentry(environment(settings), "outbox", *arguments)
+        assert "Traceback" not in ran.err
+        return ran
+
+    first, second = await parked(desk)
+    names = [f"msg_{first.hex}", f"msg_{second.hex}"]
+    (row,) = json.loads((await run("status", "--json")).out)
+    assert (row["slug"], row["due"], row["parked"], row["paused"], row["failing"]) == ("acme", 1, 1, False, 1)
+    rows = json.loads((await run("list", "--tenant", "acme", "--json")).out)
+    assert [(row["id"], row["state"], row["error"]) for row in rows] == [
+        (names[1], "waiting", None),
+        (names[0], "parked", "answered 500"),
+    ]
+    assert [row["id"] for row in json.loads((await run("list", "--state", "parked", "--json")).out)] == names[:1]
+    assert "acme" in (await run("status")).out
+    assert (await run("retry", names[0])).out == "1 are tried again\n"
+    ran = await run("drop", names[0], "msg_" + "0" * 32)
+    assert (ran.code, ran.out) == (1, "1 were given up\n")
+    ran = await run("drop", "--all", "--tenant", "acme", "--yes", "--json")
+    assert (ran.code, json.loads(ran.out)) == (0, {"moved": 1})
+    assert await desk.states() == ["dropped", "dropped"]
+    for arguments in (("retry",), ("retry", "x"), ("drop", "--all", names[0]), ("list", "--state", "x")):
+        assert (await run(*arguments)).code == 2
+    assert (await run("drop", "--all")).code == 1, "nobody said yes"
+    assert (await run("status", "--tenant", "nobody")).code == 1
+    assert (await run("pause", "--tenant", "acme")).out == "acme: paused\npaused now: acme\n"
+    assert (await run("pause", "--tenant", "acme")).out == "acme: was paused already\npaused now: acme\n"
+    assert (await run("pause")).out == "all tenants: paused\npaused now: (all tenants), acme\n"
+    found = {row["slug"]: row["paused"] for row in json.loads((await run("status", "--json")).out)}
+    assert found == {"(all tenants)": True, "acme": True}
+    assert (await run("resume", "--tenant", "acme")).out == "acme: resumed\npaused now: (all tenants)\n"
+    assert (await run("resume")).out == "all tenants: resumed\n"
+    assert (await run("resume")).out == "all tenants: was not paused\n"
+    for switch, tenant, changed, paused in (
+        ("pause", ["--tenant", "acme"], True, ["acme"]),
+        ("pause", ["--tenant", "acme"], False, ["acme"]),
+        ("pause", [], True, ["(all tenants)", "acme"]),
+        ("resume", [], True, ["acme"]),
+        ("resume", ["--tenant", "acme"], True, []),
+        ("resume", ["--tenant", "acme"], False, []),
+    ):
+        ran = await run(switch, *tenant, "--json")
+        assert (ran.code, json.loads(ran.out)) == (0, {"changed": changed, "paused": paused})
+    key = (await opsentry(environment(settings), "secret-key")).out.strip()
+    assert (await opsentry(environment(settings, OPSENTRY_ENCRYPTION_KEYS=key), "config")).code == 0

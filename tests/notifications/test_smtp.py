@@ -1,0 +1,289 @@
+import asyncio
+import ssl
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiosmtpd.smtp import SMTP, AuthResult
+
+from opsentry.notifications.channel import BadTarget, Outcome
+from opsentry.notifications.channels import Dependencies, email
+from opsentry.notifications.transport import smtp
+from opsentry.settings import Settings
+from tests.notifications.mail import SETTINGS, parsed
+from tests.notifications.messages import endpoint, message
+
+
+class Inbox:
+    """A mail relay that keeps what it takes; a test may have it refuse something."""
+
+    def __init__(self) -> None:
+        self.letters: list[Any] = []
+        self.connections = 0
+        self.refusals: dict[str, str] = {}
+
+    async def handle_EHLO(self, server, session, envelope, hostname, responses):  # noqa: ARG002, N802
+        session.host_name = hostname
+        return responses
+
+    async def handle_MAIL(self, server, session, envelope, address, options):  # noqa: ARG002, N802
+        envelope.mail_from = address
+        return self.refusals.get("MAIL", "250 OK")
+
+    async def handle_RCPT(self, server, session, envelope, address, options):  # noqa: ARG002, N802
+        if "RCPT" in self.refusals:
+            return self.refusals["RCPT"]
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, server, session, envelope):  # noqa: ARG002, N802
+        if "DATA" not in self.refusals:
+            self.letters.append((envelope.mail_from, envelope.rcpt_tos, envelope.content))
+        return self.refusals.get("DATA", "250 OK")
+
+    @asynccontextmanager
+    async def open(self, port=0, **options):
+        """Listen; yields the relay's address."""
+        loop = asyncio.get_running_loop()
+        tls = options.pop("implicit", None)
+
+        def made():
+            self.connections += 1
+            return SMTP(self, loop=loop, hostname="mx.example", enable_SMTPUTF8=False, **options)
+
+        server = await loop.create_server(made, "127.0.0.1", port, ssl=tls)
+        try:
+            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
+            await asyncio.sleep(0.05)  # aiosmtpd's tasks end
+
+
+@asynccontextmanager
+async def channel_to(url):
+    made = email.make(Dependencies(replace(SETTINGS, smtp_url=url), None))  # type: ignore[arg-type]
+    yield made
+    await made.close()
+
+
+# ------------------------------------------------------------------------------------------------ addresses
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["kim@example.com", "Kim.O'Hara+status@mail.example.co.uk", "kim@b\u00fccher.example", "a@xn--bcher-kva.example"],
+)
+def test_addresses_are_kept_as_they_are(address):
+    channel = email.make(Dependencies(SETTINGS, None))  # type: ignore[arg-type]
+    assert channel.check(address) == channel.shown(address) == address
+    assert (channel.name, channel.signs, channel.hides) == ("email", False, False)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "kim",
+        "@example.com",
+        "kim@",
+        "kim@example",
+        "kim@.com",
+        "kim@example..com",
+        "kim@-example.com",
+        "kim@example.com.",
+        "kim@example.1",
+        "kim@127.0.0.1",
+        "kim@[127.0.0.1]",
+        "kim@example.com\n",
+        "kim@example.com\r\nBcc: robin@example.com",
+        "kim\n@example.com",
+        "kim @example.com",
+        "Kim <kim@example.com>",
+        "kim@example.com, robin@example.com",
+        "kim@robin@example.com",
+        '"kim"@example.com',
+        ".kim@example.com",
+        "kim..o@example.com",
+        "k\u00efm@example.com",
+        "kim@exa\u202emple.com ",
+        "mailto:kim@example.com",
+        "k" * 65 + "@example.com",
+        "kim@" + "e" * 64 + ".com",
+        "kim@" + "example." * 40 + "com",
+    ],
+)
+def test_what_is_no_address(address):
+    with pytest.raises(BadTarget):
+        email.make(Dependencies(SETTINGS, None)).check(address)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ the relay
+
+
+async def test_letters_arrive_over_one_connection():
+    inbox = Inbox()
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        for number in range(3):
+            sent = message(id=f"msg_{number}")
+            assert await channel.send(endpoint("kim@b\u00fccher.example"), sent) == Outcome(answer=250)
+        assert inbox.connections == 1
+    assert [(sender, to) for sender, to, _ in inbox.letters] == [
+        ("status@acme.example", ["kim@xn--bcher-kva.example"])
+    ] * 3
+    letters = [parsed(raw) for _, _, raw in inbox.letters]
+    assert [letter["Message-ID"] for letter in letters] == [f"<msg_{n}@acme.example>" for n in range(3)]
+    assert letters[0]["To"] == "kim@xn--bcher-kva.example"
+
+
+async def test_as_many_connections_as_there_are_letters_at_once():
+    inbox = Inbox()
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        for _ in range(3):
+            many = [channel.send(endpoint("kim@example.com"), message(id=f"msg_{n}")) for n in range(channel.at_once)]
+            assert set(await asyncio.gather(*many)) == {Outcome(answer=250)}
+        assert inbox.connections == channel.at_once == 8
+    assert len(inbox.letters) == 24
+
+
+async def test_connections_that_the_relay_has_closed_are_replaced():
+    inbox = Inbox()
+    async with inbox.open(timeout=0.1) as address, channel_to(f"smtp://{address}") as channel:
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+        await asyncio.sleep(0.3)
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert (inbox.connections, len(inbox.letters)) == (2, 2)
+
+
+async def test_idle_connections_are_closed(monkeypatch):
+    monkeypatch.setattr(smtp, "_IDLE_SECONDS", 0.1)
+    inbox = Inbox()
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+        await asyncio.sleep(0.3)
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert inbox.connections == 2
+
+
+@pytest.mark.parametrize("answer", ["550 No such user \x01 here", "451 Try later"])
+async def test_an_address_that_is_refused_is_not_our_fault(answer):
+    inbox = Inbox()
+    inbox.refusals["RCPT"] = answer
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome.answer == int(answer[:3])
+        assert outcome.error == f"the mail relay answered {answer[:3]} for this address"
+        assert not outcome.ours
+        inbox.refusals.clear()
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert inbox.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "answer", "outcome"),
+    [
+        ("MAIL", "554", Outcome("the mail relay answered 554", 554, ours=True)),
+        ("DATA", "452", Outcome("the mail relay answered 452 to the letter", 452, ours=True)),
+        ("DATA", "554", Outcome("the mail relay answered 554 to the letter", 554)),
+    ],
+)
+async def test_what_else_the_relay_refuses_is_ours_unless_it_never_wants_this_letter(step, answer, outcome):
+    inbox = Inbox()
+    inbox.refusals[step] = f"{answer} 5.7.1 relay-7.internal says no"
+    async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
+        assert await channel.send(endpoint("kim@example.com"), message()) == outcome
+        inbox.refusals.clear()
+        assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+
+
+async def test_no_relay_is_ours(unused_tcp_port):
+    async with channel_to("") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome == Outcome("no mail relay is set up (OPSENTRY_SMTP_URL)", ours=True)
+    async with channel_to(f"smtp://user:hidden@127.0.0.1:{unused_tcp_port}") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome == Outcome("no connection to the mail relay", ours=True)
+    async with channel_to("smtp://nowhere.invalid") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+        assert outcome == Outcome("no connection to the mail relay", ours=True)
+
+
+async def test_a_relay_that_says_nothing_is_not_waited_for_and_then_left_alone(monkeypatch):
+    monkeypatch.setattr(smtp, "SECONDS", 0.2)
+    asked = []
+
+    async def silence(reader, _):
+        asked.append(1)
+        await reader.read()
+
+    silent = await asyncio.start_server(silence, "127.0.0.1", 0)
+    said_nothing = Outcome("no answer from the mail relay within 0.2 s", ours=True)
+    async with silent, channel_to(f"smtp://127.0.0.1:{silent.sockets[0].getsockname()[1]}") as channel:
+        for _ in range(3):
+            assert await channel.send(endpoint("kim@example.com"), message()) == said_nothing
+    assert asked == [1]
+
+
+async def test_a_relay_that_was_left_alone_is_tried_again(monkeypatch, unused_tcp_port):
+    monkeypatch.setattr(smtp, "DOWN_SECONDS", 0.1)
+    async with channel_to(f"smtp://127.0.0.1:{unused_tcp_port}") as channel:
+        assert (await channel.send(endpoint("kim@example.com"), message())).ours
+        inbox = Inbox()
+        async with inbox.open(port=unused_tcp_port):
+            await asyncio.sleep(0.2)
+            assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert len(inbox.letters) == 1
+
+
+async def test_no_key_is_ours():
+    made = email.make(Dependencies(Settings(smtp_url="smtp://127.0.0.1:1"), None))  # type: ignore[arg-type]
+    outcome = await made.send(endpoint("kim@example.com"), message())
+    assert outcome.ours
+    assert outcome.error is not None
+    assert "OPSENTRY_ENCRYPTION_KEYS" in outcome.error
+
+
+@pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS", "ignore:Session.login_data")
+async def test_it_logs_in_where_that_is_safe_and_says_so_where_the_password_is_wrong(certified, monkeypatch):
+    asked = []
+
+    def check(server, session, envelope, mechanism, data):
+        asked.append(data.login)
+        return AuthResult(success=(data.login, data.password) == (b"user@acme", b"p:ss/w@rd"), handled=False)
+
+    context, file = certified
+    trusting = ssl.create_default_context(cafile=file)
+    trusting.check_hostname = False
+    monkeypatch.setattr(smtp.SmtpPool, "_tls", trusting)
+    inbox = Inbox()
+    options = {"authenticator": check, "auth_required": True, "auth_require_tls": False}
+    async with inbox.open(**options, tls_context=context) as address:
+        async with channel_to(f"smtp://user%40acme:p%3Ass%2Fw%40rd@{address}") as channel:
+            assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+        async with channel_to(f"smtp://user%40acme:wrong@{address}") as channel:
+            outcome = await channel.send(endpoint("kim@example.com"), message())
+            assert outcome == Outcome("the mail relay refuses our password", 535, ours=True)
+    assert asked.pop() == b"user@acme"
+    asked.clear()
+    async with inbox.open(**options) as address, channel_to(f"smtp://user%40acme:p%3Ass%2Fw%40rd@{address}") as channel:
+        outcome = await channel.send(endpoint("kim@example.com"), message())
+    assert outcome == Outcome("the mail relay cannot be used", ours=True)
+    assert asked == []
+
+
+async def test_tls_is_used_where_it_is_offered_and_certificates_count(certified, monkeypatch):
+    context, file = certified
+    inbox = Inbox()
+    trusting = ssl.create_default_context(cafile=file)
+    trusting.check_hostname = False
+    starttls, implicit = inbox.open(tls_context=context, require_starttls=True), inbox.open(implicit=context)
+    async with starttls as first, implicit as second:
+        for url in (f"smtp://{first}", f"smtps://{second}"):
+            async with channel_to(url) as channel:
+                outcome = await channel.send(endpoint("kim@example.com"), message())
+                assert outcome == Outcome("no secure connection to the mail relay", ours=True)
+        monkeypatch.setattr(smtp.SmtpPool, "_tls", trusting)
+        for url in (f"smtp://{first}", f"smtps://{second}"):
+            async with channel_to(url) as channel:
+                assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+    assert len(inbox.letters) == 2
