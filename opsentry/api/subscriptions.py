@@ -112,7 +112,7 @@ async def create(call: RequestContext) -> web.Response:
         whole = _checked(channel, command.target)
         await call.refs(command.service_ids)
         encrypted_secret = _sealed(call, channel, whole)
-        if encrypted_secret is None and channel.signs:
+        if encrypted_secret is None and channel.signs_messages:
             encrypted_secret = call.parts.sealing.seal(new_secret())
         command = msgspec.structs.replace(command, target=_shown(channel, whole), encrypted_secret=encrypted_secret)
         executed = await commands.create(call, subscription.DECIDER, command)
@@ -208,7 +208,7 @@ def _change(call: RequestContext, state: Subscription, body: ChangeBody) -> Chan
     subscription.decide(state, ChangeSubscription(target=command.target))
     channel = _channel(call, state.channel)
     whole = _checked(channel, command.target)
-    if not channel.hides:
+    if not channel.has_secret_target:
         return msgspec.structs.replace(command, target=whole)
     if whole == _hidden(call, state):
         return msgspec.structs.replace(command, target=UNSET)
@@ -230,23 +230,23 @@ def _channel(call: RequestContext, name: str) -> Channel:
 
 def _signs(call: RequestContext, name: str) -> bool:
     channel = call.parts.channels.get(name)
-    return channel is not None and channel.signs
+    return channel is not None and channel.signs_messages
 
 
 def _checked(channel: Channel, target: str) -> str:
     try:
-        return channel.check(target)
+        return channel.validate_target(target)
     except BadTarget as error:
         raise InvalidField("target", str(error)) from None
 
 
 def _shown(channel: Channel, whole: str) -> str:
-    return channel.shown(whole) if channel.hides else whole
+    return channel.display_target(whole) if channel.has_secret_target else whole
 
 
 def _sealed(call: RequestContext, channel: Channel, whole: str) -> str | None:
     """Return the target encrypted_secret, where it is a secret."""
-    return call.parts.sealing.seal(whole) if channel.hides else None
+    return call.parts.sealing.seal(whole) if channel.has_secret_target else None
 
 
 def _hidden(call: RequestContext, state: Subscription) -> str | None:

@@ -23,17 +23,17 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
         type: `incident.opened`, `.updated`, `.severity_changed`, `.resolved`, `.reopened` or `.still_open`;
             `maintenance.scheduled`, `.rescheduled`, `.reminder`, `.updated`, `.started`, `.completed` or `.cancelled`;
             `subscription.test`, or `subscription.confirm` to whoever has to agree first.
-        sequence: The last event's position in the tenant's ledger.
+        position: The last event's position in the tenant's ledger.
         changes: The events that it tells, oldest first.
         tenant: `{"slug", "name"}`.
         kind: `incident`, `maintenance` or `subscription`: what `subject` is.
-        subject: The thing itself, as it was at `sequence`, with what the subscription's audience may see; as decoded
+        subject: The thing itself, as it was at `position`, with what the subscription's audience may see; as decoded
             JSON, in the shapes of the API.
     """
 
     id: str
     type: str
-    sequence: int
+    position: int
     changes: Sequence[Change]
     tenant: Mapping[str, str]
     kind: str
@@ -90,18 +90,18 @@ class Channel(Protocol):
 
     name: str
     """What subscriptions call it."""
-    signs: bool
+    signs_messages: bool
     """Whether messages are signed, so that a subscription needs a secret of its own."""
-    hides: bool
+    has_secret_target: bool
     """Whether the target is a secret itself: encrypted_secret, and shown only in part."""
 
-    at_once: int | None
+    max_concurrency: int | None
     """Where all its messages go through one thing of ours, so many at once do; `None`: each target has its own."""
 
-    def check(self, target: str) -> str:
+    def validate_target(self, target: str) -> str:
         """Return the target as it is to be kept; raises `BadTarget`. Nothing is resolved or dialled."""
 
-    def shown(self, target: str) -> str:
+    def display_target(self, target: str) -> str:
         """Return what may be shown of a target."""
 
     async def send(self, endpoint: Endpoint, message: Message) -> Outcome:

@@ -166,7 +166,7 @@ class SignUp:
         target = wish.email
         try:
             if self._email is not None:
-                target = self._email.check(wish.email)
+                target = self._email.validate_target(wish.email)
         except BadTarget as error:
             problems["email"] = f"This {error}."
         # What is internal, retired or another tenant's is not on offer, and as unknown as what does not exist.

@@ -25,16 +25,16 @@ class StandIn:
 
     name: str
     mark: str
-    signs: bool = False
-    hides: bool = False
+    signs_messages: bool = False
+    has_secret_target: bool = False
 
-    def check(self, target: str) -> str:
+    def validate_target(self, target: str) -> str:
         if self.mark not in target:
             raise BadTarget(f"must have {self.mark} in it")
         return target.strip()
 
-    def shown(self, target: str) -> str:
-        return f"{target.rsplit('/', 1)[0]}/…" if self.hides else target
+    def display_target(self, target: str) -> str:
+        return f"{target.rsplit('/', 1)[0]}/…" if self.has_secret_target else target
 
     async def send(self, endpoint: Endpoint, message: Message) -> Outcome:
         raise NotImplementedError
@@ -44,8 +44,8 @@ class StandIn:
 
 
 STAND_INS = (
-    StandIn("webhook", "https://", signs=True),
-    StandIn("slack", "https://hooks.slack.com/", hides=True),
+    StandIn("webhook", "https://", signs_messages=True),
+    StandIn("slack", "https://hooks.slack.com/", has_secret_target=True),
     StandIn("email", "@"),
 )
 

@@ -75,7 +75,7 @@ def message(subject: dict[str, Any] | None = None, kind: str = "incident", **fie
     whole: dict[str, Any] = {
         "id": "msg_" + "0123456789abcdef" * 2,
         "type": "incident.opened",
-        "sequence": 42,
+        "position": 42,
         "changes": [Change(41, "incident.opened", AT), Change(42, "incident.updated", AT)],
         "tenant": TENANT,
         "kind": kind,

@@ -13,22 +13,22 @@ BROKEN = Outcome("answered 500", 500)
 class Scripted:
     """A channel of our own making: `answers` says what each target answers, and `sent` what was sent there."""
 
-    signs = False
-    hides = False
+    signs_messages = False
+    has_secret_target = False
 
-    def __init__(self, name="webhook", at_once=None):
+    def __init__(self, name="webhook", max_concurrency=None):
         self.name = name
-        self.at_once: int | None = at_once
+        self.max_concurrency: int | None = max_concurrency
         self.answers: dict[str, Any] = defaultdict(lambda: OK)
         self.sent: list[tuple[str, Message]] = []
         self.open: Counter[str] = Counter()
         self.widest: Counter[str] = Counter()
         self.most = 0
 
-    def check(self, target):
+    def validate_target(self, target):
         return target
 
-    def shown(self, target):
+    def display_target(self, target):
         return target
 
     async def send(self, endpoint, message):

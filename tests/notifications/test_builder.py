@@ -97,7 +97,7 @@ async def test_the_public_is_told_what_is_public(composer, tell, parts, acme):
     assert "Kim" not in str(part)
     for told in (whole, part):
         # What is composed is what the schema of webhooks describes.
-        body = Bodies().body(message(told, sequence=last))
+        body = Bodies().body(message(told, position=last))
         decoded = msgspec.json.decode(body, type=Payload)
         assert msgspec.json.decode(msgspec.json.encode(decoded)) == msgspec.json.decode(body)
 

@@ -17,7 +17,7 @@ async def test_what_happens_is_sent_in_order_with_its_state_of_then(desk, channe
         one = await desk.open()
         await desk.tell(one, PostUpdate(message="a", status="identified"), ResolveIncident())
         await settled()
-    told = [(m.type, m.subject["status"], m.sequence) for m in channel.to("https://example.com/x")]
+    told = [(m.type, m.subject["status"], m.position) for m in channel.to("https://example.com/x")]
     assert [what[1] for what in told] == ["investigating", "identified", "identified", "resolved"]
     assert (told[0][0], told[-1][0]) == ("incident.opened", "incident.resolved")
     assert [what[2] for what in told] == sorted(what[2] for what in told)
@@ -217,7 +217,7 @@ async def test_nothing_is_sent_to_who_was_disabled_or_removed(desk, channel, sen
 async def test_secrets_that_no_key_opens_hold_their_messages_back_and_nobody_elses(
     desk, channel, sending, settled, owner
 ):
-    channel.signs = True
+    channel.signs_messages = True
     for number in range(5):
         await desk.subscribe(
             target=f"https://example.com/encrypted_secret/{number}",

@@ -22,7 +22,7 @@ async def has(*said):
 
 
 async def test_a_channel_that_hangs_holds_up_no_other(desk, channel, sending, settled):
-    mail, hanging = Scripted("email", at_once=3), asyncio.Event()
+    mail, hanging = Scripted("email", max_concurrency=3), asyncio.Event()
     for number in range(40):
         await desk.subscribe(channel="email", target=f"kim{number}@example.com")
         mail.answers[f"kim{number}@example.com"] = hanging

@@ -104,11 +104,11 @@ def test_blocks_are_never_too_long(title, name, character, times):
 )
 def test_a_target_is_shown_in_part(target, shown):
     channel = slack.make(Dependencies(Settings(), None))  # type: ignore[arg-type]
-    assert (channel.name, channel.signs, channel.hides) == ("slack", False, True)
-    assert channel.check(target) == target
-    assert channel.shown(target) == shown
+    assert (channel.name, channel.signs_messages, channel.has_secret_target) == ("slack", False, True)
+    assert channel.validate_target(target) == target
+    assert channel.display_target(target) == shown
     with pytest.raises(BadTarget):
-        channel.check("https://127.0.0.1/services/x")
+        channel.validate_target("https://127.0.0.1/services/x")
 
 
 async def test_what_slack_refuses_is_a_failure():
@@ -125,4 +125,4 @@ async def test_what_slack_refuses_is_a_failure():
 def test_every_channel_is_found_by_being_there():
     found = channels(Dependencies(Settings(), None))  # type: ignore[arg-type]
     assert set(found) == {"webhook", "slack", "email"}
-    assert all(msgspec.json.encode(channel.shown("https://a.example/")) for channel in found.values())
+    assert all(msgspec.json.encode(channel.display_target("https://a.example/")) for channel in found.values())

@@ -76,8 +76,8 @@ async def channel_to(url):
 )
 def test_addresses_are_kept_as_they_are(address):
     channel = email.make(Dependencies(SETTINGS, None))  # type: ignore[arg-type]
-    assert channel.check(address) == channel.shown(address) == address
-    assert (channel.name, channel.signs, channel.hides) == ("email", False, False)
+    assert channel.validate_target(address) == channel.display_target(address) == address
+    assert (channel.name, channel.signs_messages, channel.has_secret_target) == ("email", False, False)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_addresses_are_kept_as_they_are(address):
 )
 def test_what_is_no_address(address):
     with pytest.raises(BadTarget):
-        email.make(Dependencies(SETTINGS, None)).check(address)  # type: ignore[arg-type]
+        email.make(Dependencies(SETTINGS, None)).validate_target(address)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ the relay
@@ -140,9 +140,12 @@ async def test_as_many_connections_as_there_are_letters_at_once():
     inbox = Inbox()
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
         for _ in range(3):
-            many = [channel.send(endpoint("kim@example.com"), message(id=f"msg_{n}")) for n in range(channel.at_once)]
+            many = [
+                channel.send(endpoint("kim@example.com"), message(id=f"msg_{n}"))
+                for n in range(channel.max_concurrency)
+            ]
             assert set(await asyncio.gather(*many)) == {Outcome(answer=250)}
-        assert inbox.connections == channel.at_once == 8
+        assert inbox.connections == channel.max_concurrency == 8
     assert len(inbox.letters) == 24
 
 

@@ -250,10 +250,14 @@ async def test_that_this_machine_has_no_more_sockets_is_ours(channel, monkeypatc
 
 def test_targets_are_checked_and_shown_whole():
     channel = webhook.make(Dependencies(Settings(), None))  # type: ignore[arg-type]
-    assert (channel.name, channel.signs, channel.hides) == ("webhook", True, False)
-    assert channel.check("https://example.com/a") == channel.shown("https://example.com/a") == "https://example.com/a"
+    assert (channel.name, channel.signs_messages, channel.has_secret_target) == ("webhook", True, False)
+    assert (
+        channel.validate_target("https://example.com/a")
+        == channel.display_target("https://example.com/a")
+        == "https://example.com/a"
+    )
     with pytest.raises(BadTarget):
-        channel.check("http://127.0.0.1/")
+        channel.validate_target("http://127.0.0.1/")
 
 
 # ------------------------------------------------------------------------------------------------ TLS

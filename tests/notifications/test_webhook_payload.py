@@ -47,7 +47,7 @@ def test_what_a_message_says():
         ("id", "msg_0123456789abcdef0123456789abcdef"),
         ("type", "incident.opened"),
         ("timestamp", "2026-03-01T12:30:05.123456Z"),
-        ("sequence", 42),
+        ("position", 42),
         ("tenant", {"slug": "acme", "name": "Acme"}),
         (
             "changes",
@@ -125,7 +125,7 @@ def test_what_many_are_told_is_encoded_once_and_never_mixed_up():
         message(one, type="incident.updated"),
         message(one, tenant={"slug": "acme", "name": "Renamed"}),
         message(one, changes=[Change(42, "incident.updated", AT)]),
-        message(one, sequence=43),
+        message(one, position=43),
     ):
         assert bodies.body(sent) == bodies.body(sent) == Bodies().body(sent)
         assert json.loads(bodies.body(sent))["id"] == sent.id

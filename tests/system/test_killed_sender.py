@@ -130,8 +130,8 @@ async def kill_again_and_again(settings, owner, *, subscribers, incidents, updat
         for arrival in firsts:
             payload = arrival.payload
             about = payload["data"]["incident"]["id"]
-            assert payload["sequence"] > last.get(about, 0), (subscription_id, about)
-            last[about] = payload["sequence"]
+            assert payload["position"] > last.get(about, 0), (subscription_id, about)
+            last[about] = payload["position"]
         bodies: dict[str, bytes] = {}
         for arrival in arrivals:
             Webhook(secret).verify(arrival.body, arrival.headers)

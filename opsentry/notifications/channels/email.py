@@ -25,20 +25,20 @@ class Email:
     """Sends what `letters` writes."""
 
     name = "email"
-    signs = False
-    hides = False
-    at_once: int | None = CONNECTIONS
+    signs_messages = False
+    has_secret_target = False
+    max_concurrency: int | None = CONNECTIONS
 
     def __init__(self, settings: Settings) -> None:
         self._letters = EmailRenderer(settings)
         self._relay = SmtpPool(settings.smtp_url, self._letters.domain) if settings.smtp_url else None
 
-    def check(self, target: str) -> str:
+    def validate_target(self, target: str) -> str:
         """Return the address as it is; raises `BadTarget`."""
         _ascii(target)
         return target
 
-    def shown(self, target: str) -> str:
+    def display_target(self, target: str) -> str:
         """Return all of it."""
         return target
 

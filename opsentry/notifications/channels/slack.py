@@ -37,19 +37,19 @@ class Slack:
     """Posts a text with blocks to a URL that is a secret itself."""
 
     name = "slack"
-    signs = False
-    hides = True
-    at_once: int | None = None
+    signs_messages = False
+    has_secret_target = True
+    max_concurrency: int | None = None
 
     def __init__(self, http: aiohttp.ClientSession, webhook_allowed_networks: tuple[Network, ...]) -> None:
         self._http = http
         self._open_networks = webhook_allowed_networks
 
-    def check(self, target: str) -> str:
+    def validate_target(self, target: str) -> str:
         """Return the URL; raises `BadTarget`."""
         return check_url(target, self._open_networks)
 
-    def shown(self, target: str) -> str:
+    def display_target(self, target: str) -> str:
         """Return the host, and the last four characters where so many more are left out."""
         url = URL(target)
         begins = _SLACK_PATH if url.raw_path.startswith(_SLACK_PATH) else "/"

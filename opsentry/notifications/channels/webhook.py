@@ -22,20 +22,20 @@ class Webhook:
     """Posts what `payload` describes, signed with each secret that is good at the moment."""
 
     name = "webhook"
-    signs = True
-    hides = False
-    at_once: int | None = None
+    signs_messages = True
+    has_secret_target = False
+    max_concurrency: int | None = None
 
     def __init__(self, http: aiohttp.ClientSession, webhook_allowed_networks: tuple[Network, ...]) -> None:
         self._http = http
         self._open_networks = webhook_allowed_networks
         self._bodies = Bodies()
 
-    def check(self, target: str) -> str:
+    def validate_target(self, target: str) -> str:
         """Return the URL; raises `BadTarget`."""
         return check_url(target, self._open_networks)
 
-    def shown(self, target: str) -> str:
+    def display_target(self, target: str) -> str:
         """Return all of it."""
         return target
 

@@ -148,7 +148,7 @@ class Dispatcher:
         used, unproven = self._in_use()
         free, half = self._sockets - used.total(), self._sockets // 2
         # Where all goes through one thing of ours, no endpoint is slow by itself.
-        alike = self._channel.at_once is not None
+        alike = self._channel.max_concurrency is not None
         proven_only = not alike and unproven.total() >= half
         widest = self._courier.widest
         if free < widest or len(self._to_do) >= _RECORDED:

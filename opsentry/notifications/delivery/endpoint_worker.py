@@ -58,7 +58,7 @@ class EndpointWorker:
         self._places = asyncio.Semaphore(at_most)
         self._stopping = False
         # What goes through one thing of ours is spread over as many as can be told at once.
-        self.widest = min(WIDEST, max(1, at_most // 4)) if channel.at_once is None else 1
+        self.widest = min(WIDEST, max(1, at_most // 4)) if channel.max_concurrency is None else 1
 
     def recorded(self, results: int) -> None:
         """Say that of so many results it is recorded what came of them."""
@@ -154,14 +154,19 @@ class EndpointWorker:
         assert state is not None  # noqa: S101 - the caller has looked
         encrypted_secret = [] if state.encrypted_secret is None else [self._sealing.open(state.encrypted_secret)]
         until = state.previous_until
-        if channel.signs and state.previous_encrypted_secret and until is not None and until.timestamp() > time.time():
+        if (
+            channel.signs_messages
+            and state.previous_encrypted_secret
+            and until is not None
+            and until.timestamp() > time.time()
+        ):
             encrypted_secret.append(self._sealing.open(state.previous_encrypted_secret))
         return Endpoint(
             endpoint.tenant_id,
             endpoint.subscription_id,
             state.audience,
-            encrypted_secret[0] if channel.hides and encrypted_secret else state.target,
-            encrypted_secret if channel.signs else (),
+            encrypted_secret[0] if channel.has_secret_target and encrypted_secret else state.target,
+            encrypted_secret if channel.signs_messages else (),
         )
 
     async def _message(self, target: Endpoint, due: Due) -> Message | None:
@@ -178,7 +183,7 @@ class EndpointWorker:
         return Message(
             id=f"msg_{due.intent_id.hex}",
             type=message_type([change.type for change in due.changes]),
-            sequence=due.sequence,
+            position=due.sequence,
             changes=due.changes,
             tenant=await self._composer.tenant(due.tenant_id),
             kind=due.kind,

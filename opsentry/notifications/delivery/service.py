@@ -54,7 +54,7 @@ class DeliveryService:
         self._burst = burst
         self._dispatchers = []
         for channel in channels.values():
-            at_once = min(sockets, channel.at_once or sockets)
+            at_once = min(sockets, channel.max_concurrency or sockets)
             # While what came of some is recorded, as many others are sent.
             courier = EndpointWorker(channel, composer, sealing, 2 * at_once)
             self._dispatchers.append(

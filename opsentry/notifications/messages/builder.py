@@ -55,10 +55,10 @@ class MessageBuilder:
         """
         return await self._tenants.get(tenant_id, lambda: self._tenant(tenant_id))
 
-    async def compose(self, tenant_id: int, kind: str, stream_id: int, sequence: int, audience: str) -> Subject | None:
-        """Return an incident or a window as it was at `sequence`; `None` if the audience may not see it.
+    async def compose(self, tenant_id: int, kind: str, stream_id: int, position: int, audience: str) -> Subject | None:
+        """Return an incident or a window as it was at `position`; `None` if the audience may not see it.
 
-        The shape is the API's. The audience `internal` sees all. What is told the `public` was public at `sequence` and
+        The shape is the API's. The audience `internal` sees all. What is told the `public` was public at `position` and
         is public now, give or take a second, and has no root cause, no postmortem, no services that are internal, and
         of the timeline what is public, without authors.
 
@@ -66,12 +66,12 @@ class MessageBuilder:
             PositionNotReached: Read models do not show it yet.
             DatabaseUnavailable: The database was lost.
         """
-        key = (tenant_id, kind, stream_id, sequence, audience)
+        key = (tenant_id, kind, stream_id, position, audience)
         return await self._subjects.get(key, lambda: self._compose(*key))
 
-    async def _compose(self, tenant_id: int, kind: str, stream_id: int, sequence: int, audience: str) -> Subject | None:
+    async def _compose(self, tenant_id: int, kind: str, stream_id: int, position: int, audience: str) -> Subject | None:
         at = self._as_of_queries.incident if kind == incident.KIND else self._as_of_queries.maintenance
-        one = await at(tenant_id, stream_id, sequence)
+        one = await at(tenant_id, stream_id, position)
         if one is None:
             return None
         subject: dict[str, Any] = msgspec.json.decode(one.body)

@@ -102,7 +102,7 @@ class Maintenance(_Subject, kw_only=True):
 
 
 class Data(msgspec.Struct, omit_defaults=True):
-    """The thing itself, as it was at `sequence`: one of these."""
+    """The thing itself, as it was at `position`: one of these."""
 
     incident: Incident | UnsetType = UNSET
     maintenance: Maintenance | UnsetType = UNSET
@@ -116,7 +116,7 @@ class Payload(msgspec.Struct, kw_only=True):
     id: Annotated[str, Meta(description="The same as the header webhook-id, whichever attempt it is.")]
     type: Annotated[str, Meta(description="What happened, such as incident.opened.")]
     timestamp: Annotated[datetime, Meta(tz=True, description="When the last of the changes was recorded, in UTC.")]
-    sequence: Annotated[int, Meta(description="The position of the last change in the tenant's ledger. It only rises.")]
+    position: Annotated[int, Meta(description="The position of the last change in the tenant's ledger. It only rises.")]
     tenant: TenantRef
     changes: Annotated[Sequence[ChangeRef], Meta(description="What is told, oldest first; the newest 50 at most.")]
     data: Data
@@ -142,7 +142,7 @@ class Bodies:
         """Return the message as the body of a webhook."""
         head = b'{"version":%d,"id":%b,' % (VERSION, msgspec.json.encode(message.id))
         tenant = message.tenant
-        key: _Key = (id(message.subject), message.type, message.kind, message.sequence, tenant["slug"], tenant["name"])
+        key: _Key = (id(message.subject), message.type, message.kind, message.position, tenant["slug"], tenant["name"])
         key += tuple(change.position for change in message.changes)
         known = self._rests.get(key)
         if known is None:
@@ -161,7 +161,7 @@ def _rest(message: Message, room: int) -> bytes:
     around = {
         "type": message.type,
         "timestamp": message.at.astimezone(UTC),
-        "sequence": message.sequence,
+        "position": message.position,
         "tenant": message.tenant,
         "changes": changes,
         "data": {message.kind: None},
