@@ -2,7 +2,7 @@ FROM python:3.13-slim AS build
 WORKDIR /src
 COPY requirements/server.txt requirements/
 RUN python -m venv /opt/opsentry && /opt/opsentry/bin/pip install --no-cache-dir --require-hashes -r requirements/server.txt
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY opsentry opsentry
 COPY migrations migrations
 RUN /opt/opsentry/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
