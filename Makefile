@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 OPSENTRY_DEMO_DIR ?= .opsentry
 
-.PHONY: demo test check faults bench lock format clean
+.PHONY: demo test check prose faults bench lock format clean
 
 $(VENV)/.demo: requirements/demo.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	-@$(MAKE) --no-print-directory prose
+
+# Checks wording and spelling: banned phrases, long sentences in docs, typing errors.
+prose: $(VENV)/.dev
+	@$(BIN)/python tools/check_prose.py
+	@$(BIN)/codespell
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
