@@ -12,6 +12,8 @@ import uvloop
 from aiohttp import web
 
 from opsentry.projections import incidents
+from opsentry.projections.incident_view import IncidentFilter
+from opsentry.projections.page_request import PageRequest
 
 
 async def keep(_: Any) -> None:
@@ -30,9 +32,7 @@ async def serve() -> None:
 
         async def listing(_: web.Request) -> web.Response:
             async with pool.acquire() as connection:
-                row = await incidents.select_incidents(
-                    connection, tenant_id, status=None, severity=None, limit=50, offset=0
-                )
+                row = await incidents.select_incidents(connection, tenant_id, IncidentFilter(), PageRequest(50))
             body = b'{"incidents":[' + row["items"] + b'],"total":%d,"limit":50,"offset":0}' % row["total"]
             return web.Response(body=body, content_type="application/json")
 

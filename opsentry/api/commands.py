@@ -233,7 +233,9 @@ async def _refs(call: RequestContext, executed: CommandResult[L]) -> ServiceLink
         return {}, ()
     try:
         if "Idempotency-Key" in call.request.headers:
-            return await call.parts.as_of_queries.links(call.tenant_id, service_ids, executed.ledger_position)
+            return await call.parts.as_of_queries.get_service_links(
+                call.tenant_id, service_ids, executed.ledger_position
+            )
         return services.links_from_row(await call.parts.refs.read(call.tenant_id, service_ids), service_ids)
     except DatabaseUnavailable as error:
         raise OutcomeUnknown("recorded, but could not be read back") from error

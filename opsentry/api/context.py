@@ -291,7 +291,7 @@ def name_choices(choices: Mapping[str, Sequence[str]]) -> None:
     _CHOICES.update(choices)
 
 
-# The driver writes these two as_of_queries as infinities.
+# The driver writes these two moments as infinities.
 _ENDS = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
 
 

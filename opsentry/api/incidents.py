@@ -25,7 +25,8 @@ from opsentry.domain.incident import (
 )
 from opsentry.events.codec import RecordedEvent
 from opsentry.projections import incidents
-from opsentry.projections.incident_view import IncidentView, render
+from opsentry.projections.incident_view import IncidentFilter, render
+from opsentry.projections.page_request import PageRequest
 
 name_choices({"severity": SEVERITIES, "visibility": VISIBILITIES, "status": STATUSES})
 
@@ -73,30 +74,20 @@ class ResolveBody(msgspec.Struct):
 
 async def listing(call: RequestContext) -> web.Response:
     """`GET /incidents`."""
-    status = call.choice("status", STATUSES)
-    severity = call.choice("severity", SEVERITIES)
+    filter_ = IncidentFilter(call.choice("status", STATUSES), call.choice("severity", SEVERITIES))
     limit, offset = call.page(default=50)
+    page = PageRequest(limit, offset)
     if (position := await call.as_of()) is not None:
-
-        def wanted(view: IncidentView) -> bool:
-            return status in {None, view.status} and severity in {None, view.severity}
-
-        found = await call.parts.as_of_queries.incidents(call.tenant_id, position, wanted, limit, offset)
+        found = await call.parts.as_of_queries.list_incidents(call.tenant_id, position, filter_, page)
         return page_as_of(call, "incidents", found, (limit, offset))
-    row = await call.read(
-        lambda connection: incidents.select_incidents(
-            connection, call.tenant_id, status=status, severity=severity, limit=limit, offset=offset
-        )
-    )
+    row = await call.read(lambda connection: incidents.select_incidents(connection, call.tenant_id, filter_, page))
     return list_response(call, "incidents", row, (limit, offset))
 
 
 async def active(call: RequestContext) -> web.Response:
     """`GET /incidents/active`."""
     if (position := await call.as_of()) is not None:
-        found = await call.parts.as_of_queries.incidents(
-            call.tenant_id, position, lambda view: view.status != "resolved", None, 0
-        )
+        found = await call.parts.as_of_queries.list_active_incidents(call.tenant_id, position)
         return page_as_of(call, "incidents", found)
     return list_response(
         call,
@@ -109,9 +100,11 @@ async def one(call: RequestContext) -> web.Response:
     """`GET /incidents/:id`."""
     incident_id = call.id()
     if (position := await call.as_of()) is not None:
-        return one_as_of(await call.parts.as_of_queries.incident(call.tenant_id, incident_id, position), position)
+        return one_as_of(await call.parts.as_of_queries.get_incident(call.tenant_id, incident_id, position), position)
     row = await call.read(lambda connection: incidents.select_incident(connection, call.tenant_id, incident_id))
-    return await one_or_recorded(row, partial(call.parts.as_of_queries.recorded_incident, call.tenant_id, incident_id))
+    return await one_or_recorded(
+        row, partial(call.parts.as_of_queries.get_recorded_incident, call.tenant_id, incident_id)
+    )
 
 
 async def create(call: RequestContext) -> web.Response:

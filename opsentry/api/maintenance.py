@@ -26,7 +26,8 @@ from opsentry.domain.maintenance import (
 )
 from opsentry.events.codec import RecordedEvent
 from opsentry.projections import maintenance as windows
-from opsentry.projections.maintenance import MaintenanceView
+from opsentry.projections.maintenance import MaintenanceFilter
+from opsentry.projections.page_request import PageRequest
 
 ACTIONS: Mapping[str, MaintenanceCommand] = {
     "start": StartMaintenance(),
@@ -67,18 +68,13 @@ class ChangeBody(msgspec.Struct):
 
 async def listing(call: RequestContext) -> web.Response:
     """`GET /maintenance`."""
-    status = call.choice("status", STATUSES)
+    filter_ = MaintenanceFilter(call.choice("status", STATUSES))
     limit, offset = call.page(default=50)
+    page = PageRequest(limit, offset)
     if (position := await call.as_of()) is not None:
-
-        def wanted(view: MaintenanceView) -> bool:
-            return status in {None, view.status}
-
-        found = await call.parts.as_of_queries.windows(call.tenant_id, position, wanted, limit, offset)
+        found = await call.parts.as_of_queries.list_maintenance(call.tenant_id, position, filter_, page)
         return page_as_of(call, "maintenance", found, (limit, offset))
-    row = await call.read(
-        lambda connection: windows.select_windows(connection, call.tenant_id, status=status, limit=limit, offset=offset)
-    )
+    row = await call.read(lambda connection: windows.select_windows(connection, call.tenant_id, filter_, page))
     return list_response(call, "maintenance", row, (limit, offset))
 
 
@@ -93,9 +89,11 @@ async def one(call: RequestContext) -> web.Response:
     """`GET /maintenance/:id`."""
     maintenance_id = call.id()
     if (position := await call.as_of()) is not None:
-        return one_as_of(await call.parts.as_of_queries.maintenance(call.tenant_id, maintenance_id, position), position)
+        return one_as_of(
+            await call.parts.as_of_queries.get_maintenance(call.tenant_id, maintenance_id, position), position
+        )
     row = await call.read(lambda connection: windows.select_window(connection, call.tenant_id, maintenance_id))
-    return await one_or_recorded(row, partial(call.parts.as_of_queries.maintenance, call.tenant_id, maintenance_id))
+    return await one_or_recorded(row, partial(call.parts.as_of_queries.get_maintenance, call.tenant_id, maintenance_id))
 
 
 async def create(call: RequestContext) -> web.Response:

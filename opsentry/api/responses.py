@@ -10,7 +10,7 @@ from multidict import CIMultiDict
 from opsentry import __version__
 from opsentry.api.context import RequestContext
 from opsentry.api.errors import NotFound
-from opsentry.projections.as_of import One, Page
+from opsentry.projections.as_of import RenderedPage, RenderedResource
 from opsentry.projections.engine.projector import PositionNotReached
 
 _JSON = CIMultiDict({"Content-Type": "application/json; charset=utf-8"})
@@ -65,10 +65,12 @@ def list_response(
     return with_position(response, row)
 
 
-def page_as_of(call: RequestContext, name: str, found: Page, page: tuple[int, int] | None = None) -> web.Response:
+def page_as_of(
+    call: RequestContext, name: str, found: RenderedPage, page: tuple[int, int] | None = None
+) -> web.Response:
     """Return a list as it was; see `list_response`."""
-    position = found["trusted_position"]
-    row = {**found, "projected_position": position, "tag": f"as-of-{position}"}
+    positions = dict.fromkeys(("head_position", "trusted_position", "projected_position"), found.position)
+    row = {**positions, "total": found.total, "items": found.items, "tag": f"as-of-{found.position}"}
     return list_response(call, name, row, page)
 
 
@@ -86,7 +88,9 @@ def one_response(row: Mapping[str, Any]) -> web.Response:
     return with_position(object_response(row["body"], etag=row["etag"]), row)
 
 
-async def one_or_recorded(row: Mapping[str, Any], recorded: Callable[[int], Awaitable[One | None]]) -> web.Response:
+async def one_or_recorded(
+    row: Mapping[str, Any], recorded: Callable[[int], Awaitable[RenderedResource | None]]
+) -> web.Response:
     """Return the thing in `row` or, where the row is not up to date and has none, what is `recorded` of it.
 
     What a command answered is never denied, however far behind read models are.
@@ -99,7 +103,7 @@ async def one_or_recorded(row: Mapping[str, Any], recorded: Callable[[int], Awai
     return one_response(row)
 
 
-def one_as_of(found: One | None, position: int) -> web.Response:
+def one_as_of(found: RenderedResource | None, position: int) -> web.Response:
     """Return the thing as it was at `position`.
 
     Raises:

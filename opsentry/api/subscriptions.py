@@ -42,6 +42,8 @@ from opsentry.notifications.channel import BadTarget, Channel
 from opsentry.notifications.delivery import history
 from opsentry.notifications.messages.signing import new_secret
 from opsentry.projections import subscriptions
+from opsentry.projections.page_request import PageRequest
+from opsentry.projections.subscriptions import SubscriptionPageFilter
 
 MAX_OVERLAP_HOURS = 168
 
@@ -81,12 +83,14 @@ class RotateBody(msgspec.Struct):
 async def listing(call: RequestContext) -> web.Response:
     """`GET /subscriptions`."""
     call.refuse("as_of")
-    channel = call.choice("channel", sorted(call.parts.channels))
-    status = call.choice("status", [status for status in STATUSES if status != "removed"])
+    filter_ = SubscriptionPageFilter(
+        call.choice("channel", sorted(call.parts.channels)),
+        call.choice("status", [status for status in STATUSES if status != "removed"]),
+    )
     limit, offset = call.page(default=50)
     row = await call.read(
         lambda connection: subscriptions.select_subscriptions(
-            connection, call.tenant_id, channel=channel, status=status, limit=limit, offset=offset
+            connection, call.tenant_id, filter_, PageRequest(limit, offset)
         )
     )
     return list_response(call, "subscriptions", row, (limit, offset))

@@ -22,6 +22,8 @@ from opsentry.domain.service import RegisterService
 from opsentry.events.command_handler import NameReserved
 from opsentry.identity import api_tokens, tenants
 from opsentry.projections import services
+from opsentry.projections.page_request import PageRequest
+from opsentry.projections.services import ServiceFilter
 
 MAX_SERVICES = 100_000
 
@@ -179,7 +181,7 @@ def list_services(slug: str, *, json_output: bool) -> None:
             row = await parts.projector.read(
                 tenant_id,
                 lambda connection: services.select_services(
-                    connection, tenant_id, status=None, visibility=None, search=None, limit=MAX_SERVICES, offset=0
+                    connection, tenant_id, ServiceFilter(), PageRequest(MAX_SERVICES)
                 ),
             )
         rows = json.loads(b"[%s]" % (row["items"] or b""))

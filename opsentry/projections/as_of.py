@@ -1,13 +1,13 @@
 """Read models as they were at a position of the ledger: the same shapes, the same bytes.
 
-Single things are looked up by their stream. Lists are folded from the ledger's beginning, some events at a time, with
-one row in memory for each thing there was.
+A single resource is read by its stream. A list is replayed from the beginning of the ledger, batch by batch, with one
+view in memory for each resource that existed.
 """
 
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -23,14 +23,15 @@ from opsentry.projections import impact, incident_view, incidents, services
 from opsentry.projections import maintenance as windows
 from opsentry.projections.engine.projector import Projector
 from opsentry.projections.impact import Source
-from opsentry.projections.incident_view import IncidentView, Shown
-from opsentry.projections.maintenance import MaintenanceView
-from opsentry.projections.services import ServiceLinks, ServiceView
+from opsentry.projections.incident_view import IncidentFilter, IncidentView, Shown
+from opsentry.projections.maintenance import MaintenanceFilter, MaintenanceView
+from opsentry.projections.page_request import ALL_ITEMS, PageRequest
+from opsentry.projections.services import ServiceFilter, ServiceLinks, ServiceView
 from opsentry.projections.timeline import etag, name_authors
 
-_BATCH = 1000
-# Folding a ledger is work for this process: so many at once, the others wait.
-_AT_ONCE = 2
+REPLAY_BATCH_EVENTS = 1000
+# A replay keeps this process busy, so only a few run at a time and the others wait.
+MAX_CONCURRENT_REPLAYS = 2
 
 
 class Linked(Protocol):
@@ -46,38 +47,45 @@ C = TypeVar("C")
 E = TypeVar("E", bound=Event)
 
 Render = Callable[[Sequence[RecordedEvent], Mapping[int, msgspec.Raw], Mapping[int, str]], bytes]
-"""Makes a thing's answer of its events, service links and token names."""
+"""Renders a resource from its events, service links and token names."""
 
 
-class One(NamedTuple):
-    """A single thing's answer, and the inside of its entity tag."""
+class RenderedResource(NamedTuple):
+    """A resource as JSON, and the value of its entity tag without the quotes; `None` where it has none."""
 
     body: bytes
     etag: str | None
 
 
-class Page(TypedDict):
-    """A page of a list, with what the list queries of the read models answer."""
+class RenderedPage(NamedTuple):
+    """A page of a list as it was at `position`.
 
-    head_position: int
-    trusted_position: int
+    Attributes:
+        position: The position of the last event that the page shows.
+        total: The number of items in the whole list.
+        items: The items of the page: the inside of a JSON array.
+    """
+
+    position: int
     total: int
     items: bytes
 
 
 class AsOfQueries:
-    """Looks back."""
+    """Answers queries with the past state of the read models."""
 
     def __init__(self, database: Database, projector: Projector) -> None:
         self._database = database
         self._projector = projector
-        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self._replays = asyncio.Semaphore(MAX_CONCURRENT_REPLAYS)
 
-    async def incident(self, tenant_id: int, incident_id: int, position: int) -> One | None:
-        """Return the incident as a read at `position` answered it; `None` if there was none.
+    async def get_incident(self, tenant_id: int, incident_id: int, position: int) -> RenderedResource | None:
+        """Return an incident as a read at `position` rendered it; `None` if it did not exist.
+
+        The nearest snapshot and the stored timeline keep this fast for an incident with very many events.
 
         Raises:
-            PositionNotReached: Its timeline is not projected up to there.
+            PositionNotReached: The projection `incidents` does not show `position` yet.
             DatabaseUnavailable: The database was lost.
         """
         row = await self._projector.read(
@@ -87,98 +95,127 @@ class AsOfQueries:
         )
         if row["version"] == 0:
             return None
-        kept = row["snapshot_version"] or 0
+        snapshot_version = row["snapshot_version"] or 0
         async with self._database.connection() as connection:
             tail = await store.read_stream(
-                connection, tenant_id, incident.KIND, incident_id, after=kept, until=row["version"]
+                connection, tenant_id, incident.KIND, incident_id, after=snapshot_version, until=row["version"]
             )
             view = incident_view.state_as_of(row, incident_id, tail)
             updates, token_ids = await incidents.select_timeline(connection, tenant_id, incident_id, row["version"])
             names = await api_tokens.find_api_token_names(connection, tenant_id, token_ids) if token_ids else {}
-            refs, versions = await _links(connection, tenant_id, view.service_ids, position)
-        view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
+            links, versions = await _read_service_links(connection, tenant_id, view.service_ids, position)
+        view.services = [links[service_id] for service_id in view.service_ids if service_id in links]
         body = incident_view.render_as_of(view, name_authors(updates, token_ids, names))
-        return One(body, etag(row["version"], versions))
+        return RenderedResource(body, etag(row["version"], versions))
 
-    async def maintenance(self, tenant_id: int, maintenance_id: int, position: int) -> One | None:
-        """Return the window as a read at `position` answered it; `None` if there was none.
-
-        Raises:
-            DatabaseUnavailable: The database was lost.
-        """
-        return await self._recorded(maintenance.DECIDER, windows.render, tenant_id, maintenance_id, position)
-
-    async def recorded_incident(self, tenant_id: int, incident_id: int, position: int) -> One | None:
-        """Return the incident as a read at `position` answers it, from the ledger alone; `None` if there was none.
-
-        For one that read models do not show yet: it folds the whole stream.
+    async def get_maintenance(self, tenant_id: int, maintenance_id: int, position: int) -> RenderedResource | None:
+        """Return a maintenance window as a read at `position` rendered it; `None` if it did not exist.
 
         Raises:
             DatabaseUnavailable: The database was lost.
         """
-        return await self._recorded(incident.DECIDER, incident_view.render, tenant_id, incident_id, position)
+        return await self._replay_resource(maintenance.DECIDER, windows.render, tenant_id, maintenance_id, position)
 
-    async def _recorded(
-        self, decider: Decider[L, C, E], render: Render, tenant_id: int, stream_id: int, position: int
-    ) -> One | None:
-        async with self._database.connection() as connection:
-            history = await store.read_streams(connection, tenant_id, decider.kind, [stream_id], position)
-            if not history:
-                return None
-            state = decider.fold(cast("E", recorded.event) for recorded in history)
-            refs, versions = await _links(connection, tenant_id, () if state is None else state.service_ids, position)
-            token_ids = {e.meta.actor.id for e in history if e.meta.actor.kind == "token" and e.meta.actor.id}
-            names = await api_tokens.find_api_token_names(connection, tenant_id, token_ids) if token_ids else {}
-        return One(render(history, refs, names), etag(history[-1].version, versions))
+    async def get_recorded_incident(self, tenant_id: int, incident_id: int, position: int) -> RenderedResource | None:
+        """Return an incident from the ledger alone, for when the read model does not show it yet.
 
-    async def links(self, tenant_id: int, service_ids: Iterable[int], position: int) -> ServiceLinks:
-        """Return how services were linked at `position`.
+        This replays the whole stream up to `position`; the result is `None` if the incident did not exist.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        return await self._replay_resource(incident.DECIDER, incident_view.render, tenant_id, incident_id, position)
+
+    async def get_service(self, tenant_id: int, service_id: int, position: int) -> RenderedResource | None:
+        """Return a service with the status that it had at `position`; `None` if it did not exist or was retired.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        for view in await self._replay_services(tenant_id, position):
+            if view.id == service_id:
+                return RenderedResource(msgspec.json.encode(view), None)
+        return None
+
+    async def get_service_links(self, tenant_id: int, service_ids: Iterable[int], position: int) -> ServiceLinks:
+        """Return the links that these services had at `position`.
 
         Raises:
             DatabaseUnavailable: The database was lost.
         """
         async with self._database.connection() as connection:
-            return await _links(connection, tenant_id, service_ids, position)
+            return await _read_service_links(connection, tenant_id, service_ids, position)
 
-    async def incidents(
-        self, tenant_id: int, position: int, wanted: Callable[[IncidentView], bool], limit: int | None, offset: int
-    ) -> Page:
-        """Return a page of the incidents that were `wanted` at `position`, newest first."""
-        shown: dict[int, Shown] = {}
-        links: dict[int, ServiceView] = {}
-        async for event in self._events(tenant_id, position, (incident.KIND, service.KIND)):
-            if event.kind == service.KIND:
-                links[event.stream_id] = services.evolve_view(links.get(event.stream_id), event)
-            else:
-                shown[event.stream_id] = incident_view.evolve(shown.get(event.stream_id), event)
-        found = [view for view in (each.view() for each in shown.values()) if wanted(view)]
-        found.sort(key=lambda view: (view.occurred_at, view.id), reverse=True)
-        return _page(position, found, limit, offset, links)
+    async def list_incidents(
+        self, tenant_id: int, position: int, filter_: IncidentFilter, page: PageRequest
+    ) -> RenderedPage:
+        """Return a page of the incidents that matched at `position`, newest first.
 
-    async def windows(
-        self, tenant_id: int, position: int, wanted: Callable[[MaintenanceView], bool], limit: int, offset: int
-    ) -> Page:
-        """Return a page of the windows that were `wanted` at `position`, the last announced first."""
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        return await self._list_incidents(tenant_id, position, filter_.matches, page)
+
+    async def list_active_incidents(self, tenant_id: int, position: int) -> RenderedPage:
+        """Return all incidents that were not resolved at `position`, newest first.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        return await self._list_incidents(tenant_id, position, lambda view: view.status != "resolved", ALL_ITEMS)
+
+    async def list_maintenance(
+        self, tenant_id: int, position: int, filter_: MaintenanceFilter, page: PageRequest
+    ) -> RenderedPage:
+        """Return a page of the maintenance windows that matched at `position`, the last announced first.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
         views: dict[int, MaintenanceView] = {}
         announced: dict[int, RecordedEvent] = {}
-        links: dict[int, ServiceView] = {}
-        async for event in self._events(tenant_id, position, (maintenance.KIND, service.KIND)):
+        linked: dict[int, ServiceView] = {}
+        async for event in self._replay_events(tenant_id, position, (maintenance.KIND, service.KIND)):
             if event.kind == service.KIND:
-                links[event.stream_id] = services.evolve_view(links.get(event.stream_id), event)
+                linked[event.stream_id] = services.evolve_view(linked.get(event.stream_id), event)
             else:
                 announced.setdefault(event.stream_id, event)
                 views[event.stream_id] = windows.evolve_view(views.get(event.stream_id), event)
-        found = [view for view in views.values() if wanted(view)]
-        found.sort(key=lambda view: (announced[view.id].occurred_at, view.id), reverse=True)
-        return _page(position, found, limit, offset, links)
+        matching = [view for view in views.values() if filter_.matches(view)]
+        matching.sort(key=lambda view: (announced[view.id].occurred_at, view.id), reverse=True)
+        return _render_page(position, matching, page, linked)
 
-    async def services(
-        self, tenant_id: int, position: int, wanted: Callable[[ServiceView], bool], limit: int | None, offset: int
-    ) -> Page:
-        """Return a page of the services that were `wanted` at `position`, by name, with the status they had."""
+    async def list_services(
+        self, tenant_id: int, position: int, filter_: ServiceFilter, page: PageRequest
+    ) -> RenderedPage:
+        """Return a page of the services that matched at `position`, by name, with the status that they had.
+
+        Raises:
+            DatabaseUnavailable: The database was lost.
+        """
+        matching = [view for view in await self._replay_services(tenant_id, position) if filter_.matches(view)]
+        matching.sort(key=lambda view: (view.name, view.id))
+        return _render_page(position, matching, page, {})
+
+    async def _list_incidents(
+        self, tenant_id: int, position: int, matches: Callable[[IncidentView], bool], page: PageRequest
+    ) -> RenderedPage:
+        shown: dict[int, Shown] = {}
+        linked: dict[int, ServiceView] = {}
+        async for event in self._replay_events(tenant_id, position, (incident.KIND, service.KIND)):
+            if event.kind == service.KIND:
+                linked[event.stream_id] = services.evolve_view(linked.get(event.stream_id), event)
+            else:
+                shown[event.stream_id] = incident_view.evolve(shown.get(event.stream_id), event)
+        matching = [view for view in (each.view() for each in shown.values()) if matches(view)]
+        matching.sort(key=lambda view: (view.occurred_at, view.id), reverse=True)
+        return _render_page(position, matching, page, linked)
+
+    async def _replay_services(self, tenant_id: int, position: int) -> list[ServiceView]:
+        """Return the services that were not retired at `position`, each with its `current_status`."""
         views: dict[int, ServiceView] = {}
         sources: dict[tuple[str, int], Source | None] = {}
-        async for event in self._events(tenant_id, position, (service.KIND, incident.KIND, maintenance.KIND)):
+        async for event in self._replay_events(tenant_id, position, (service.KIND, incident.KIND, maintenance.KIND)):
             if event.kind != service.KIND:
                 key = (event.kind, event.stream_id)
                 sources[key] = impact.evolve(sources.get(key), event)
@@ -196,36 +233,52 @@ class AsOfQueries:
                     maintained.add(service_id)
         for view in views.values():
             view.current_status = service_status(levels[view.id], maintenance=view.id in maintained)
-        found = [view for view in views.values() if wanted(view)]
-        found.sort(key=lambda view: (view.name, view.id))
-        return _page(position, found, limit, offset, {})
+        return list(views.values())
 
-    async def _events(self, tenant_id: int, position: int, kinds: Sequence[str]) -> AsyncIterator[RecordedEvent]:
-        async with self._at_once:
-            for after in range(0, position, _BATCH):
+    async def _replay_resource(
+        self, decider: Decider[L, C, E], render: Render, tenant_id: int, stream_id: int, position: int
+    ) -> RenderedResource | None:
+        async with self._database.connection() as connection:
+            history = await store.read_streams(connection, tenant_id, decider.kind, [stream_id], position)
+            if not history:
+                return None
+            state = decider.fold(cast("E", recorded.event) for recorded in history)
+            service_ids = () if state is None else state.service_ids
+            links, versions = await _read_service_links(connection, tenant_id, service_ids, position)
+            token_ids = {e.meta.actor.id for e in history if e.meta.actor.kind == "token" and e.meta.actor.id}
+            names = await api_tokens.find_api_token_names(connection, tenant_id, token_ids) if token_ids else {}
+        return RenderedResource(render(history, links, names), etag(history[-1].version, versions))
+
+    async def _replay_events(self, tenant_id: int, position: int, kinds: Sequence[str]) -> AsyncIterator[RecordedEvent]:
+        """Yield the tenant's events of these stream kinds up to `position`, in order."""
+        async with self._replays:
+            for after in range(0, position, REPLAY_BATCH_EVENTS):
+                # A connection is held for one batch only, so a long replay does not take it from other queries.
                 async with self._database.connection() as connection:
-                    until = min(after + _BATCH, position)
+                    until = min(after + REPLAY_BATCH_EVENTS, position)
                     events = await store.read_between(connection, tenant_id, after, until, kinds)
                 for event in events:
                     yield event
 
 
-async def _links(connection: Connection, tenant_id: int, service_ids: Iterable[int], position: int) -> ServiceLinks:
+async def _read_service_links(
+    connection: Connection, tenant_id: int, service_ids: Iterable[int], position: int
+) -> ServiceLinks:
     if not (ids := list(service_ids)):
         return {}, ()
     return services.links_as_of(await store.read_streams(connection, tenant_id, service.KIND, ids, position))
 
 
-def _page(
+def _render_page(
     position: int,
-    found: Sequence[IncidentView] | Sequence[MaintenanceView] | Sequence[ServiceView],
-    limit: int | None,
-    offset: int,
-    links: Mapping[int, ServiceView],
-) -> Page:
-    shown = found[offset:] if limit is None else found[offset : offset + limit]
-    for view in shown:
+    matching: Sequence[IncidentView] | Sequence[MaintenanceView] | Sequence[ServiceView],
+    page: PageRequest,
+    linked: Mapping[int, ServiceView],
+) -> RenderedPage:
+    """Return the page of `matching`, in which links to the `linked` services are filled in."""
+    views: Sequence[IncidentView | MaintenanceView | ServiceView] = page.of(matching)
+    for view in views:
         if not isinstance(view, ServiceView):
-            view.services = [services.service_link(links[i]) for i in view.service_ids if i in links]
-    items = b",".join(msgspec.json.encode(view) for view in shown)
-    return Page(head_position=position, trusted_position=position, total=len(found), items=items)
+            view.services = [services.service_link(linked[i]) for i in view.service_ids if i in linked]
+    items = b",".join(msgspec.json.encode(view) for view in views)
+    return RenderedPage(position, len(matching), items)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import cast
+from typing import NamedTuple, cast
 
 import asyncpg
 import msgspec
@@ -37,6 +37,22 @@ class IncidentDetail(IncidentView, kw_only=True):
     """An incident with its timeline, oldest entry first."""
 
     updates: Sequence[UpdateView]
+
+
+class IncidentFilter(NamedTuple):
+    """The incidents that a list shows; a field that is `None` admits all.
+
+    Attributes:
+        status: One of `incident.STATUSES`.
+        severity: One of `incident.SEVERITIES`.
+    """
+
+    status: str | None = None
+    severity: str | None = None
+
+    def matches(self, view: IncidentView) -> bool:
+        """Return whether the list shows this incident."""
+        return self.status in {None, view.status} and self.severity in {None, view.severity}
 
 
 decode_view = msgspec.json.Decoder(IncidentView).decode

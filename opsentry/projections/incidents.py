@@ -14,7 +14,8 @@ from opsentry.domain.incident import IncidentRedacted
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
-from opsentry.projections.incident_view import Shown, decode_view, evolve
+from opsentry.projections.incident_view import IncidentFilter, Shown, decode_view, evolve
+from opsentry.projections.page_request import PageRequest
 from opsentry.projections.timeline import (
     ENTRY,
     JOIN_AUTHORS,
@@ -336,14 +337,14 @@ def _replay(streams: Streams) -> Rows:
 
 
 async def select_incidents(
-    connection: Connection, tenant_id: int, *, status: str | None, severity: str | None, limit: int, offset: int
+    connection: Connection, tenant_id: int, filter_: IncidentFilter, page: PageRequest
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's incidents, newest first."""
-    lists, filters = _LISTS, {"status": status, "severity": severity}
-    if status == "resolved":
-        lists, filters = _LISTS_RESOLVED, {"severity": severity}
+    lists, filters = _LISTS, filter_._asdict()
+    if filter_.status == "resolved":
+        lists, filters = _LISTS_RESOLVED, {"severity": filter_.severity}
     chosen = {column: value for column, value in filters.items() if value is not None}
-    return await connection.fetchrow(lists[tuple(chosen)], tenant_id, limit, offset, *chosen.values())
+    return await connection.fetchrow(lists[tuple(chosen)], tenant_id, *page, *chosen.values())
 
 
 async def select_active_incidents(connection: Connection, tenant_id: int) -> asyncpg.Record:

@@ -23,6 +23,7 @@ from opsentry.domain.maintenance import (
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
+from opsentry.projections.page_request import PageRequest
 from opsentry.projections.timeline import (
     ENTRY,
     JOIN_AUTHORS,
@@ -192,6 +193,20 @@ class MaintenanceDetail(MaintenanceView, kw_only=True):
     updates: Sequence[UpdateView]
 
 
+class MaintenanceFilter(NamedTuple):
+    """The maintenance windows that a list shows.
+
+    Attributes:
+        status: One of `maintenance.STATUSES`; `None` admits all.
+    """
+
+    status: str | None = None
+
+    def matches(self, view: MaintenanceView) -> bool:
+        """Return whether the list shows this window."""
+        return self.status in {None, view.status}
+
+
 _decode = msgspec.json.Decoder(MaintenanceView).decode
 
 
@@ -350,10 +365,10 @@ def _rows(
 
 
 async def select_windows(
-    connection: Connection, tenant_id: int, *, status: str | None, limit: int, offset: int
+    connection: Connection, tenant_id: int, filter_: MaintenanceFilter, page: PageRequest
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's windows, the last announced first."""
-    return await connection.fetchrow(_LIST, tenant_id, status, limit, offset)
+    return await connection.fetchrow(_LIST, tenant_id, *filter_, *page)
 
 
 async def select_upcoming_windows(connection: Connection, tenant_id: int) -> asyncpg.Record:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import asyncpg
 import msgspec
@@ -14,6 +14,7 @@ from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
 from opsentry.projections.engine.projector import Projector
+from opsentry.projections.page_request import PageRequest
 
 # The rows that this batch goes on from.
 _LOAD = "SELECT service_id, version, retired, body FROM services WHERE tenant_id = $1 AND service_id = ANY($2)"
@@ -80,6 +81,36 @@ class ServiceView(msgspec.Struct, kw_only=True):
     tags: tuple[str, ...]
     description: str | None
     created_at: datetime
+
+
+class ServiceFilter(NamedTuple):
+    """The services that a list shows; a field that is `None` admits all.
+
+    Attributes:
+        status: One of `service.STATUSES`.
+        visibility: One of `service.VISIBILITIES`.
+        search: A part of the name or of the slug, in any case.
+    """
+
+    status: str | None = None
+    visibility: str | None = None
+    search: str | None = None
+
+    def matches(self, view: ServiceView) -> bool:
+        """Return whether the list shows this service; its `current_status` must be set."""
+        sought = (self.search or "").lower()
+        return (
+            self.status in {None, view.current_status}
+            and self.visibility in {None, view.visibility}
+            and (sought in view.name.lower() or sought in view.slug)
+        )
+
+    def pattern(self) -> str | None:
+        """Return `search` as a pattern for ILIKE."""
+        if self.search is None:
+            return None
+        escaped = self.search.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+        return f"%{escaped}%"
 
 
 _decode = msgspec.json.Decoder(ServiceView).decode
@@ -175,21 +206,10 @@ def _rows(
 
 
 async def select_services(
-    connection: Connection,
-    tenant_id: int,
-    *,
-    status: str | None,
-    visibility: str | None,
-    search: str | None,
-    limit: int,
-    offset: int,
+    connection: Connection, tenant_id: int, filter_: ServiceFilter, page: PageRequest
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's services, by name."""
-    pattern = None
-    if search is not None:
-        escaped = search.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-        pattern = f"%{escaped}%"
-    return await connection.fetchrow(_LIST, tenant_id, status, visibility, pattern, limit, offset)
+    return await connection.fetchrow(_LIST, tenant_id, filter_.status, filter_.visibility, filter_.pattern(), *page)
 
 
 async def select_service(connection: Connection, tenant_id: int, service_id: int) -> asyncpg.Record:

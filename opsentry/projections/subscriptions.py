@@ -12,6 +12,7 @@ from opsentry.domain.subscription import Subscription, SubscriptionEvent
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
+from opsentry.projections.page_request import PageRequest
 
 # The rows that this batch goes on from.
 _LOAD = """
@@ -91,6 +92,18 @@ class SubscriptionView(msgspec.Struct, kw_only=True):
     disabled_reason: str | None
     created_at: datetime
     updated_at: datetime
+
+
+class SubscriptionPageFilter(NamedTuple):
+    """The subscriptions that a list shows; a field that is `None` admits all.
+
+    Attributes:
+        channel: The name of a notification channel.
+        status: One of `subscription.STATUSES` but `removed`.
+    """
+
+    channel: str | None = None
+    status: str | None = None
 
 
 class _Known(NamedTuple):
@@ -175,10 +188,10 @@ def _rows(streams: Streams, stored: Mapping[int, tuple[int, _Known]]) -> list[tu
 
 
 async def select_subscriptions(
-    connection: Connection, tenant_id: int, *, channel: str | None, status: str | None, limit: int, offset: int
+    connection: Connection, tenant_id: int, filter_: SubscriptionPageFilter, page: PageRequest
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's subscriptions, the newest first."""
-    return await connection.fetchrow(_LIST, tenant_id, channel, status, limit, offset)
+    return await connection.fetchrow(_LIST, tenant_id, *filter_, *page)
 
 
 async def select_subscription(connection: Connection, tenant_id: int, subscription_id: int) -> asyncpg.Record:

@@ -26,7 +26,8 @@ from opsentry.identity.tenants import TenantNotFound
 from opsentry.infrastructure.rate_limit import RateLimiter
 from opsentry.notifications.channel import BadTarget
 from opsentry.projections import services, subscriptions
-from opsentry.projections.services import ServiceLink
+from opsentry.projections.page_request import PageRequest
+from opsentry.projections.services import ServiceFilter, ServiceLink
 from opsentry.public.pages import page
 
 CHANNEL = "email"
@@ -134,7 +135,7 @@ class SignUp:
         row = await self._parts.projector.read(
             tenant_id,
             lambda connection: services.select_services(
-                connection, tenant_id, status=None, visibility="public", search=None, limit=_MANY, offset=0
+                connection, tenant_id, ServiceFilter(visibility="public"), PageRequest(_MANY)
             ),
         )
         return _decode(b"[%b]" % (row["items"] or b""))

@@ -5,7 +5,9 @@ from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, R
 from opsentry.domain.service import RegisterService, RetireService
 from opsentry.events.codec import Actor, Meta
 from opsentry.projections import incidents
+from opsentry.projections.incident_view import IncidentFilter
 from opsentry.projections.incidents import Incidents
+from opsentry.projections.page_request import PageRequest
 from opsentry.projections.services import Services
 from tests.projections.histories import apply, at
 
@@ -160,7 +162,7 @@ async def test_lists_are_newest_first_filtered_and_paged(given, app_connection, 
 
     async def page(status=None, severity=None, limit=10, offset=0):
         row = await incidents.select_incidents(
-            app_connection, history.tenant_id, status=status, severity=severity, limit=limit, offset=offset
+            app_connection, history.tenant_id, IncidentFilter(status, severity), PageRequest(limit, offset)
         )
         return row["total"], [item["id"] for item in decoded(row)]
 
@@ -194,7 +196,5 @@ async def test_tenants_see_their_own_incidents_only(given, one, app_connection, 
     assert [
         item["id"] for item in decoded(await incidents.select_active_incidents(app_connection, history.tenant_id))
     ] == [6]
-    row = await incidents.select_incidents(
-        app_connection, history.tenant_id, status=None, severity=None, limit=9, offset=0
-    )
+    row = await incidents.select_incidents(app_connection, history.tenant_id, IncidentFilter(), PageRequest(9))
     assert (row["total"], [item["id"] for item in decoded(row)]) == (1, [6])

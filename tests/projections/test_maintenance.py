@@ -7,7 +7,8 @@ from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, 
 from opsentry.domain.service import RegisterService
 from opsentry.events.codec import RecordedEvent
 from opsentry.projections import maintenance
-from opsentry.projections.maintenance import MaintenanceWindows
+from opsentry.projections.maintenance import MaintenanceFilter, MaintenanceWindows
+from opsentry.projections.page_request import PageRequest
 from opsentry.projections.services import Services
 from tests.projections.histories import META, apply, at, schedule
 
@@ -109,7 +110,7 @@ async def test_lists_are_the_last_announced_first_filtered_and_paged(given, app_
 
     async def page(status=None, limit=10, offset=0):
         row = await maintenance.select_windows(
-            app_connection, history.tenant_id, status=status, limit=limit, offset=offset
+            app_connection, history.tenant_id, MaintenanceFilter(status), PageRequest(limit, offset)
         )
         return row["total"], [item["id"] for item in decoded(row)]
 
@@ -177,5 +178,5 @@ async def test_tenants_see_their_own_windows_only(given, one, app_connection, hi
     history.window(6, schedule())
     await given(history, other_history)
     assert await one(5) is None
-    row = await maintenance.select_windows(app_connection, history.tenant_id, status=None, limit=9, offset=0)
+    row = await maintenance.select_windows(app_connection, history.tenant_id, MaintenanceFilter(), PageRequest(9))
     assert (row["total"], [item["id"] for item in decoded(row)]) == (1, [6])

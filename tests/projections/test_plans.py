@@ -10,8 +10,11 @@ from opsentry.domain.subscription import CreateSubscription, RemoveSubscription
 from opsentry.events import store
 from opsentry.notifications.delivery import history
 from opsentry.projections import impact, incidents, maintenance, services, subscriptions
+from opsentry.projections.incident_view import IncidentFilter
 from opsentry.projections.incidents import Incidents
+from opsentry.projections.maintenance import MaintenanceFilter
 from opsentry.projections.outbox import projection
+from opsentry.projections.page_request import PageRequest
 from tests.projections.histories import History, apply, at, schedule
 from tests.projections.plans import Explained, ExplainedOnce, assert_goes_by, most_rows, nodes, plan_of
 from tests.projections.planting import plant
@@ -147,7 +150,7 @@ async def test_uptime_reads_what_reaches_into_its_window_and_of_a_week_before(ap
 
 async def test_the_first_page_of_windows_reads_the_rows_it_shows(app_connection, full):
     plan = await plan_of(
-        app_connection, lambda c: maintenance.select_windows(c, full.tenant_id, status=None, limit=20, offset=0)
+        app_connection, lambda c: maintenance.select_windows(c, full.tenant_id, MaintenanceFilter(), PageRequest(20))
     )
     # The same index may serve the count, which looks at no row.
     (scan,) = [n for n in plan if n.get("Index Name") == "maintenance_newest" and n["Node Type"] == "Index Scan"]
@@ -171,8 +174,8 @@ async def test_the_first_page_of_windows_reads_the_rows_it_shows(app_connection,
 )
 async def test_a_page_takes_its_ids_from_an_index_alone(app_connection, full, how, status, severity, offset, index):
     async def page(connection):
-        filters = {"status": status, "severity": severity}
-        return await incidents.select_incidents(connection, full.tenant_id, **filters, limit=20, offset=offset)
+        filter_ = IncidentFilter(status, severity)
+        return await incidents.select_incidents(connection, full.tenant_id, filter_, PageRequest(20, offset))
 
     plan = await plan_of(app_connection, page, how)
     ids, bodies = [n for n in plan if n.get("Relation Name") == "incidents"]

@@ -6,7 +6,8 @@ from opsentry.domain.maintenance import StartMaintenance
 from opsentry.domain.service import ChangeService, RegisterService, RetireService
 from opsentry.projections import services
 from opsentry.projections.impact import Impact
-from opsentry.projections.services import Services
+from opsentry.projections.page_request import PageRequest
+from opsentry.projections.services import ServiceFilter, Services
 from tests.projections.histories import apply, at, schedule
 
 
@@ -22,15 +23,9 @@ async def given(app_connection):
 
 @pytest.fixture
 async def listed(app_connection, history):
-    async def page(*, status=None, visibility=None, search=None, limit=100, offset=0, tenant_id=history.tenant_id):
+    async def page(*, limit=100, offset=0, **fields):
         row = await services.select_services(
-            app_connection,
-            tenant_id,
-            status=status,
-            visibility=visibility,
-            search=search,
-            limit=limit,
-            offset=offset,
+            app_connection, history.tenant_id, ServiceFilter(**fields), PageRequest(limit, offset)
         )
         items = msgspec.json.decode(b"[" + (row["items"] or b"") + b"]")
         return row["total"], [item["slug"] for item in items], items

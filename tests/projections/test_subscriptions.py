@@ -22,7 +22,8 @@ from opsentry.domain.subscription import (
 )
 from opsentry.projections import subscriptions
 from opsentry.projections.engine.projection import by_stream
-from opsentry.projections.subscriptions import Subscriptions
+from opsentry.projections.page_request import PageRequest
+from opsentry.projections.subscriptions import SubscriptionPageFilter, Subscriptions
 from tests.projections.histories import History, apply, at, written
 
 PROJECTION = Subscriptions()
@@ -128,9 +129,11 @@ async def test_lists_are_the_tenants_own_newest_first_and_without_removed_ones(a
     for each in (history, other_history):
         await apply(app_connection, PROJECTION, each.events)
 
-    async def page(**asked: Any) -> tuple[list[int], int]:
-        asked = {"channel": None, "status": None, "limit": 10, "offset": 0, **asked}
-        row = await subscriptions.select_subscriptions(app_connection, history.tenant_id, **asked)
+    async def page(limit: int = 10, offset: int = 0, **fields: Any) -> tuple[list[int], int]:
+        filter_ = SubscriptionPageFilter(**fields)
+        row = await subscriptions.select_subscriptions(
+            app_connection, history.tenant_id, filter_, PageRequest(limit, offset)
+        )
         items = msgspec.json.decode(b"[" + (row["items"] or b"") + b"]")
         return [item["id"] for item in items], row["total"]
 

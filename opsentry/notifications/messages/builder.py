@@ -70,7 +70,7 @@ class MessageBuilder:
         return await self._subjects.get(key, lambda: self._compose(*key))
 
     async def _compose(self, tenant_id: int, kind: str, stream_id: int, position: int, audience: str) -> Subject | None:
-        at = self._as_of_queries.incident if kind == incident.KIND else self._as_of_queries.maintenance
+        at = self._as_of_queries.get_incident if kind == incident.KIND else self._as_of_queries.get_maintenance
         one = await at(tenant_id, stream_id, position)
         if one is None:
             return None
