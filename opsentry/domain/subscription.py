@@ -319,7 +319,7 @@ def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence
 def _create(command: CreateSubscription) -> SubscriptionCreated:
     return SubscriptionCreated(
         channel=command.channel,
-        target=_check_target(command.target),
+        target=_validate_target(command.target),
         audience=check_choice("audience", command.audience, AUDIENCES),
         incidents=command.incidents,
         maintenance=command.maintenance,
@@ -333,7 +333,7 @@ def _create(command: CreateSubscription) -> SubscriptionCreated:
 def _change(state: Subscription, command: ChangeSubscription) -> list[SubscriptionEvent]:
     wanted = _set(command)
     if "target" in wanted:
-        _check_target(wanted["target"])
+        _validate_target(wanted["target"])
     if "audience" in wanted:
         check_choice("audience", wanted["audience"], AUDIENCES)
     if "min_severity" in wanted:
@@ -354,7 +354,7 @@ def _remove(versions: tuple[int, ...], *, unsubscribed: bool = False) -> list[Su
     return [SubscriptionRemoved(unsubscribed=unsubscribed), *erased]
 
 
-def _check_target(target: str) -> str:
+def _validate_target(target: str) -> str:
     check_text("target", target)
     if not target.strip():
         raise InvalidField("target", "must not be blank")

@@ -1,4 +1,4 @@
-"""What a channel is: the one thing to write for a new way of telling people. Each is one file in `channels`."""
+"""Define the contract of a channel, such as webhook or email. Each module in `channels` implements one."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -8,27 +8,33 @@ import msgspec
 
 
 class Change(msgspec.Struct, frozen=True):
-    """One event that a message tells: its position in the tenant's ledger, its type, and when it was recorded."""
+    """One event that a message reports.
+
+    Attributes:
+        position: The event's position in the tenant's ledger.
+        type: The event's type, such as `incident.opened`.
+        recorded_at: The database's time of the append.
+    """
 
     position: int
     type: str
-    at: datetime
+    recorded_at: datetime
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One message to one subscription; the same, id included, however often it has to be sent.
+    """One message to one subscription. Every attempt sends the same message with the same id.
 
     Attributes:
         id: `msg_` and 32 hex digits.
         type: `incident.opened`, `.updated`, `.severity_changed`, `.resolved`, `.reopened` or `.still_open`;
             `maintenance.scheduled`, `.rescheduled`, `.reminder`, `.updated`, `.started`, `.completed` or `.cancelled`;
-            `subscription.test`, or `subscription.confirm` to whoever has to agree first.
-        position: The last event's position in the tenant's ledger.
-        changes: The events that it tells, oldest first.
+            `subscription.test`, or `subscription.confirm` while the subscription awaits confirmation.
+        position: The position of the last reported event in the tenant's ledger.
+        changes: The reported events, oldest first; at least one.
         tenant: `{"slug", "name"}`.
-        kind: `incident`, `maintenance` or `subscription`: what `subject` is.
-        subject: The thing itself, as it was at `position`, with what the subscription's audience may see; as decoded
-            JSON, in the shapes of the API.
+        subject_kind: `incident`, `maintenance` or `subscription`.
+        subject: The subject as of `position`, limited to the fields that the subscription's audience may see, as
+            decoded JSON in the shape of the API.
     """
 
     id: str
@@ -36,24 +42,24 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     changes: Sequence[Change]
     tenant: Mapping[str, str]
-    kind: str
+    subject_kind: str
     subject: Mapping[str, Any]
 
     @property
-    def at(self) -> datetime:
-        """When the last of what it tells was recorded."""
-        return self.changes[-1].at
+    def recorded_at(self) -> datetime:
+        """Return the time at which the last reported event was recorded."""
+        return self.changes[-1].recorded_at
 
 
 class Endpoint(NamedTuple):
-    """Where a message goes, its secrets open: never logged.
+    """The destination of a message, with its secrets decrypted. Never log it.
 
     Attributes:
         tenant_id: The tenant.
-        subscription_id: The subscription.
+        subscription_id: The subscription, unique within the tenant.
         audience: `public` or `internal`.
-        target: The whole target, also where answers show only a part of it.
-        secrets: What its messages are signed with, the newest first; two while one replaces the other.
+        target: The complete target, even if API responses show only a part of it.
+        secrets: The signing secrets, newest first; two while one replaces the other.
     """
 
     tenant_id: int
@@ -64,48 +70,55 @@ class Endpoint(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of one attempt.
+    """The outcome of one attempt.
 
     Attributes:
-        error: What went wrong, in words for the tenant; `None` where the message was taken.
-        answer: The status that came back, if any did.
-        gone: The endpoint says that it is no more: it is sent nothing else.
-        retry_after: For so many seconds it wants to be left alone, if it says so.
-        ours: What failed is ours, such as the mail relay: it says nothing of the endpoint.
+        error: The reason of a failure, in words for the tenant; `None` if the endpoint accepted the message.
+        response_status: The HTTP or SMTP status of the response; `None` if there was no response.
+        endpoint_gone: True if the endpoint said that it no longer exists. Its subscription is then disabled.
+        retry_after: The pause that the endpoint asked for, in seconds.
+        internal_failure: True if our own side failed, for example the mail relay. It does not count against the
+            endpoint.
     """
 
     error: str | None = None
-    answer: int | None = None
-    gone: bool = False
+    response_status: int | None = None
+    endpoint_gone: bool = False
     retry_after: float | None = None
-    ours: bool = False
+    internal_failure: bool = False
 
 
 class BadTarget(Exception):
-    """A target that the channel cannot send to; the message says why, as the rest of `target: …`."""
+    """The channel cannot send to this target. The message is the rest of the sentence `target: …`."""
 
 
 class Channel(Protocol):
-    """A way of telling people. Its module has a function `make(parts)` that returns one; see `channels`."""
+    """Send messages by one medium. Its module in `channels` has a function `make` that returns the channel."""
 
     name: str
-    """What subscriptions call it."""
+    """The `channel` of a subscription."""
+
     signs_messages: bool
-    """Whether messages are signed, so that a subscription needs a secret of its own."""
+    """True if messages are signed, so that each subscription needs a signing secret."""
+
     has_secret_target: bool
-    """Whether the target is a secret itself: encrypted_secret, and shown only in part."""
+    """True if the target itself is a secret: it is stored encrypted, and responses show only a part of it."""
 
     max_concurrency: int | None
-    """Where all its messages go through one thing of ours, so many at once do; `None`: each target has its own."""
+    """The limit of messages in flight if all share one resource, such as a mail relay; `None` if they do not."""
 
     def validate_target(self, target: str) -> str:
-        """Return the target as it is to be kept; raises `BadTarget`. Nothing is resolved or dialled."""
+        """Return the target in the form to store, without resolving or connecting to anything.
+
+        Raises:
+            BadTarget: The channel cannot send there.
+        """
 
     def display_target(self, target: str) -> str:
-        """Return what may be shown of a target."""
+        """Return the part of a target that responses may show."""
 
     async def send(self, endpoint: Endpoint, message: Message) -> Outcome:
-        """Send once, within a bounded time. Whatever goes wrong is an outcome; nothing is raised."""
+        """Make one attempt within a bounded time. Every failure is an outcome; nothing is raised."""
 
     async def close(self) -> None:
-        """Close what it keeps open."""
+        """Close the channel's connections."""

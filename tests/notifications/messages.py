@@ -78,7 +78,7 @@ def message(subject: dict[str, Any] | None = None, kind: str = "incident", **fie
         "position": 42,
         "changes": [Change(41, "incident.opened", AT), Change(42, "incident.updated", AT)],
         "tenant": TENANT,
-        "kind": kind,
+        "subject_kind": kind,
         "subject": incident() if subject is None else subject,
         **fields,
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from opsentry.notifications.channel import Message, Outcome
 
-OK = Outcome(answer=200)
+OK = Outcome(response_status=200)
 BROKEN = Outcome("answered 500", 500)
 
 

@@ -109,7 +109,7 @@ async def test_five_days_of_failing_disable_and_the_ledger_says_so(desk, channel
 
 async def test_gone_disables_at_once(desk, channel, sending, settled, owner):
     await desk.subscribe()
-    channel.answers["https://example.com/x"] = Outcome("answered 410", 410, gone=True)
+    channel.answers["https://example.com/x"] = Outcome("answered 410", 410, endpoint_gone=True)
     for _ in range(3):
         await desk.open()
     async with sending():
@@ -124,7 +124,7 @@ async def test_gone_disables_at_once(desk, channel, sending, settled, owner):
 
 async def test_what_fails_for_a_reason_of_ours_says_nothing_of_the_endpoint(desk, channel, sending, settled, owner):
     await desk.subscribe()
-    channel.answers["https://example.com/x"] = Outcome("the mail relay is down", ours=True)
+    channel.answers["https://example.com/x"] = Outcome("the mail relay is down", internal_failure=True)
     await desk.open()
     async with sending():
         for _ in range(12):

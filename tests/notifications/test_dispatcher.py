@@ -164,7 +164,7 @@ async def test_a_loop_that_fails_begins_again(desk, channel, sending, settled, m
     assert (len(failed), len(channel.sent)) == (2, 1)
 
 
-@pytest.mark.parametrize("answer", [Outcome("answered 410", 410, gone=True), OK])
+@pytest.mark.parametrize("answer", [Outcome("answered 410", 410, endpoint_gone=True), OK])
 async def test_a_subscription_that_was_changed_meanwhile_is_not_disabled_for_its_old_target(
     desk, channel, sending, settled, owner, answer
 ):
@@ -189,7 +189,7 @@ async def test_a_subscription_that_was_changed_meanwhile_is_not_disabled_for_its
         await hurry(owner, 10)
         await settled()
     # What the old target did not take goes to the new one.
-    assert len(channel.to("https://example.com/mended")) == (2 if answer.gone else 1)
+    assert len(channel.to("https://example.com/mended")) == (2 if answer.endpoint_gone else 1)
     assert await desk.states() == ["delivered"] * 2
     assert await owner.fetchval("SELECT count(*) FROM events WHERE type = 'subscription.disabled'") == 0
 

@@ -40,7 +40,7 @@ async def test_what_slack_gets():
 
     async with answering(answer) as url, http_session(LOOPBACK, 10) as http:
         channel = slack.make(Dependencies(Settings(webhook_allowed_networks=LOOPBACK), http))
-        assert await channel.send(endpoint(url), message()) == Outcome(answer=200)
+        assert await channel.send(endpoint(url), message()) == Outcome(response_status=200)
         await channel.close()
     ((content_type, content),) = seen
     assert content_type == "application/json"
@@ -119,7 +119,7 @@ async def test_what_slack_refuses_is_a_failure():
         channel = slack.make(Dependencies(Settings(webhook_allowed_networks=LOOPBACK), http))
         limited = await channel.send(endpoint(f"{url}/?status=429"), message())
         assert limited == Outcome("answered 429", 429, retry_after=30)
-        assert (await channel.send(endpoint(f"{url}/?status=410"), message())).gone
+        assert (await channel.send(endpoint(f"{url}/?status=410"), message())).endpoint_gone
 
 
 def test_every_channel_is_found_by_being_there():

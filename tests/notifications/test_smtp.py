@@ -126,7 +126,7 @@ async def test_letters_arrive_over_one_connection():
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
         for number in range(3):
             sent = message(id=f"msg_{number}")
-            assert await channel.send(endpoint("kim@b\u00fccher.example"), sent) == Outcome(answer=250)
+            assert await channel.send(endpoint("kim@b\u00fccher.example"), sent) == Outcome(response_status=250)
         assert inbox.connections == 1
     assert [(sender, to) for sender, to, _ in inbox.letters] == [
         ("status@acme.example", ["kim@xn--bcher-kva.example"])
@@ -144,7 +144,7 @@ async def test_as_many_connections_as_there_are_letters_at_once():
                 channel.send(endpoint("kim@example.com"), message(id=f"msg_{n}"))
                 for n in range(channel.max_concurrency)
             ]
-            assert set(await asyncio.gather(*many)) == {Outcome(answer=250)}
+            assert set(await asyncio.gather(*many)) == {Outcome(response_status=250)}
         assert inbox.connections == channel.max_concurrency == 8
     assert len(inbox.letters) == 24
 
@@ -174,9 +174,9 @@ async def test_an_address_that_is_refused_is_not_our_fault(answer):
     inbox.refusals["RCPT"] = answer
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
         outcome = await channel.send(endpoint("kim@example.com"), message())
-        assert outcome.answer == int(answer[:3])
+        assert outcome.response_status == int(answer[:3])
         assert outcome.error == f"the mail relay answered {answer[:3]} for this address"
-        assert not outcome.ours
+        assert not outcome.internal_failure
         inbox.refusals.clear()
         assert (await channel.send(endpoint("kim@example.com"), message())).error is None
     assert inbox.connections == 1
@@ -185,8 +185,8 @@ async def test_an_address_that_is_refused_is_not_our_fault(answer):
 @pytest.mark.parametrize(
     ("step", "answer", "outcome"),
     [
-        ("MAIL", "554", Outcome("the mail relay answered 554", 554, ours=True)),
-        ("DATA", "452", Outcome("the mail relay answered 452 to the letter", 452, ours=True)),
+        ("MAIL", "554", Outcome("the mail relay answered 554", 554, internal_failure=True)),
+        ("DATA", "452", Outcome("the mail relay answered 452 to the letter", 452, internal_failure=True)),
         ("DATA", "554", Outcome("the mail relay answered 554 to the letter", 554)),
     ],
 )
@@ -202,13 +202,13 @@ async def test_what_else_the_relay_refuses_is_ours_unless_it_never_wants_this_le
 async def test_no_relay_is_ours(unused_tcp_port):
     async with channel_to("") as channel:
         outcome = await channel.send(endpoint("kim@example.com"), message())
-        assert outcome == Outcome("no mail relay is set up (OPSENTRY_SMTP_URL)", ours=True)
+        assert outcome == Outcome("no mail relay is set up (OPSENTRY_SMTP_URL)", internal_failure=True)
     async with channel_to(f"smtp://user:hidden@127.0.0.1:{unused_tcp_port}") as channel:
         outcome = await channel.send(endpoint("kim@example.com"), message())
-        assert outcome == Outcome("no connection to the mail relay", ours=True)
+        assert outcome == Outcome("no connection to the mail relay", internal_failure=True)
     async with channel_to("smtp://nowhere.invalid") as channel:
         outcome = await channel.send(endpoint("kim@example.com"), message())
-        assert outcome == Outcome("no connection to the mail relay", ours=True)
+        assert outcome == Outcome("no connection to the mail relay", internal_failure=True)
 
 
 async def test_a_relay_that_says_nothing_is_not_waited_for_and_then_left_alone(monkeypatch):
@@ -220,7 +220,7 @@ async def test_a_relay_that_says_nothing_is_not_waited_for_and_then_left_alone(m
         await reader.read()
 
     silent = await asyncio.start_server(silence, "127.0.0.1", 0)
-    said_nothing = Outcome("no answer from the mail relay within 0.2 s", ours=True)
+    said_nothing = Outcome("no answer from the mail relay within 0.2 s", internal_failure=True)
     async with silent, channel_to(f"smtp://127.0.0.1:{silent.sockets[0].getsockname()[1]}") as channel:
         for _ in range(3):
             assert await channel.send(endpoint("kim@example.com"), message()) == said_nothing
@@ -230,7 +230,7 @@ async def test_a_relay_that_says_nothing_is_not_waited_for_and_then_left_alone(m
 async def test_a_relay_that_was_left_alone_is_tried_again(monkeypatch, unused_tcp_port):
     monkeypatch.setattr(smtp, "DOWN_SECONDS", 0.1)
     async with channel_to(f"smtp://127.0.0.1:{unused_tcp_port}") as channel:
-        assert (await channel.send(endpoint("kim@example.com"), message())).ours
+        assert (await channel.send(endpoint("kim@example.com"), message())).internal_failure
         inbox = Inbox()
         async with inbox.open(port=unused_tcp_port):
             await asyncio.sleep(0.2)
@@ -241,7 +241,7 @@ async def test_a_relay_that_was_left_alone_is_tried_again(monkeypatch, unused_tc
 async def test_no_key_is_ours():
     made = email.make(Dependencies(Settings(smtp_url="smtp://127.0.0.1:1"), None))  # type: ignore[arg-type]
     outcome = await made.send(endpoint("kim@example.com"), message())
-    assert outcome.ours
+    assert outcome.internal_failure
     assert outcome.error is not None
     assert "OPSENTRY_ENCRYPTION_KEYS" in outcome.error
 
@@ -265,12 +265,12 @@ async def test_it_logs_in_where_that_is_safe_and_says_so_where_the_password_is_w
             assert (await channel.send(endpoint("kim@example.com"), message())).error is None
         async with channel_to(f"smtp://user%40acme:wrong@{address}") as channel:
             outcome = await channel.send(endpoint("kim@example.com"), message())
-            assert outcome == Outcome("the mail relay refuses our password", 535, ours=True)
+            assert outcome == Outcome("the mail relay refuses our password", 535, internal_failure=True)
     assert asked.pop() == b"user@acme"
     asked.clear()
     async with inbox.open(**options) as address, channel_to(f"smtp://user%40acme:p%3Ass%2Fw%40rd@{address}") as channel:
         outcome = await channel.send(endpoint("kim@example.com"), message())
-    assert outcome == Outcome("the mail relay cannot be used", ours=True)
+    assert outcome == Outcome("the mail relay cannot be used", internal_failure=True)
     assert asked == []
 
 
@@ -284,7 +284,7 @@ async def test_tls_is_used_where_it_is_offered_and_certificates_count(certified,
         for url in (f"smtp://{first}", f"smtps://{second}"):
             async with channel_to(url) as channel:
                 outcome = await channel.send(endpoint("kim@example.com"), message())
-                assert outcome == Outcome("no secure connection to the mail relay", ours=True)
+                assert outcome == Outcome("no secure connection to the mail relay", internal_failure=True)
         monkeypatch.setattr(smtp.SmtpPool, "_tls", trusting)
         for url in (f"smtp://{first}", f"smtps://{second}"):
             async with channel_to(url) as channel:

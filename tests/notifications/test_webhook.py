@@ -57,7 +57,7 @@ async def test_what_a_receiver_gets(channel):
         return web.Response(status=202)
 
     async with answering(answer) as url:
-        assert await channel.send(endpoint(f"{url}/hook?a=1", SECRET), message()) == Outcome(answer=202)
+        assert await channel.send(endpoint(f"{url}/hook?a=1", SECRET), message()) == Outcome(response_status=202)
     ((method, path, headers, body),) = seen
     assert (method, path) == ("POST", "/hook?a=1")
     assert headers["Content-Type"] == "application/json"
@@ -94,7 +94,7 @@ async def test_any_2xx_takes_it(channel, status):
         return web.Response(status=status)
 
     async with answering(answer) as url:
-        assert await channel.send(endpoint(url, SECRET), message()) == Outcome(answer=status)
+        assert await channel.send(endpoint(url, SECRET), message()) == Outcome(response_status=status)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 410, 418, 429, 500, 502, 503, 504, 599])
@@ -104,7 +104,7 @@ async def test_everything_else_is_a_failure(channel, status):
 
     async with answering(answer) as url:
         outcome = await channel.send(endpoint(url, SECRET), message())
-    assert outcome == Outcome(f"answered {status}", status, gone=status == 410)
+    assert outcome == Outcome(f"answered {status}", status, endpoint_gone=status == 410)
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
@@ -150,7 +150,7 @@ async def test_how_long_a_receiver_wants_to_be_left_alone(channel, header, secon
 
     async with answering(answer) as url:
         outcome = await channel.send(endpoint(url, SECRET), message())
-    assert (outcome.error, outcome.answer) == ("answered 503", 503)
+    assert (outcome.error, outcome.response_status) == ("answered 503", 503)
     assert outcome.retry_after == (None if seconds is None else pytest.approx(seconds, abs=60))
 
 
@@ -176,7 +176,7 @@ async def test_an_answer_without_end_is_not_waited_for(channel):
             await response.write(b"x" * 1000)
 
     async with answering(answer) as url, asyncio.timeout(5):
-        assert await channel.send(endpoint(url, SECRET), message()) == Outcome(answer=200)
+        assert await channel.send(endpoint(url, SECRET), message()) == Outcome(response_status=200)
 
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"])
@@ -189,9 +189,9 @@ async def test_no_answer_is_waited_for_so_long(channel, monkeypatch, head):
 async def test_a_status_counts_even_where_its_body_never_comes(channel, monkeypatch):
     monkeypatch.setattr("opsentry.notifications.transport.http._TIMEOUT", aiohttp.ClientTimeout(total=0.3))
     async with await raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx", hang_up=False) as server:
-        assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(answer=200)
+        assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(response_status=200)
     async with await raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx") as server:
-        assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(answer=200)
+        assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(response_status=200)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ async def test_that_this_machine_has_no_more_sockets_is_ours(channel, monkeypatc
 
     monkeypatch.setattr("opsentry.notifications.transport.egress.socket.socket", none_left)
     outcome = await channel.send(endpoint("http://127.0.0.1:1/", SECRET), message())
-    assert outcome == Outcome("there are too many connections just now", ours=True)
+    assert outcome == Outcome("there are too many connections just now", internal_failure=True)
 
 
 def test_targets_are_checked_and_shown_whole():
@@ -280,6 +280,6 @@ async def test_certificates_count(certified, monkeypatch):
         assert (await said(plain.replace("http:", "https:"))).error.startswith("TLS: ")
         trusting = ssl.create_default_context(cafile=file)
         monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusting)
-        assert await said(receiver) == Outcome(answer=200)
+        assert await said(receiver) == Outcome(response_status=200)
         for wrong in (url, url.replace("127.0.0.1", "other.example")):
             assert (await said(wrong)).error.startswith("TLS: ")

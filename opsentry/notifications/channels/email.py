@@ -45,12 +45,12 @@ class Email:
     async def send(self, endpoint: Endpoint, message: Message) -> Outcome:
         """Hand it to the relay."""
         if self._relay is None:
-            return Outcome(f"no mail relay is set up ({Settings.variable('smtp_url')})", ours=True)
+            return Outcome(f"no mail relay is set up ({Settings.variable('smtp_url')})", internal_failure=True)
         try:
             to = _ascii(endpoint.target)
             letter = self._letters.letter(endpoint, to, message)
         except EncryptionKeyMissing as error:
-            return Outcome(str(error), ours=True)
+            return Outcome(str(error), internal_failure=True)
         except BadTarget as error:
             return Outcome(str(error))
         return await self._relay.send(self._letters.sender, to, letter)

@@ -66,7 +66,7 @@ class Slack:
 
 def _content(message: Message) -> dict[str, Any]:
     heading, tenant = HEADINGS[message.type], tenant_name(message)
-    if message.kind == "subscription":
+    if message.subject_kind == "subscription":
         return {"text": _escaped(f"{tenant}: {heading}")}
     title = line(message.subject["title"])
     blocks = [

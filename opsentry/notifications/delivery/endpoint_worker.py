@@ -144,10 +144,10 @@ class EndpointWorker:
             outcome = Outcome("could not be sent")
         seconds = time.monotonic() - began
         course.note(outcome, seconds)
-        if outcome.ours:
+        if outcome.internal_failure:
             return _ours(due, outcome.error)
         state, delay = _next(outcome, due.attempts)
-        return Result(due, state, delay, outcome.answer, outcome.error, round(seconds * 1000))
+        return Result(due, state, delay, outcome.response_status, outcome.error, round(seconds * 1000))
 
     def _target(self, endpoint: LeasedEndpoint) -> Endpoint:
         state, channel = endpoint.subscription, self._channel
@@ -186,7 +186,7 @@ class EndpointWorker:
             position=due.sequence,
             changes=due.changes,
             tenant=await self._composer.tenant(due.tenant_id),
-            kind=due.kind,
+            subject_kind=due.kind,
             subject=subject,
         )
 
@@ -208,12 +208,12 @@ class _Course:
         """Take an attempt into account."""
         self._probes = False
         self._slow = self._slow or seconds > _SLOW_SECONDS
-        self.gone = self.gone or outcome.gone
-        self.ours = self.ours or outcome.ours
+        self.gone = self.gone or outcome.endpoint_gone
+        self.ours = self.ours or outcome.internal_failure
         if outcome.error is None:
             self.failures = 0
             self.does_well = True
-        elif not outcome.ours:
+        elif not outcome.internal_failure:
             self.failures += 1
             self.failed = True
             self._retry_after = outcome.retry_after or self._retry_after
@@ -241,7 +241,7 @@ def _next(outcome: Outcome, attempts: int) -> tuple[str, float | None]:
     """Return the state after an attempt that followed so many, and the seconds until the next one, if there is one."""
     if outcome.error is None:
         return "delivered", None
-    if outcome.gone:
+    if outcome.endpoint_gone:
         return "disabled", None
     if attempts >= len(RETRY_SECONDS):
         return "parked", None

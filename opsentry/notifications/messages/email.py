@@ -60,7 +60,7 @@ class EmailRenderer:
         confirms = message.type == text.CONFIRM
         url = self._links.url(CONFIRM if confirms else UNSUBSCRIBE, endpoint.tenant_id, endpoint.subscription_id)
         tenant = tenant_name(message)
-        subscribed = message.kind == "subscription"
+        subscribed = message.subject_kind == "subscription"
         filled = {
             "tenant": tenant,
             "heading": f"Do you want to be told how {tenant} is?" if confirms else HEADINGS[message.type],
@@ -76,7 +76,7 @@ class EmailRenderer:
             "From": self._from,
             "To": to,
             "Subject": _header(_subject(tenant, message)),
-            "Date": format_datetime(message.at),
+            "Date": format_datetime(message.recorded_at),
             "Message-ID": f"<{message.id}@{self.domain}>",
             "In-Reply-To": root,
             "References": root,
@@ -94,14 +94,14 @@ class EmailRenderer:
 
     def _root(self, endpoint: Endpoint, message: Message) -> str:
         # Nothing with this id was ever sent: all are answers to it, so whichever comes first they are one thread.
-        name = f"{endpoint.tenant_id}:{message.kind}:{message.subject.get('id')}:{endpoint.subscription_id}"
+        name = f"{endpoint.tenant_id}:{message.subject_kind}:{message.subject.get('id')}:{endpoint.subscription_id}"
         return f"<{sha256(name.encode()).hexdigest()[:32]}@{self.domain}>"
 
 
 def _subject(tenant: str, message: Message) -> str:
     """Return what happened, and to what, in one line; the title alone is cut for whatever is too long."""
     happened = f"[{shorter(tenant, _MAX_TENANT)}] {HEADINGS[message.type]}"
-    if message.kind == "subscription" or not (title := line(message.subject["title"])):
+    if message.subject_kind == "subscription" or not (title := line(message.subject["title"])):
         return happened
     news = f" ({plain(message.subject[_NEWS[message.type]])})" if message.type in _NEWS else ""
     return shorter(f"{happened}: {title}", _MAX_SUBJECT - len(news)) + news

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from opsentry.notifications.channel import Change, Message
+from opsentry.notifications.channel import Message
 
 VERSION = 1
 MAX_BYTES = 20_000
@@ -142,7 +142,14 @@ class Bodies:
         """Return the message as the body of a webhook."""
         head = b'{"version":%d,"id":%b,' % (VERSION, msgspec.json.encode(message.id))
         tenant = message.tenant
-        key: _Key = (id(message.subject), message.type, message.kind, message.position, tenant["slug"], tenant["name"])
+        key: _Key = (
+            id(message.subject),
+            message.type,
+            message.subject_kind,
+            message.position,
+            tenant["slug"],
+            tenant["name"],
+        )
         key += tuple(change.position for change in message.changes)
         known = self._rests.get(key)
         if known is None:
@@ -156,15 +163,16 @@ class Bodies:
 def _rest(message: Message, room: int) -> bytes:
     """Return what comes after the id, in at most `room` bytes."""
     changes = [
-        Change(change.position, change.type, change.at.astimezone(UTC)) for change in message.changes[-_CHANGES:]
+        ChangeRef(change.position, change.type, change.recorded_at.astimezone(UTC))
+        for change in message.changes[-_CHANGES:]
     ]
     around = {
         "type": message.type,
-        "timestamp": message.at.astimezone(UTC),
+        "timestamp": message.recorded_at.astimezone(UTC),
         "position": message.position,
         "tenant": message.tenant,
         "changes": changes,
-        "data": {message.kind: None},
+        "data": {message.subject_kind: None},
     }
     start = msgspec.json.encode(around).removesuffix(b"null}}")[1:]
     return start + fit(message.subject, room - len(start) - 2) + b"}}"

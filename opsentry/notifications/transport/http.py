@@ -44,17 +44,17 @@ async def post(http: aiohttp.ClientSession, url: str, body: bytes, headers: Mapp
             return outcome
     except (aiohttp.ClientError, OSError, ValueError) as error:
         if getattr(getattr(error, "os_error", error), "errno", None) in _OURS:
-            return Outcome("there are too many connections just now", ours=True)
+            return Outcome("there are too many connections just now", internal_failure=True)
         return Outcome(_words(error))
 
 
 def _outcome(status: int, retry_after: str | None) -> Outcome:
     if 200 <= status < 300:  # noqa: PLR2004
-        return Outcome(answer=status)
+        return Outcome(response_status=status)
     error = f"answered {status}"
     if 300 <= status < 400:  # noqa: PLR2004
         error += ": redirects are not followed"
-    return Outcome(error, status, gone=status == _GONE, retry_after=_seconds(retry_after))
+    return Outcome(error, status, endpoint_gone=status == _GONE, retry_after=_seconds(retry_after))
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -34,7 +34,7 @@ class SmtpPool:
     async def send(self, sender: str, recipient: str, letter: bytes) -> Outcome:
         """Hand the letter over, within `SECONDS`. There are as many connections as there are letters at once."""
         if time.monotonic() < self._down_until:
-            return Outcome(self._down, ours=True)
+            return Outcome(self._down, internal_failure=True)
         try:
             async with asyncio.timeout(SECONDS), self._connection() as connection:
                 await connection.sendmail(sender, [recipient], letter)
@@ -44,13 +44,15 @@ class SmtpPool:
             return Outcome(f"the mail relay answered {refused.code} for this address", refused.code)
         except aiosmtplib.SMTPDataError as error:
             # For good: it is about this letter, and no other one says so.
-            ours = error.code < _FOR_GOOD
-            return Outcome(f"the mail relay answered {error.code} to the letter", error.code, ours=ours)
+            is_transient = error.code < _FOR_GOOD
+            return Outcome(
+                f"the mail relay answered {error.code} to the letter", error.code, internal_failure=is_transient
+            )
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
             if isinstance(error, TimeoutError):
                 self._rest(_words(error))
-            return Outcome(_words(error), getattr(error, "code", None), ours=True)
-        return Outcome(answer=250)
+            return Outcome(_words(error), getattr(error, "code", None), internal_failure=True)
+        return Outcome(response_status=250)
 
     def _rest(self, why: str) -> None:
         """Leave the relay alone for a while."""
