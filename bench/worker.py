@@ -38,7 +38,7 @@ def _standing_start(servers: Servers) -> float:
     uvloop.run(history.fill(owner, TENANTS, EVENTS))
     with running(["opsentry", "worker"], **environment(servers, "standing")):
         began = time.perf_counter()
-        asyncio.run(_until(owner, "SELECT NOT EXISTS (SELECT FROM unprojected)"))
+        asyncio.run(_until(owner, "SELECT NOT EXISTS (SELECT FROM projection_backlog)"))
         return TENANTS * EVENTS / (time.perf_counter() - began)
 
 
@@ -65,7 +65,7 @@ async def _make_idle(owner: str, tenants: int) -> None:
     connection = await asyncpg.connect(owner)
     await connection.execute(_IDLE, tenants, names)
     await connection.execute("UPDATE ledger_heads SET position = 1")
-    await connection.execute("TRUNCATE unprojected")
+    await connection.execute("TRUNCATE projection_backlog")
     await connection.execute("VACUUM ANALYZE")
     await connection.close()
 

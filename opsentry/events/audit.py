@@ -56,7 +56,7 @@ _LINKS = (
 )
 
 # Which tokens the actors of entries are.
-_TOKENS = "SELECT token_id, prefix, name FROM tokens WHERE tenant_id = $1 AND token_id = ANY($2)"
+_TOKENS = "SELECT token_id, prefix, name FROM api_tokens WHERE tenant_id = $1 AND token_id = ANY($2)"
 
 _HASH_AT = "SELECT hash FROM events WHERE tenant_id = $1 AND position = $2"
 

@@ -35,25 +35,25 @@ _FORMAT = re.compile(r"([a-z]{3}_)([0-9a-f]{48})([0-9a-f]{8})")
 
 # The one query that cannot name its tenant: it finds it.
 _BY_DIGEST = (
-    "SELECT tenant_id, token_id, prefix, name, scopes, expires_at FROM tokens"
+    "SELECT tenant_id, token_id, prefix, name, scopes, expires_at FROM api_tokens"
     " WHERE digest = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())"
 )
 
 _CREATE = (
-    "INSERT INTO tokens (tenant_id, prefix, digest, name, scopes, expires_at) VALUES ($1, $2, $3, $4, $5, $6)"
+    "INSERT INTO api_tokens (tenant_id, prefix, digest, name, scopes, expires_at) VALUES ($1, $2, $3, $4, $5, $6)"
     " RETURNING token_id"
 )
 
 _REVOKE = """
-UPDATE tokens SET revoked_at = now() WHERE tenant_id = $1 AND prefix = $2 AND revoked_at IS NULL RETURNING token_id
+UPDATE api_tokens SET revoked_at = now() WHERE tenant_id = $1 AND prefix = $2 AND revoked_at IS NULL RETURNING token_id
 """
 
 _LIST = (
-    "SELECT token_id, prefix, name, scopes, created_at, expires_at, revoked_at FROM tokens WHERE tenant_id = $1"
+    "SELECT token_id, prefix, name, scopes, created_at, expires_at, revoked_at FROM api_tokens WHERE tenant_id = $1"
     " ORDER BY token_id"
 )
 
-_NAMES = "SELECT token_id, name FROM tokens WHERE tenant_id = $1 AND token_id = ANY($2)"
+_NAMES = "SELECT token_id, name FROM api_tokens WHERE tenant_id = $1 AND token_id = ANY($2)"
 
 
 class InvalidToken(Exception):

@@ -16,7 +16,7 @@ from opsentry.events.codec import Actor, RecordedEvent
 # keeps their names from being made JSON of once for each entry.
 ENTRY = """replace(u.body, '"author":null', '"author":' || coalesce(t.author, to_json(u.actor_kind)::text))"""
 JOIN_AUTHORS = """
-LEFT JOIN (SELECT token_id, to_json(name)::text AS author FROM tokens WHERE tenant_id = $1 OFFSET 0) AS t
+LEFT JOIN (SELECT token_id, to_json(name)::text AS author FROM api_tokens WHERE tenant_id = $1 OFFSET 0) AS t
     ON u.actor_kind = 'token' AND t.token_id = u.actor_id
 """
 

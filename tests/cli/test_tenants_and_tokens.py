@@ -39,7 +39,7 @@ async def test_a_token_works_is_never_shown_again_and_can_be_revoked(run, fail, 
     secret = value[12:]
     table = await run("token", "list", "--tenant", "acme")
     assert prefix in table
-    stored = [str(await owner.fetch(f"SELECT * FROM {name}")) for name in ("tokens", "events", "reservations")]
+    stored = [str(await owner.fetch(f"SELECT * FROM {name}")) for name in ("api_tokens", "events", "reservations")]
     for text in (json.dumps(listed), table, *stored):
         assert secret not in text
 

@@ -151,7 +151,7 @@ async def test_creation_and_revocation_are_on_the_record_without_the_secret(part
     ]
     assert (rows[-1]["name"], rows[-1]["expires_at"]) == ("CI", expires)
     assert rows[-1]["revoked_at"] is not None
-    assert await owner.fetchval("SELECT digest FROM tokens WHERE name = 'CI'") == sha256(value.encode()).digest()
+    assert await owner.fetchval("SELECT digest FROM api_tokens WHERE name = 'CI'") == sha256(value.encode()).digest()
     everything = str([dict(row) for row in rows]) + str(await owner.fetch("SELECT * FROM events"))
     assert value[12:52] not in everything
 
@@ -181,5 +181,5 @@ async def test_a_token_that_cannot_be_made_leaves_nothing(parts, owner, acme, fi
     with pytest.raises(InvalidField) as refused:
         await make_token(parts, acme.id, **fields)
     assert refused.value.field == field
-    assert await owner.fetchval("SELECT count(*) FROM tokens") == 1
+    assert await owner.fetchval("SELECT count(*) FROM api_tokens") == 1
     assert await owner.fetchval("SELECT count(*) FROM events WHERE type = 'token.created'") == 1

@@ -35,7 +35,7 @@ async def plant(
             values["meta"],
             values["erasable"],
         )
-        await owner.execute("INSERT INTO unprojected VALUES ($1, $2)", tenant_id, position)
+        await owner.execute("INSERT INTO projection_backlog VALUES ($1, $2)", tenant_id, position)
     return int(position)
 
 

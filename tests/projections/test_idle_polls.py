@@ -48,7 +48,7 @@ GROWING = (
 # Of all these, so many: behind, still to be rebuilt, to be forgotten, and one whose outbox is halted.
 LAGGING = 3
 LAG = (
-    "INSERT INTO unprojected SELECT tenant_id, 2 FROM ledger_heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
+    "INSERT INTO projection_backlog SELECT tenant_id, 2 FROM ledger_heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
     "UPDATE checkpoints SET position = 1, generation = -1 WHERE tenant_id <= $1",
     "UPDATE checkpoints SET halted_at = 2 WHERE tenant_id = $1 AND projection = 'outbox'",
     "UPDATE deliveries SET state = 'waiting', settled_at = NULL, due_at = now() WHERE tenant_id <= $1",
@@ -59,7 +59,7 @@ LAG = (
 )
 CATCH_UP = (
     "UPDATE checkpoints SET position = 2, generation = 0, halted_at = NULL WHERE tenant_id > $1",
-    "DELETE FROM unprojected WHERE tenant_id > $1",
+    "DELETE FROM projection_backlog WHERE tenant_id > $1",
     "UPDATE deliveries SET state = 'delivered', settled_at = now(), due_at = NULL WHERE tenant_id > $1",
     "UPDATE endpoints SET due_at = NULL WHERE tenant_id > $1",
     "UPDATE outbox_settled SET position = 2 WHERE tenant_id > $1",
@@ -150,7 +150,7 @@ async def test_idle_polls_cost_the_same_however_many_tenants_there_are(owner, ap
         for statement in statements:
             await owner.execute(statement, number)
 
-    for table in (*GROWING, "unprojected"):
+    for table in (*GROWING, "projection_backlog"):
         await owner.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
     await owner.execute(
         "INSERT INTO projections (name, version) SELECT unnest($1::text[]), 1", [each.name for each in projections()]
@@ -172,7 +172,7 @@ async def test_idle_polls_cost_the_same_however_many_tenants_there_are(owner, ap
 
     await run(GROW, 100_000)
     await check("of when there were few")
-    for table in (*GROWING, "unprojected"):
+    for table in (*GROWING, "projection_backlog"):
         await owner.execute("SELECT pg_clear_relation_stats('public', $1)", table)
         await owner.execute(
             "SELECT pg_clear_attribute_stats('public', tablename, attname, false) FROM pg_stats WHERE tablename = $1",

@@ -64,7 +64,7 @@ FROM (
     SELECT sum(h.position - coalesce(c.position, 0)) AS events, min(e.recorded_at) AS since,
         count(*) FILTER (WHERE c.halted_at IS NOT NULL) AS halted
     FROM (
-        SELECT tenant_id FROM unprojected
+        SELECT tenant_id FROM projection_backlog
         UNION SELECT tenant_id FROM checkpoints WHERE projection = 'outbox' AND halted_at IS NOT NULL
         UNION SELECT c.tenant_id FROM projections p CROSS JOIN LATERAL (
             SELECT tenant_id FROM checkpoints WHERE projection = p.name OFFSET 0) AS c

@@ -64,7 +64,7 @@ WITH released AS (
         AND ($2::bigint IS NULL OR tenant_id = $2)
     RETURNING tenant_id, projection),
 noted AS (
-    INSERT INTO unprojected SELECT tenant_id, position FROM ledger_heads WHERE tenant_id IN (SELECT tenant_id
+    INSERT INTO projection_backlog SELECT tenant_id, position FROM ledger_heads WHERE tenant_id IN (SELECT tenant_id
     FROM released)
     ON CONFLICT DO NOTHING)
 SELECT tenant_id, projection FROM released
@@ -76,7 +76,7 @@ _RESUME = "UPDATE projections SET paused = false WHERE name = ANY($1) AND paused
 
 # Notes all tenants of which a projection lags that does not stand still.
 _NOTE = """
-INSERT INTO unprojected SELECT DISTINCT h.tenant_id, h.position FROM ledger_heads h
+INSERT INTO projection_backlog SELECT DISTINCT h.tenant_id, h.position FROM ledger_heads h
 JOIN checkpoints c ON c.tenant_id = h.tenant_id AND c.position < h.position AND c.halted_at IS NULL
 LEFT JOIN projections p ON p.name = c.projection
 WHERE NOT coalesce(p.paused, false) ON CONFLICT DO NOTHING

@@ -39,7 +39,7 @@ WHERE c.tenant_id = $1 AND c.projection = ANY($2) ORDER BY c.projection FOR NO K
 # Those are looked at anew by each statement: one that was resumed since, or that only newer code knows, must not lose
 # its note.
 _PROJECTED = """
-DELETE FROM unprojected AS behind WHERE behind.tenant_id = $1 AND behind.position <= $2 AND NOT EXISTS (
+DELETE FROM projection_backlog AS behind WHERE behind.tenant_id = $1 AND behind.position <= $2 AND NOT EXISTS (
     SELECT FROM checkpoints c LEFT JOIN projections p ON p.name = c.projection
     WHERE c.tenant_id = $1 AND c.projection <> ALL($3) AND c.position < behind.position
         AND c.halted_at IS NULL AND NOT coalesce(p.paused, false))
@@ -66,10 +66,10 @@ WHERE tenant_id = $1 AND projection = $2 AND position = $3 - 1 AND halted_at IS 
 # as there are tenants that lag.
 _BEHIND = """
 WITH RECURSIVE found AS (
-    (SELECT tenant_id, 1 AS number FROM unprojected WHERE tenant_id > $1 ORDER BY tenant_id LIMIT 1)
+    (SELECT tenant_id, 1 AS number FROM projection_backlog WHERE tenant_id > $1 ORDER BY tenant_id LIMIT 1)
     UNION ALL
     SELECT next.tenant_id, number + 1 FROM found CROSS JOIN LATERAL (
-        SELECT tenant_id FROM unprojected WHERE tenant_id > found.tenant_id ORDER BY tenant_id LIMIT 1) AS next
+        SELECT tenant_id FROM projection_backlog WHERE tenant_id > found.tenant_id ORDER BY tenant_id LIMIT 1) AS next
     WHERE number < $2)
 SELECT tenant_id FROM found
 """
