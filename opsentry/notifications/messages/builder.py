@@ -5,10 +5,11 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from opsentry.domain import incident, maintenance
+from opsentry.domain import incident
 from opsentry.identity import tenants
 from opsentry.infrastructure.postgres import Database
 from opsentry.infrastructure.single_flight import Recent
+from opsentry.projections import visibility
 from opsentry.projections.as_of import AsOfQueries
 from opsentry.projections.engine.projector import PositionNotReached
 
@@ -17,20 +18,6 @@ _SECONDS = 1.0
 _TENANT_SECONDS = 10.0
 _KEPT = 200
 _TENANTS_KEPT = 1_000
-
-_NOT_PUBLIC = ("visibility", "root_cause", "postmortem")
-_NOT_PUBLIC_OF_UPDATES = ("is_public", "author")
-
-# Whether the thing is public now, and which of its services; a service's link does not say so.
-_NOW = {
-    kind: f"""
-SELECT visibility, (
-    SELECT coalesce(json_object_agg(service_id, visibility), '{{}}')::text FROM services
-    WHERE tenant_id = $1 AND service_id = ANY($3)) AS services
-FROM {table} WHERE tenant_id = $1 AND {kind}_id = $2
-"""
-    for kind, table in ((incident.KIND, "incidents"), (maintenance.KIND, "maintenance"))
-}
 
 _TENANT = "SELECT slug, name FROM tenants WHERE tenant_id = $1"
 
@@ -78,34 +65,22 @@ class MessageBuilder:
         if audience != "public":
             return subject
         linked = [service["id"] for service in subject["services"]]
-        row = await self._database.fetchrow(_NOW[kind], tenant_id, stream_id, linked)
-        if row is None:
+        async with self._database.connection() as connection:
+            now = await visibility.select_current_visibility(connection, tenant_id, kind, stream_id, linked)
+        if now is None:
             raise PositionNotReached(f"{kind} {stream_id} cannot be shown yet")
-        if subject["visibility"] != "public" or row["visibility"] != "public":
+        if not (visibility.is_public(subject["visibility"]) and visibility.is_public(now.visibility)):
             return None
-        visibilities = msgspec.json.decode(row["services"])
-        if len(visibilities) < len(linked):
+        if len(now.services) < len(linked):
             # They are in the ledger, so they will come: rather late than what nobody knows to be public.
             raise PositionNotReached(f"a service of {kind} {stream_id} cannot be shown yet")
-        return _public(subject, {int(number) for number, seen in visibilities.items() if seen == "public"})
+        return visibility.public_part(subject, now.public_services())
 
     async def _tenant(self, tenant_id: int) -> Mapping[str, str]:
         row = await self._database.fetchrow(_TENANT, tenant_id)
         if row is None:
             raise tenants.TenantNotFound(f"no tenant has the id {tenant_id}")
         return {"slug": row["slug"], "name": row["name"]}
-
-
-def _public(subject: Subject, services: set[int]) -> Subject:
-    shown = {name: value for name, value in subject.items() if name not in _NOT_PUBLIC}
-    shown["services"] = [service for service in subject["services"] if service["id"] in services]
-    shown["service_ids"] = [number for number in subject["service_ids"] if number in services]
-    shown["updates"] = [
-        {name: value for name, value in update.items() if name not in _NOT_PUBLIC_OF_UPDATES}
-        for update in subject["updates"]
-        if update["is_public"]
-    ]
-    return shown
 
 
 # ------------------------------------------------------------------------------------------------ types of messages

@@ -10,7 +10,6 @@ from opsentry.domain.incident import (
     IncidentResolved,
     IncidentServicesChanged,
     IncidentSeverityChanged,
-    IncidentUpdated,
     IncidentVisibilityChanged,
 )
 from opsentry.domain.maintenance import (
@@ -18,7 +17,6 @@ from opsentry.domain.maintenance import (
     MaintenanceCompleted,
     MaintenanceScheduled,
     MaintenanceStarted,
-    MaintenanceUpdated,
 )
 from opsentry.domain.subscription import (
     SubscriptionChanged,
@@ -30,6 +28,7 @@ from opsentry.domain.subscription import (
 )
 from opsentry.domain.uptime import LEVELS
 from opsentry.events.codec import RecordedEvent
+from opsentry.projections.visibility import is_event_public
 
 _CHANGES = frozenset(
     {
@@ -157,11 +156,7 @@ def matches(subscriber_filter: SubscriberFilter, kind: str, topic: Topic, record
     """
     if not (subscriber_filter.incidents if kind == incident.KIND else subscriber_filter.maintenance):
         return False
-    event = recorded.event
-    public = topic.visibility == "public" and not (
-        isinstance(event, IncidentUpdated | MaintenanceUpdated) and not event.is_public
-    )
-    if subscriber_filter.audience == "public" and not public:
+    if subscriber_filter.audience == "public" and not is_event_public(topic.visibility, recorded.event):
         return False
     if subscriber_filter.service_ids and not set(subscriber_filter.service_ids) & set(topic.service_ids):
         return False
