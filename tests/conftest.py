@@ -23,6 +23,7 @@ from opsentry.events.codec import Actor, Meta
 from opsentry.identity import api_tokens, tenants
 from opsentry.infrastructure.encryption import new_key
 from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.settings import Settings
 
 META = Meta(Actor("operator"))
@@ -30,6 +31,11 @@ SECRET_KEY = new_key()
 _ROOM = 4 * 1024**3
 _TEMPLATE = "opsentry_template"
 _numbers = count(1)
+
+
+def expire_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every cached answer count as expired for the rest of the test."""
+    monkeypatch.setattr(TtlCache, "peek", lambda _self, _key, default: default)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Generic, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import redis.asyncio
@@ -14,14 +14,13 @@ from redis.exceptions import RedisError
 from opsentry.api.context import RequestContext
 from opsentry.api.responses import object_response
 from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
+from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.notifications.delivery import management
 
 CHECK_TIMEOUT = 0.5
 CACHE_SECONDS = 1.0
 MAX_PENDING = 1000
 MAX_AGE_SECONDS = 300
-
-T = TypeVar("T")
 
 NO_STORE = {"Cache-Control": "no-store"}
 # Made once: a load balancer asks this many times a second of every process.
@@ -46,23 +45,6 @@ async def live(_: web.Request) -> web.Response:
     return web.Response(body=b'{"status":"ok"}', content_type="application/json", charset="utf-8", headers=NO_STORE)
 
 
-class Shared(Generic[T]):
-    """What `work` returns, done once for all who ask while it runs, or within a second of its beginning."""
-
-    def __init__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
-        self._work = work
-        self._round: asyncio.Task[T] | None = None
-        self._began = 0.0
-
-    async def get(self) -> T:
-        """Return what came of it; raises what `work` raised."""
-        if self._round is None or (self._round.done() and time.monotonic() - self._began >= CACHE_SECONDS):
-            self._began = time.monotonic()
-            self._round = asyncio.create_task(self._work())
-        # A caller that gives up waiting must not take the round away from the others.
-        return await asyncio.shield(self._round)
-
-
 class Readiness:
     """`GET /health/ready`: whether everything that this process needs is well.
 
@@ -78,16 +60,18 @@ class Readiness:
             "redis": self._redis,
             "outbox": self._outbox,
         }
-        self._round = Shared(self._check_all)
+        self._answer: TtlCache[None, tuple[int, bytes]] = TtlCache(
+            self._check_all, ttl_seconds=CACHE_SECONDS, max_entries=1
+        )
 
     async def ready(self, _: web.Request) -> web.Response:
         """`GET /health/ready`."""
-        status, body = await self._round.get()
+        status, body = await self._answer.get(None)
         return web.Response(
             status=status, body=body, content_type="application/json", charset="utf-8", headers=NO_STORE
         )
 
-    async def _check_all(self) -> tuple[int, bytes]:
+    async def _check_all(self, _: None) -> tuple[int, bytes]:
         results = await asyncio.gather(*map(self._check, self._checks.values()))
         checks = dict(zip(self._checks, results, strict=True))
         ready = all(check["status"] == "ok" for check in results)

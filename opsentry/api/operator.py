@@ -1,15 +1,15 @@
 """`/ops/…`: how read models and sending stand, of all tenants, for operators. Reads, and changes nothing."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import asyncpg
 import msgspec
 from aiohttp import web
 
-from opsentry.api.health import NO_STORE, Shared
+from opsentry.api.health import CACHE_SECONDS, NO_STORE
 from opsentry.api.responses import object_response
 from opsentry.infrastructure.postgres import Connection, Database
+from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.notifications.delivery import management as sending
 from opsentry.projections.engine import management
 from opsentry.projections.engine.projection import Projection
@@ -26,31 +26,30 @@ class Ops:
 
     def __init__(self, database: Database, projections: Sequence[Projection]) -> None:
         self._database = database
-        self._standing = Shared(
-            partial(
-                self._encoded, "projections", lambda connection: management.projection_status(connection, projections)
-            )
-        )
-        self._outbox = Shared(partial(self._encoded, "outbox", partial(sending.status, limit=_MOST)))
-        self._parked = Shared(
-            partial(self._encoded, "halted", lambda connection: management.halted(connection, limit=_MOST))
+        self._queries: Mapping[str, Query] = {
+            "projections": lambda connection: management.projection_status(connection, projections),
+            "outbox": lambda connection: sending.status(connection, limit=_MOST),
+            "halted": lambda connection: management.halted(connection, limit=_MOST),
+        }
+        self._answers: TtlCache[str, bytes] = TtlCache(
+            self._query, ttl_seconds=CACHE_SECONDS, max_entries=len(self._queries)
         )
 
     async def projections(self, _: web.Request) -> web.Response:
         """`GET /ops/projections`: for each, how many tenants are done, behind and halted, and the lag."""
-        return _answer(await self._standing.get())
+        return _answer(await self._answers.get("projections"))
 
     async def halted(self, _: web.Request) -> web.Response:
         """`GET /ops/projections/halted`: what stopped at an event that it cannot apply, and why."""
-        return _answer(await self._parked.get())
+        return _answer(await self._answers.get("halted"))
 
     async def outbox(self, _: web.Request) -> web.Response:
         """`GET /ops/outbox`: for each tenant that anything waits for, what is due, waits, is halted or paused."""
-        return _answer(await self._outbox.get())
+        return _answer(await self._answers.get("outbox"))
 
-    async def _encoded(self, name: str, query: Query) -> bytes:
+    async def _query(self, name: str) -> bytes:
         async with self._database.connection(_PATIENCE) as connection:
-            rows = await query(connection)
+            rows = await self._queries[name](connection)
         return msgspec.json.encode({name: [dict(row) for row in rows]})
 
 

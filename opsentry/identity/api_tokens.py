@@ -3,10 +3,9 @@
 What is the same for operators' tokens, which begin with another mark, is used by them too.
 """
 
-import asyncio
+import math
 import re
 import secrets
-import time
 import zlib
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from opsentry.events import store
 from opsentry.events.codec import Meta
 from opsentry.events.store import Append, NewEvent
 from opsentry.infrastructure.postgres import Connection, Database
+from opsentry.infrastructure.single_flight import TtlCache
 
 SCOPES = ("read:status", "write:incidents", "write:maintenance", "read:audit", "write:subscriptions")
 
@@ -119,8 +119,10 @@ class TokenLookup(Generic[T]):
         self._database = database
         self._query = query
         self._kind = kind
-        self._known: dict[bytes, tuple[float, T | None]] = {}
-        self._lookups: dict[bytes, asyncio.Task[T | None]] = {}
+        # By digest, so that no secret stays in memory. Unknown tokens are cached too, as `None`.
+        self._tokens: TtlCache[bytes, T | None] = TtlCache(
+            self._fetch, ttl_seconds=CACHE_SECONDS, max_entries=_CACHE_SIZE, ttl_of=_seconds_left
+        )
 
     async def authenticate(self, value: str) -> T:
         """Return what the token carries.
@@ -130,33 +132,25 @@ class TokenLookup(Generic[T]):
             DatabaseUnavailable: That could not be found out.
         """
         digest = sha256(value.encode(errors="replace")).digest()
-        known = self._known.get(digest)
-        if known is not None and known[0] > time.monotonic():
-            token = known[1]
-        elif not well_formed(value, self.mark):
-            raise InvalidToken
-        else:
-            token = await self._look_up(digest)
-        if token is None or (token.expires_at is not None and token.expires_at <= datetime.now(UTC)):
+        token = self._tokens.peek(digest, None)
+        if token is None:
+            if not well_formed(value, self.mark):
+                raise InvalidToken
+            token = await self._tokens.get(digest)
+        if token is None:
             raise InvalidToken
         return token
-
-    async def _look_up(self, digest: bytes) -> T | None:
-        task = self._lookups.get(digest)
-        if task is None:
-            task = asyncio.create_task(self._fetch(digest))
-            self._lookups[digest] = task
-            task.add_done_callback(lambda _: self._lookups.pop(digest, None))
-        return await asyncio.shield(task)
 
     async def _fetch(self, digest: bytes) -> T | None:
-        asked_at = time.monotonic()
         row = await self._database.fetchrow(self._query, digest)
-        token = None if row is None else msgspec.convert(dict(row), self._kind)
-        if len(self._known) >= _CACHE_SIZE:
-            self._known.clear()
-        self._known[digest] = (asked_at + CACHE_SECONDS, token)
-        return token
+        return None if row is None else msgspec.convert(dict(row), self._kind)
+
+
+def _seconds_left(token: TokenFacts | None) -> float:
+    """Return how long a token still works, so that the cache does not outlive it."""
+    if token is None or token.expires_at is None:
+        return math.inf
+    return (token.expires_at - datetime.now(UTC)).total_seconds()
 
 
 class ApiTokens(TokenLookup[Token]):

@@ -1,6 +1,5 @@
 """The registry of services: serves `/services`."""
 
-import asyncio
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -12,6 +11,7 @@ from opsentry.domain import service
 from opsentry.domain.service import Service, ServiceEvent
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
+from opsentry.infrastructure.single_flight import BatchLoader
 from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
 from opsentry.projections.engine.projector import Projector
 from opsentry.projections.page_request import PageRequest
@@ -253,7 +253,7 @@ class ServiceLinkLoader:
 
     def __init__(self, projector: Projector) -> None:
         self._projector = projector
-        self._gathering: dict[int, tuple[set[int], asyncio.Task[asyncpg.Record]]] = {}
+        self._batches: BatchLoader[int, int, asyncpg.Record] = BatchLoader(self._read)
 
     async def read(self, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
         """Return a row of `refs` that has at least these services, showing all that was answered before.
@@ -261,17 +261,9 @@ class ServiceLinkLoader:
         Raises:
             DatabaseUnavailable: The database was lost.
         """
-        gathering = self._gathering.get(tenant_id)
-        if gathering is None:
-            wanted: set[int] = set()
-            gathering = wanted, asyncio.create_task(self._read(tenant_id, wanted))
-            self._gathering[tenant_id] = gathering
-        gathering[0].update(service_ids)
-        return await asyncio.shield(gathering[1])
+        return await self._batches.get(tenant_id, service_ids)
 
-    async def _read(self, tenant_id: int, wanted: set[int]) -> asyncpg.Record:
-        # Runs when the loop comes round: whoever was ready by then has joined, who comes now begins anew.
-        del self._gathering[tenant_id]
+    async def _read(self, tenant_id: int, service_ids: set[int]) -> asyncpg.Record:
         return await self._projector.read(
-            tenant_id, lambda connection: select_service_links(connection, tenant_id, wanted)
+            tenant_id, lambda connection: select_service_links(connection, tenant_id, service_ids)
         )

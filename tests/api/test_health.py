@@ -4,6 +4,7 @@ from uuid import uuid4
 import pytest
 
 from opsentry.api import health
+from tests.conftest import expire_caches
 
 
 async def test_the_probe_is_plain_and_needs_nothing(anonymous):
@@ -36,7 +37,7 @@ async def add_intents(owner, tenant_id, count, created_at, *, suppressed=False):
 
 
 async def ready_again(monkeypatch, anonymous):
-    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+    expire_caches(monkeypatch)
     return await anonymous.send("GET", "/health/ready")
 
 

@@ -5,14 +5,13 @@ import msgspec
 import pytest
 import structlog
 
-from opsentry.api import health
 from opsentry.api.app import ROUTES
 from opsentry.bootstrap import serving
 from opsentry.identity import api_tokens, operator_tokens
 from opsentry.infrastructure.postgres import DatabaseUnavailable
 from opsentry.projections.engine import management
 from tests.api.conftest import make_operator, raw
-from tests.conftest import Client
+from tests.conftest import Client, expire_caches
 from tests.projections.planting import plant
 
 PATHS = ("/ops/projections", "/ops/projections/halted", "/ops/outbox")
@@ -49,7 +48,7 @@ async def test_what_stopped_is_named(monkeypatch, operator, api, parts, acme, ow
     _, incident, _ = await api.post("/incidents", {"title": "Down"})
     position = await plant(owner, acme.id, incident["id"], 2, type="incident.exploded")
     await parts.projector.catch_up(acme.id, 0)
-    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+    expire_caches(monkeypatch)
     found = (await operator.send("GET", "/ops/projections/halted"))[1]["halted"]
     assert [row["projection"] for row in found] == ["impact", "incidents", "outbox"]
     assert {(row["slug"], row["tenant_id"], row["position"]) for row in found} == {("acme", acme.id, position)}
@@ -69,7 +68,7 @@ async def test_all_who_ask_at_about_the_same_time_share_one_query(monkeypatch, h
         return await query(*arguments)
 
     monkeypatch.setattr(management, "projection_status", slow)
-    monkeypatch.setattr(health, "CACHE_SECONDS", 3600.0)
+    monkeypatch.setattr("opsentry.api.operator.CACHE_SECONDS", 3600.0)
     values = [await make_operator(parts), await make_operator(parts)]
     async with serving(settings, parts) as url:
         clients = [Client(http, url, value) for value in values] * 5
@@ -82,7 +81,7 @@ async def test_all_who_ask_at_about_the_same_time_share_one_query(monkeypatch, h
         assert {(await one)[0] for one in waiting} == {200}
         assert (await clients[0].send("GET", "/ops/projections"))[0] == 200
         assert asked == 1
-        monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+        expire_caches(monkeypatch)
         assert (await clients[0].send("GET", "/ops/projections"))[0] == 200
         assert asked == 2
 
@@ -97,7 +96,6 @@ async def test_a_database_that_is_lost_is_said_and_its_return_is_noticed(monkeyp
         return await query(*arguments)
 
     monkeypatch.setattr(management, "projection_status", standing)
-    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
     async with serving(settings, parts) as url:
         client = Client(http, url, await make_operator(parts))
         status, body, headers = await client.send("GET", "/ops/projections")

@@ -7,6 +7,7 @@ import structlog
 from opsentry.api.app import ROUTES
 from opsentry.bootstrap import serving
 from opsentry.identity import api_tokens
+from opsentry.infrastructure import single_flight
 from tests.api.conftest import make_token
 from tests.conftest import META, Client
 
@@ -81,7 +82,7 @@ async def test_a_revoked_token_stops_working_within_five_seconds(monkeypatch, ht
         def monotonic():
             return now
 
-    monkeypatch.setattr(api_tokens, "time", Clock)
+    monkeypatch.setattr(single_flight, "time", Clock)
     async with serving(settings, parts) as one, serving(settings, parts) as other:
         clients = [Client(http, url, acme.token) for url in (one, other)]
         assert [(await client.get("/health"))[0] for client in clients] == [200, 200]

@@ -3,23 +3,36 @@ from typing import Any
 
 import pytest
 
-from opsentry.infrastructure.single_flight import Recent
+from opsentry.infrastructure import single_flight
+from opsentry.infrastructure.single_flight import BatchLoader, TtlCache
 
 
 class Source:
-    """Is asked, and counts how often."""
+    """Counts its loads, and ends each when the test releases it."""
 
     def __init__(self):
-        self.asked = 0
+        self.loads: list[Any] = []
+        self.released = asyncio.Event()
+        self.released.set()
         self.fails = False
 
-    async def ask(self):
-        self.asked += 1
-        answer = self.asked
-        await asyncio.sleep(0.02)
+    async def load(self, *key):
+        self.loads.append(key)
+        number = len(self.loads)
+        await self.released.wait()
         if self.fails:
             raise LookupError
-        return answer
+        return number
+
+
+class Clock:
+    """Replaces the cache's clock, and moves only when a test moves it."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
 
 
 @pytest.fixture
@@ -27,42 +40,152 @@ def source():
     return Source()
 
 
-async def test_many_who_ask_at_once_share_one_look_up(source):
-    recent: Recent[Any, int] = Recent(10, 10)
-    assert await asyncio.gather(*(recent.get("a", source.ask) for _ in range(50))) == [1] * 50
-    assert await recent.get("a", source.ask) == 1
-    assert await recent.get("b", source.ask) == 2
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(single_flight, "time", clock)
+    return clock
 
 
-async def test_what_is_too_old_is_looked_up_again(source):
-    recent: Recent[Any, int] = Recent(0.05, 10)
-    assert await recent.get("a", source.ask) == 1
-    await asyncio.sleep(0.05)
-    assert await recent.get("a", source.ask) == 2
+def make_cache(source, **options) -> TtlCache[Any, int]:
+    return TtlCache(source.load, **{"ttl_seconds": 10, "max_entries": 10, **options})
 
 
-async def test_a_failure_is_told_to_all_and_not_kept(source):
-    recent: Recent[Any, int] = Recent(10, 10)
+async def started(source, count=1):
+    """Return once this many loads are under way."""
+    async with asyncio.timeout(5):
+        while len(source.loads) < count:  # noqa: ASYNC110 - the load itself must not signal
+            await asyncio.sleep(0)
+
+
+async def test_concurrent_callers_share_one_load(source):
+    cache = make_cache(source)
+    assert await asyncio.gather(*(cache.get("a") for _ in range(50))) == [1] * 50
+    assert await cache.get("a") == 1
+    assert await cache.get("b") == 2
+    assert source.loads == [("a",), ("b",)]
+
+
+async def test_a_caller_joins_a_load_that_outlasts_the_ttl(source, clock):
+    cache = make_cache(source)
+    source.released.clear()
+    first = asyncio.create_task(cache.get("a"))
+    await started(source)
+    clock.now += 60
+    second = asyncio.create_task(cache.get("a"))
+    await asyncio.sleep(0)
+    source.released.set()
+    assert (await first, await second) == (1, 1)
+    assert await cache.get("a") == 2
+
+
+async def test_a_values_age_counts_from_the_start_of_its_load(source, clock):
+    cache = make_cache(source)
+    source.released.clear()
+    first = asyncio.create_task(cache.get("a"))
+    await started(source)
+    clock.now += 4
+    source.released.set()
+    assert await first == 1
+    clock.now += 5.9
+    assert await cache.get("a") == 1
+    clock.now += 0.2
+    assert await cache.get("a") == 2
+
+
+async def test_a_value_may_expire_before_the_ttl_but_not_after_it(source, clock):
+    cache = make_cache(source, ttl_of={1: 3.0, 2: 99.0, 3: 0.0}.get)
+    assert await cache.get("a") == 1
+    clock.now += 3
+    assert await cache.get("a") == 2
+    clock.now += 10
+    assert await cache.get("a") == 3
+    assert cache.peek("a", None) is None
+
+
+async def test_a_failure_reaches_every_caller_and_is_not_cached(source):
+    cache = make_cache(source)
     source.fails = True
-    told = await asyncio.gather(*(recent.get("a", source.ask) for _ in range(5)), return_exceptions=True)
-    assert [type(each) for each in told] == [LookupError] * 5
+    answers = await asyncio.gather(*(cache.get("a") for _ in range(5)), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [LookupError] * 5
     source.fails = False
-    assert await recent.get("a", source.ask) == 2
+    assert await cache.get("a") == 2
 
 
-async def test_who_gives_up_does_not_take_the_answer_from_others(source):
-    recent: Recent[Any, int] = Recent(10, 10)
-    first = asyncio.create_task(recent.get("a", source.ask))
-    second = asyncio.create_task(recent.get("a", source.ask))
-    await asyncio.sleep(0.001)
+async def test_a_cancelled_caller_does_not_cancel_the_load(source):
+    cache = make_cache(source)
+    source.released.clear()
+    first, second = (asyncio.create_task(cache.get("a")) for _ in range(2))
+    await started(source)
     first.cancel()
+    source.released.set()
     assert await second == 1
 
 
-async def test_no_more_is_kept_than_said(source):
-    recent: Recent[Any, int] = Recent(10, 3)
+async def test_a_load_without_callers_is_cached_and_its_failure_logs_nothing(source, caplog):
+    cache = make_cache(source)
+    for fails in (True, False):
+        source.fails = fails
+        source.released.clear()
+        only = asyncio.create_task(cache.get("a"))
+        await started(source, len(source.loads) + 1)
+        only.cancel()
+        await asyncio.wait([only])
+        source.released.set()
+        await asyncio.gather(*cache._loads.values(), return_exceptions=True)
+    assert cache.peek("a", None) == 2
+    assert not caplog.records
+
+
+async def test_none_is_a_value(clock):
+    asked = []
+
+    async def load(key):
+        asked.append(key)
+
+    cache: TtlCache[str, None] = TtlCache(load, ttl_seconds=10, max_entries=10)
+    assert cache.peek("a", "missing") == "missing"
+    await cache.get("a")
+    assert cache.peek("a", "missing") is None
+    await cache.get("a")
+    assert asked == ["a"]
+
+
+async def test_the_cache_is_bounded_and_drops_the_oldest_load(source):
+    cache = make_cache(source, max_entries=3)
     for number in range(10):
-        await recent.get(number, source.ask)
-    assert len(recent._kept) == 3
-    assert await recent.get(9, source.ask) == 10
-    assert await recent.get(0, source.ask) == 11
+        await cache.get(number)
+    assert len(cache) == 3
+    assert [cache.peek(number, None) for number in range(6, 10)] == [None, 8, 9, 10]
+
+
+async def test_calls_of_one_turn_share_a_batch_and_later_calls_open_the_next(source):
+    loader: BatchLoader[str, int, int] = BatchLoader(source.load)
+    source.released.clear()
+    first = [asyncio.create_task(loader.get("acme", [number, number + 1])) for number in range(3)]
+    other = asyncio.create_task(loader.get("globex", [7]))
+    await started(source, 2)
+    later = asyncio.create_task(loader.get("acme", [9]))
+    await started(source, 3)
+    source.released.set()
+    assert [await call for call in (*first, other, later)] == [1, 1, 1, 2, 3]
+    assert source.loads == [("acme", {0, 1, 2, 3}), ("globex", {7}), ("acme", {9})]
+
+
+async def test_a_batchs_failure_reaches_its_callers_alone(source):
+    loader: BatchLoader[str, int, int] = BatchLoader(source.load)
+    source.fails = True
+    answers = await asyncio.gather(loader.get("acme", [1]), loader.get("acme", [2]), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [LookupError] * 2
+    source.fails = False
+    assert await loader.get("acme", [1]) == 2
+
+
+async def test_a_cancelled_caller_does_not_cancel_the_batch(source):
+    loader: BatchLoader[str, int, int] = BatchLoader(source.load)
+    source.released.clear()
+    first, second = (asyncio.create_task(loader.get("acme", [number])) for number in (1, 2))
+    await started(source)
+    first.cancel()
+    source.released.set()
+    assert await second == 1

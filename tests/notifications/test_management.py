@@ -14,7 +14,7 @@ from opsentry.notifications.delivery import management
 from opsentry.notifications.delivery.leases import Release, Result, Work
 from opsentry.notifications.delivery.management import Chosen
 from opsentry.projections.engine import management as projecting
-from tests.conftest import META
+from tests.conftest import META, expire_caches
 from tests.notifications.desk import delivered
 from tests.projections.planting import plant
 from tests.system.processes import environment, opsentry
@@ -35,7 +35,7 @@ VALUES ($1, 1, 'webhook', now() + $2 * interval '1 second')
 
 @pytest.fixture
 def ready(anonymous, monkeypatch):
-    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+    expire_caches(monkeypatch)
 
     async def ask():
         status, body, _ = await anonymous.send("GET", "/health/ready")

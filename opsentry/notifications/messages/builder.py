@@ -8,7 +8,7 @@ import msgspec
 from opsentry.domain import incident
 from opsentry.identity import tenants
 from opsentry.infrastructure.postgres import Database
-from opsentry.infrastructure.single_flight import Recent
+from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.projections import visibility
 from opsentry.projections.as_of import AsOfQueries
 from opsentry.projections.engine.projector import PositionNotReached
@@ -30,8 +30,12 @@ class MessageBuilder:
     def __init__(self, as_of_queries: AsOfQueries, database: Database) -> None:
         self._as_of_queries = as_of_queries
         self._database = database
-        self._subjects: Recent[tuple[int, str, int, int, str], Subject | None] = Recent(_SECONDS, _KEPT)
-        self._tenants: Recent[int, Mapping[str, str]] = Recent(_TENANT_SECONDS, _TENANTS_KEPT)
+        self._subjects: TtlCache[tuple[int, str, int, int, str], Subject | None] = TtlCache(
+            lambda key: self._compose(*key), ttl_seconds=_SECONDS, max_entries=_KEPT
+        )
+        self._tenants: TtlCache[int, Mapping[str, str]] = TtlCache(
+            self._tenant, ttl_seconds=_TENANT_SECONDS, max_entries=_TENANTS_KEPT
+        )
 
     async def tenant(self, tenant_id: int) -> Mapping[str, str]:
         """Return the tenant's `slug` and `name`, which may be some seconds old.
@@ -40,7 +44,7 @@ class MessageBuilder:
             TenantNotFound: There is none with this id.
             DatabaseUnavailable: The database was lost.
         """
-        return await self._tenants.get(tenant_id, lambda: self._tenant(tenant_id))
+        return await self._tenants.get(tenant_id)
 
     async def compose(self, tenant_id: int, kind: str, stream_id: int, position: int, audience: str) -> Subject | None:
         """Return an incident or a window as it was at `position`; `None` if the audience may not see it.
@@ -53,8 +57,7 @@ class MessageBuilder:
             PositionNotReached: Read models do not show it yet.
             DatabaseUnavailable: The database was lost.
         """
-        key = (tenant_id, kind, stream_id, position, audience)
-        return await self._subjects.get(key, lambda: self._compose(*key))
+        return await self._subjects.get((tenant_id, kind, stream_id, position, audience))
 
     async def _compose(self, tenant_id: int, kind: str, stream_id: int, position: int, audience: str) -> Subject | None:
         at = self._as_of_queries.get_incident if kind == incident.KIND else self._as_of_queries.get_maintenance
