@@ -3,7 +3,7 @@
 From `resolved` the only way out is `investigating`, a re-open.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeAlias, assert_never
 
 import msgspec
@@ -23,7 +23,14 @@ from opsentry.domain.decider import (
 from opsentry.domain.redaction import RedactionPlan, check_reason
 
 KIND = "incident"
-STATUSES = ("investigating", "identified", "monitoring", "resolved")
+# Open states lead to each other and to `resolved`. A resolved incident can only be reopened.
+TRANSITIONS: Mapping[str, frozenset[str]] = {
+    "investigating": frozenset({"identified", "monitoring", "resolved"}),
+    "identified": frozenset({"investigating", "monitoring", "resolved"}),
+    "monitoring": frozenset({"investigating", "identified", "resolved"}),
+    "resolved": frozenset({"investigating"}),
+}
+STATUSES = tuple(TRANSITIONS)
 SEVERITIES = ("informational", "degraded", "partial_outage", "major_outage", "critical")
 VISIBILITIES = ("public", "internal")
 REDACTABLE_FIELDS = ("title", "description", "root_cause", "postmortem")
@@ -263,7 +270,7 @@ def decide(state: Incident | None, command: IncidentCommand) -> Sequence[Inciden
         case PostUpdate():
             return _post_update(state, command)
         case ResolveIncident():
-            if state.status == "resolved":
+            if "resolved" not in TRANSITIONS[state.status]:
                 raise IllegalTransition("the incident is resolved already")
             return [
                 IncidentResolved(
@@ -341,13 +348,11 @@ def _move(current: str, wanted: str) -> list[IncidentEvent]:
     check_choice("status", wanted, STATUSES)
     if wanted == current:
         return []
+    if wanted not in TRANSITIONS[current]:
+        raise IllegalTransition(f"a resolved incident can only be re-opened as investigating, not moved to {wanted}")
     if wanted == "resolved":
         return [IncidentResolved()]
-    if current != "resolved":
-        return [IncidentStatusChanged(status=wanted)]
-    if wanted == "investigating":
-        return [IncidentReopened()]
-    raise IllegalTransition(f"a resolved incident can only be re-opened as investigating, not moved to {wanted}")
+    return [IncidentReopened() if current == "resolved" else IncidentStatusChanged(status=wanted)]
 
 
 def _optional_text(field: str, value: str | None | UnsetType) -> str | None | UnsetType:
