@@ -3,7 +3,7 @@
 That a window's hour has come is an event like any other: the scheduler starts and completes windows by command.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import ClassVar, TypeAlias, assert_never
 
@@ -25,7 +25,13 @@ from opsentry.domain.decider import (
 from opsentry.domain.redaction import RedactionPlan, check_reason
 
 KIND = "maintenance"
-STATUSES = ("scheduled", "active", "completed", "cancelled")
+TRANSITIONS: Mapping[str, frozenset[str]] = {
+    "scheduled": frozenset({"active", "cancelled"}),
+    "active": frozenset({"completed"}),
+    "completed": frozenset(),
+    "cancelled": frozenset(),
+}
+STATUSES = tuple(TRANSITIONS)
 VISIBILITIES = ("public", "internal")
 REDACTABLE_FIELDS = ("title", "description")
 _TIMES = ("scheduled_start", "scheduled_end")
@@ -302,11 +308,11 @@ def decide(state: Maintenance | None, command: MaintenanceCommand) -> Sequence[M
         case RemindMaintenance():
             return [MaintenanceReminded()] if state.status == "scheduled" and not state.reminded else []
         case StartMaintenance():
-            return [_require(state, "scheduled", "started", MaintenanceStarted())]
+            return [_move(state, "active", MaintenanceStarted())]
         case CompleteMaintenance():
-            return [_require(state, "active", "completed", MaintenanceCompleted())]
+            return [_move(state, "completed", MaintenanceCompleted())]
         case CancelMaintenance():
-            return [_require(state, "scheduled", "cancelled", MaintenanceCancelled())]
+            return [_move(state, "cancelled", MaintenanceCancelled())]
         case RedactMaintenance():
             return _redact(command)
         case _:
@@ -371,10 +377,11 @@ def _redact(command: RedactMaintenance) -> list[MaintenanceEvent]:
     return [redacted, *([msgspec.convert(erasure.restated, MaintenanceEdited)] if erasure.restated else [])]
 
 
-def _require(state: Maintenance, status: str, verb: str, event: MaintenanceEvent) -> MaintenanceEvent:
-    if state.status != status:
-        article = "an" if status[0] in "aeiou" else "a"
-        raise IllegalTransition(f"only {article} {status} window can be {verb}; this one is {state.status}")
+def _move(state: Maintenance, wanted: str, event: MaintenanceEvent) -> MaintenanceEvent:
+    if wanted not in TRANSITIONS[state.status]:
+        (origin,) = (status for status, following in TRANSITIONS.items() if wanted in following)
+        article = "an" if origin[0] in "aeiou" else "a"
+        raise IllegalTransition(f"only {article} {origin} window can become {wanted}; this one is {state.status}")
     return event
 
 
