@@ -31,8 +31,8 @@ SUBSCRIPTION = SubscriptionCreated(
     audience="public",
     min_severity="informational",
     service_ids=(1,),
-    incidents=True,
-    maintenance=True,
+    notify_incidents=True,
+    notify_maintenance=True,
 )
 _BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 _WRITERS = 3

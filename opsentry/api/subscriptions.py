@@ -56,8 +56,8 @@ class CreateBody(msgspec.Struct):
     channel: str
     target: str
     audience: str = "public"
-    incidents: bool = True
-    maintenance: bool = True
+    notify_incidents: bool = True
+    notify_maintenance: bool = True
     service_ids: tuple[Id, ...] = ()
     min_severity: str = "informational"
 
@@ -67,8 +67,8 @@ class ChangeBody(msgspec.Struct):
 
     target: str | UnsetType = UNSET
     audience: str | UnsetType = UNSET
-    incidents: bool | UnsetType = UNSET
-    maintenance: bool | UnsetType = UNSET
+    notify_incidents: bool | UnsetType = UNSET
+    notify_maintenance: bool | UnsetType = UNSET
     service_ids: tuple[Id, ...] | UnsetType = UNSET
     min_severity: str | UnsetType = UNSET
     enabled: bool | UnsetType = UNSET

@@ -39,13 +39,12 @@ class SubscriptionCreated(Event, frozen=True, kw_only=True):
     """Someone wants to be told. No `service_ids` means all services; `pending` waits for whoever owns the target."""
 
     TYPE: ClassVar[str] = "subscription.created"
-    VERSION: ClassVar[int] = 2
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"target", "encrypted_secret"})
     channel: str
     target: str
     audience: str
-    incidents: bool = True
-    maintenance: bool = True
+    notify_incidents: bool = True
+    notify_maintenance: bool = True
     service_ids: tuple[int, ...] = ()
     min_severity: str = "informational"
     encrypted_secret: str | None = None
@@ -66,8 +65,8 @@ class SubscriptionChanged(Event, frozen=True, kw_only=True):
     target: str | UnsetType = UNSET
     encrypted_secret: str | UnsetType = UNSET
     audience: str | UnsetType = UNSET
-    incidents: bool | UnsetType = UNSET
-    maintenance: bool | UnsetType = UNSET
+    notify_incidents: bool | UnsetType = UNSET
+    notify_maintenance: bool | UnsetType = UNSET
     service_ids: tuple[int, ...] | UnsetType = UNSET
     min_severity: str | UnsetType = UNSET
 
@@ -104,7 +103,6 @@ class SubscriptionRemoved(Event, frozen=True, kw_only=True):
     """They want it no longer. `unsubscribed`: said the one who was told, not the tenant."""
 
     TYPE: ClassVar[str] = "subscription.removed"
-    VERSION: ClassVar[int] = 2
     unsubscribed: bool = False
 
 
@@ -137,8 +135,8 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     channel: str
     target: str
     audience: str
-    incidents: bool
-    maintenance: bool
+    notify_incidents: bool
+    notify_maintenance: bool
     service_ids: tuple[int, ...]
     min_severity: str
     status: str = "active"
@@ -158,8 +156,8 @@ def evolve(state: Subscription | None, event: SubscriptionEvent) -> Subscription
             channel=event.channel,
             target=event.target,
             audience=event.audience,
-            incidents=event.incidents,
-            maintenance=event.maintenance,
+            notify_incidents=event.notify_incidents,
+            notify_maintenance=event.notify_maintenance,
             service_ids=event.service_ids,
             min_severity=event.min_severity,
             status="pending" if event.pending else "active",
@@ -212,8 +210,8 @@ class CreateSubscription(msgspec.Struct, frozen=True, kw_only=True):
     channel: str
     target: str
     audience: str = "public"
-    incidents: bool = True
-    maintenance: bool = True
+    notify_incidents: bool = True
+    notify_maintenance: bool = True
     service_ids: tuple[int, ...] = ()
     min_severity: str = "informational"
     encrypted_secret: str | None = None
@@ -230,8 +228,8 @@ class ChangeSubscription(msgspec.Struct, frozen=True, kw_only=True):
     target: str | UnsetType = UNSET
     encrypted_secret: str | UnsetType = UNSET
     audience: str | UnsetType = UNSET
-    incidents: bool | UnsetType = UNSET
-    maintenance: bool | UnsetType = UNSET
+    notify_incidents: bool | UnsetType = UNSET
+    notify_maintenance: bool | UnsetType = UNSET
     service_ids: tuple[int, ...] | UnsetType = UNSET
     min_severity: str | UnsetType = UNSET
     enabled: bool | UnsetType = UNSET
@@ -321,8 +319,8 @@ def _create(command: CreateSubscription) -> SubscriptionCreated:
         channel=command.channel,
         target=_validate_target(command.target),
         audience=check_choice("audience", command.audience, AUDIENCES),
-        incidents=command.incidents,
-        maintenance=command.maintenance,
+        notify_incidents=command.notify_incidents,
+        notify_maintenance=command.notify_maintenance,
         service_ids=normal_ids(command.service_ids),
         min_severity=check_choice("min_severity", command.min_severity, SEVERITIES),
         encrypted_secret=command.encrypted_secret,

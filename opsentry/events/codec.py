@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 from msgspec import UNSET
@@ -18,13 +18,19 @@ _encode = msgspec.json.Encoder(order="sorted").encode
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-class Actor(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """Who did it, with the id of the row if any.
+ActorKind = Literal["token", "user", "operator", "scheduler", "importer", "sender", "visitor", "alert_source"]
 
-    `token`, `scheduler`, `import`, `operator` (the command line) or `visitor` (a page that anyone may open).
+
+class Actor(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """Identify the cause of an event by its kind and the id of its row.
+
+    Attributes:
+        kind: `token` (API client), `user` (admin pages), `operator` (command line), `scheduler`, `importer`, `sender`
+            (a delivery's response), `visitor` (public page) or `alert_source`.
+        id: The token's, user's or alert source's id within the tenant; `None` for the other kinds.
     """
 
-    kind: str
+    kind: ActorKind
     id: int | None = None
 
 
@@ -79,12 +85,9 @@ class UnknownEvent(Exception):
     position: int | None = None
 
 
-# (type, schema version) -> a function from that version's fields to the next one's. Old events are read for ever.
-UPCASTERS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {
-    # Nothing was encrypted_secret then, nobody had to agree first, and only tenants removed.
-    ("subscription.created", 1): lambda fields: fields,
-    ("subscription.removed", 1): lambda fields: fields,
-}
+# (event type, schema version) → function from that version's fields to the next version's. Entries stay forever,
+# because ledgers keep events of every version.
+UPCASTERS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 _meta_decoder = msgspec.json.Decoder(Meta)
 _meta_encoder = msgspec.json.Encoder()

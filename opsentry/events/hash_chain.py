@@ -40,7 +40,7 @@ class Link(NamedTuple):
 class Violation(NamedTuple):
     """What is wrong with a ledger, and where it begins.
 
-    `kind` is one of changed, missing, reordered, doubled, put_in, cut_off, erased.
+    `kind` is one of changed, missing, reordered, duplicated, inserted, truncated, erased.
     """
 
     position: int
@@ -97,24 +97,24 @@ def _follows(row: Link, previous: bytes, position: int) -> bool:
 def _diagnose(row: Link, rest: Iterator[Link], last: Link | None, previous: bytes, position: int) -> Violation:
     row, rest = Link(*row), (Link(*later) for later in rest)
     if row.position < position:
-        return Violation(row.position, "doubled", "it is there more than once")
+        return Violation(row.position, "duplicated", "it is there more than once")
     if row.position > position:
         if any(later.position == position for later in rest):
             return Violation(position, "reordered", f"it comes after event {row.position}")
         return Violation(position, "missing", f"event {row.position} is next")
     near = [row, *islice(rest, _LOOK_AROUND)]
     if len(near) > 1 and near[1].position == position:
-        return Violation(position, "doubled", "it is there more than once")
+        return Violation(position, "duplicated", "it is there more than once")
     if last is not None and row[2:7] == last[2:7]:
-        return Violation(position, "doubled", "it is the event before it once more")
+        return Violation(position, "duplicated", "it is the event before it once more")
     true = next((other for other in chain(near[1:], rest) if _follows(other, previous, position)), None)
     if true is None:
         return _changed_or_missing(near, position)
     if true is not near[1] or _follows(row, true.hash, position + 1):
         return Violation(position, "reordered", f"the event that belongs here stands as {true.position}")
     if any(row[2:7] == other[2:7] for other in near[1:]):
-        return Violation(position, "doubled", "an event was put in that stands elsewhere too")
-    return Violation(position, "put_in", "this event was not recorded here; the one that was follows it")
+        return Violation(position, "duplicated", "an event was put in that stands elsewhere too")
+    return Violation(position, "inserted", "this event was not recorded here; the one that was follows it")
 
 
 def _changed_or_missing(near: list[Link], position: int) -> Violation:

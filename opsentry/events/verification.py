@@ -219,16 +219,16 @@ async def _locate(connection: Connection, head: asyncpg.Record) -> Violation | N
         return violation
     if head["last"] > position:
         return Violation(position, "missing", "it and many after it are gone")
-    return Violation(position, "cut_off", f"the ledger ends before it; its head says that it has {last} events")
+    return Violation(position, "truncated", f"the ledger ends before it; its head says that it has {last} events")
 
 
 async def _ending(connection: Connection, head: asyncpg.Record) -> Violation | None:
     """Return what is wrong with where the ledger says that it ends."""
     if before := await audit.read_hash_links(connection, head["tenant_id"], -(2**63), 0):
-        return Violation(before[0][1], "put_in", "ledgers begin with position 1")
+        return Violation(before[0][1], "inserted", "ledgers begin with position 1")
     if head["last"] > head["position"]:
         return Violation(
-            head["position"] + 1, "put_in", f"the ledger's head says that it has {head['position']} events"
+            head["position"] + 1, "inserted", f"the ledger's head says that it has {head['position']} events"
         )
     if head["last"] == head["position"]:
         ends = await audit.read_hash(connection, head["tenant_id"], head["position"]) if head["position"] else GENESIS
@@ -267,7 +267,9 @@ def _versions(data: str) -> Sequence[int]:
 
 async def _anchored(connection: Connection, tenant_id: int, last: int, anchor: Anchor) -> Violation | None:
     if anchor.position > last:
-        return Violation(last + 1, "cut_off", f"the ledger ends before it; the anchor names position {anchor.position}")
+        return Violation(
+            last + 1, "truncated", f"the ledger ends before it; the anchor names position {anchor.position}"
+        )
     found = await audit.read_hash(connection, tenant_id, anchor.position) if anchor.position else GENESIS
     if found is None or found.hex() != anchor.hash:
         return Violation(anchor.position, "changed", "it, or an event before it, is not the one that the anchor names")
@@ -302,7 +304,7 @@ def verify_export(
         violation = _first([violation, Violation(lines.last + 1, "changed", lines.broken)])
     beyond = min((position for position in lines.anchors if position > lines.last), default=None)
     if beyond is not None:
-        cut = Violation(lines.last + 1, "cut_off", f"the export ends before it; the anchor names position {beyond}")
+        cut = Violation(lines.last + 1, "truncated", f"the export ends before it; the anchor names position {beyond}")
         lines.violations.append(cut)
     lines.violations.append(_not_recorded(lines.erased, lines.recorded))
     return Verdict(
@@ -352,7 +354,7 @@ class _Lines:
         previous = self.previous
         for link, named in self._links:
             if link.tenant_id != self.tenant_id:
-                self.violations.append(Violation(link.position, "put_in", f"it belongs to tenant {link.tenant_id}"))
+                self.violations.append(Violation(link.position, "inserted", f"it belongs to tenant {link.tenant_id}"))
             if named != previous:
                 self.violations.append(Violation(link.position, "changed", "its line names another previous hash"))
             if (hash_ := self.anchors.get(link.position)) is not None and hash_ != link.hash.hex():

@@ -34,7 +34,7 @@ from opsentry.importing.statuspage import (
 
 SEVERITIES = {"none": "informational", "minor": "degraded", "major": "partial_outage", "critical": "major_outage"}
 
-IMPORTED = Meta(Actor("import"), silent=True)
+IMPORTED = Meta(Actor("importer"), silent=True)
 
 Dated = tuple[AnyEvent, datetime]
 

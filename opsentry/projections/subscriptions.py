@@ -84,8 +84,8 @@ class SubscriptionView(msgspec.Struct, kw_only=True):
     channel: str
     target: str
     audience: str
-    incidents: bool
-    maintenance: bool
+    notify_incidents: bool
+    notify_maintenance: bool
     service_ids: tuple[int, ...]
     min_severity: str
     status: str

@@ -63,7 +63,7 @@ async def test_history_says_who_did_what_in_order(api, parts, acme, things):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["scheduler", "import"])
+@pytest.mark.parametrize("kind", ["scheduler", "importer"])
 async def test_the_actor_is_who_it_was(api, parts, acme, kind):
     made = await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="T"), Meta(Actor(kind)))
     (event,) = (await api.get(f"/incidents/{made.stream_id}/events"))[1]["events"]

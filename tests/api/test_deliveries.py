@@ -236,7 +236,11 @@ async def test_whoever_sends_there_is_told_to_look(api, app_connection, acme, pu
 
 @pytest.mark.parametrize(
     ("change", "anew"),
-    [({"target": "https://example.com/mended"}, True), ({"incidents": False}, False), ({"enabled": True}, False)],
+    [
+        ({"target": "https://example.com/mended"}, True),
+        ({"notify_incidents": False}, False),
+        ({"enabled": True}, False),
+    ],
 )
 async def test_another_target_is_tried_at_once_whatever_the_one_before_did(
     api, app_connection, acme, number, change, anew

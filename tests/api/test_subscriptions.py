@@ -10,8 +10,8 @@ from tests.api.conftest import HOOK, MAIL, SLACK, head, make_token, raw, recorde
 from tests.conftest import META, SECRET_KEY, Client, make_service
 
 SHOWN = {
-    "id", "channel", "target", "audience", "incidents", "maintenance", "service_ids", "min_severity", "status",
-    "disabled_reason", "created_at", "updated_at",
+    "id", "channel", "target", "audience", "notify_incidents", "notify_maintenance", "service_ids", "min_severity",
+    "status", "disabled_reason", "created_at", "updated_at",
 }  # fmt: skip
 SECRET_PART = "XXXXYYYYZZZZ"
 
@@ -40,8 +40,8 @@ async def test_create_answers_with_the_whole_subscription_and_its_secret(api, pa
     body = {
         **HOOK,
         "audience": "internal",
-        "incidents": True,
-        "maintenance": False,
+        "notify_incidents": True,
+        "notify_maintenance": False,
         "service_ids": [service_id],
         "min_severity": "major_outage",
     }
@@ -65,7 +65,7 @@ async def test_create_answers_with_the_whole_subscription_and_its_secret(api, pa
 async def test_the_defaults_of_a_new_subscription(api):
     _, made, _ = await api.post("/subscriptions", MAIL)
     assert set(made) == SHOWN
-    assert (made["audience"], made["incidents"], made["maintenance"]) == ("public", True, True)
+    assert (made["audience"], made["notify_incidents"], made["notify_maintenance"]) == ("public", True, True)
     assert (made["service_ids"], made["min_severity"]) == ([], "informational")
 
 
@@ -93,7 +93,7 @@ async def test_a_target_that_is_a_secret_is_shown_in_part(api, parts, acme):
         ({**HOOK, "target": None}, "target: must be a string"),
         ({**HOOK, "audience": "everybody"}, "audience: must be one of public, internal"),
         ({**HOOK, "audience": None}, "audience: must be one of public, internal"),
-        ({**HOOK, "incidents": "yes"}, "incidents: must be true or false"),
+        ({**HOOK, "notify_incidents": "yes"}, "notify_incidents: must be true or false"),
         ({**HOOK, "min_severity": "bad"}, "min_severity: must be one of informational, "),
         ({**HOOK, "service_ids": [987654321]}, "service_ids: no such service: 987654321"),
         ({**HOOK, "service_ids": None}, "service_ids: must be an array"),
@@ -173,8 +173,8 @@ async def test_a_change_changes_what_it_names(api, parts, acme):
     wanted = {
         "target": "https://example.com/other",
         "audience": "internal",
-        "incidents": False,
-        "maintenance": False,
+        "notify_incidents": False,
+        "notify_maintenance": False,
         "service_ids": [service_id],
         "min_severity": "critical",
     }
@@ -247,7 +247,7 @@ async def test_another_target_of_a_webhook_keeps_its_secret(api, parts, acme):
     ("body", "says"),
     [
         *(({name: None}, f"{name}: must be") for name in
-          ("target", "audience", "incidents", "maintenance", "service_ids", "min_severity", "enabled")),
+          ("target", "audience", "notify_incidents", "notify_maintenance", "service_ids", "min_severity", "enabled")),
         ({"target": " "}, "target: must not be blank"),
         ({"target": "not an address"}, "target: "),
         ({"audience": "everybody"}, "audience: must be one of"),

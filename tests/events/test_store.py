@@ -166,7 +166,7 @@ async def test_columns_hold_the_exact_text(connect, tenant):
         await append(appender, notes(tenant, text, stream=number))
     for row, text in zip(await rows(appender, tenant), ODD_TEXTS, strict=True):
         assert json.loads(row["erasable"]) == {"message": text}
-        assert row["data"] == '{"is_public":true,"source":null,"status":"monitoring","erasable":["message"]}'
+        assert row["data"] == '{"erasable":["message"],"is_public":true,"source":null,"status":"monitoring"}'
         assert row["meta"] == '{"actor":{"kind":"operator"}}'
 
 

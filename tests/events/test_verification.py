@@ -193,13 +193,13 @@ async def erase_unrecorded(connection, tenant_id, n, last, chance):
 KINDS = {
     change: {"changed"},
     rewrite: {"changed"},
-    take_out: {"missing", "cut_off"},
+    take_out: {"missing", "truncated"},
     # Of the last event nothing is left but the head, and what it says.
     take_out_and_number_anew: {"missing", "changed"},
     swap: {"reordered"},
-    cut_off: {"cut_off"},
-    double: {"doubled"},
-    put_in_a_copy: {"doubled"},
+    cut_off: {"truncated"},
+    double: {"duplicated"},
+    put_in_a_copy: {"duplicated"},
     erase_unrecorded: {"erased"},
 }
 
@@ -320,7 +320,7 @@ async def test_a_ledger_cut_off_with_its_head_is_found_by_an_anchor_alone(settin
         )
         assert await damage_of(settings, sound) is None
         violation = await damage_of(settings, sound, anchor)
-        assert (violation.position, violation.kind) == (11, "cut_off")
+        assert (violation.position, violation.kind) == (11, "truncated")
 
 
 async def test_a_ledger_that_was_written_anew_as_a_whole_is_found_by_an_anchor(settings, owner, parts):
@@ -337,7 +337,7 @@ async def test_an_event_beyond_the_head_and_a_head_that_lies_are_found(settings,
     async with undone(owner, sound):
         await owner.execute("UPDATE ledger_heads SET position = position - 1 WHERE tenant_id = $1", sound)
         violation = await damage_of(settings, sound)
-        assert (violation.position, violation.kind) == (last, "put_in")
+        assert (violation.position, violation.kind) == (last, "inserted")
     async with undone(owner, sound):
         await owner.execute("UPDATE ledger_heads SET hash = sha256('') WHERE tenant_id = $1", sound)
         violation = await damage_of(settings, sound)
@@ -443,9 +443,9 @@ async def test_a_packed_export_and_a_part_of_one_verify(exported, tmp_path):
     [
         (lambda lines: lines[:3] + lines[4:], 4, "missing"),
         (lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]], 4, "reordered"),
-        (lambda lines: [*lines[:4], lines[3], *lines[4:]], 4, "doubled"),
-        (lambda lines: [*lines[:9], lines[2], *lines[9:]], 3, "doubled"),
-        (lambda lines: lines[:12], 13, "cut_off"),
+        (lambda lines: [*lines[:4], lines[3], *lines[4:]], 4, "duplicated"),
+        (lambda lines: [*lines[:9], lines[2], *lines[9:]], 3, "duplicated"),
+        (lambda lines: lines[:12], 13, "truncated"),
         (lambda lines: [*lines[:3], b"{}\n", *lines[4:]], 4, "changed"),
         (lambda lines: [*lines[:3], lines[3][:40]], 4, "changed"),
     ],
@@ -480,7 +480,7 @@ async def test_any_octet_changed_in_an_export_is_found_or_changes_nothing(export
     # Named by where it stands; or, where it says that it is another one, by that one, which is there twice then.
     named = violation is not None and (
         abs(violation.position - line) <= 1
-        or (violation.kind == "doubled" and violation.position == _claimed(damaged, line))
+        or (violation.kind == "duplicated" and violation.position == _claimed(damaged, line))
     )
     assert same or hexadecimal or named, (place, flip, violation)
 

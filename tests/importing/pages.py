@@ -9,7 +9,7 @@ from typing import Any
 
 from opsentry.bootstrap import Core
 from opsentry.domain.decider import Event
-from opsentry.events.codec import Actor, Meta, RecordedEvent
+from opsentry.events.codec import Actor, ActorKind, Meta, RecordedEvent
 from opsentry.importing import statuspage
 from opsentry.importing.importer import Importer, Result
 from opsentry.importing.translation import Dated
@@ -123,7 +123,7 @@ async def ledger(connection: Any, tenant_id: int, kind: str | None = None) -> li
     return [row for row in rows if kind is None or row["stream_kind"] == kind]
 
 
-def recorded(events: Sequence[Dated], kind: str, by: str = "import") -> list[RecordedEvent]:
+def recorded(events: Sequence[Dated], kind: str, by: ActorKind = "importer") -> list[RecordedEvent]:
     """The events as the ledger would give them back."""
     return [
         RecordedEvent(1, number, kind, 1, number, event, moment, NOON, Meta(Actor(by), silent=True))

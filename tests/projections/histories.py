@@ -250,7 +250,7 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
         st.just(ConfirmSubscription()),
         st.builds(ChangeSubscription, target=st.sampled_from("xy"), encrypted_secret=st.just("resealed")),
         st.builds(ChangeSubscription, audience=st.sampled_from(subscription.AUDIENCES), service_ids=_SERVICES),
-        st.builds(ChangeSubscription, incidents=_FLAG, min_severity=_SEVERITY, enabled=_FLAG),
+        st.builds(ChangeSubscription, notify_incidents=_FLAG, min_severity=_SEVERITY, enabled=_FLAG),
         st.builds(DisableSubscription, reason=st.sampled_from(subscription.REASONS)),
         st.just(RotateSecret(encrypted_secret="rotated", previous_until=at(24))),
         st.just(RequestTest()),

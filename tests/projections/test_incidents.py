@@ -131,7 +131,7 @@ async def test_the_timeline_names_who_wrote_it_oldest_first(given, one, owner, h
         history.tenant_id,
     )
     history.incident(5, OpenIncident(title="Down"))
-    for actor in (Actor("token", token), Actor("token", token + 1), Actor("scheduler"), Actor("import")):
+    for actor in (Actor("token", token), Actor("token", token + 1), Actor("scheduler"), Actor("importer")):
         history.incident(5, PostUpdate(message=actor.kind, is_public=False), meta=Meta(actor))
     await given(history)
     updates = (await one(5))["updates"]
@@ -139,7 +139,7 @@ async def test_the_timeline_names_who_wrote_it_oldest_first(given, one, owner, h
         (2, 'CI "x"', False),
         (3, "token", False),
         (4, "scheduler", False),
-        (5, "import", False),
+        (5, "importer", False),
     ]
 
 

@@ -137,8 +137,8 @@ async def test_subscriptions_filter_by_the_worst_severity_that_there_was(intents
 
 
 async def test_subscriptions_choose_between_incidents_and_maintenance(intents, history):
-    history.subscription(1, subscriber_filter(incidents=False))
-    history.subscription(2, subscriber_filter(maintenance=False))
+    history.subscription(1, subscriber_filter(notify_incidents=False))
+    history.subscription(2, subscriber_filter(notify_maintenance=False))
     history.incident(7, incident())
     history.window(1, schedule(service_ids=(1,)))
     assert told(await intents()) == [(2, "incident.opened"), (1, "maintenance.scheduled")]
@@ -202,7 +202,7 @@ async def test_a_window_that_suppresses_alerts_does_so_while_it_is_active(intent
 async def test_only_incidents_that_lie_within_the_window_are_suppressed(
     intents, history, suppress, service_ids, suppressed
 ):
-    history.subscription(1, subscriber_filter(maintenance=False))
+    history.subscription(1, subscriber_filter(notify_maintenance=False))
     history.window(1, schedule(service_ids=(1, 2), suppress_alerts=suppress))
     history.window(1, StartMaintenance())
     history.incident(1, incident(service_ids=service_ids))
@@ -243,7 +243,7 @@ async def test_subscriptions_are_read_only_where_all_may_have_to_be_told(app_con
     for number in range(1, 101):
         history.subscription(number, subscriber_filter())
     assert await cost(0) == 0
-    history.subscription(7, ChangeSubscription(incidents=False))
+    history.subscription(7, ChangeSubscription(notify_incidents=False))
     history.incident(1, incident(), meta=msgspec.structs.replace(META, silent=True))
     assert await cost(100) == 1
     history.incident(1, PostUpdate(message="m"))

@@ -83,10 +83,12 @@ async def test_what_is_wanted_changes_with_the_subscription(intents, history):
     history.incident(7, incident(visibility="internal"))
     history.subscription(1, ChangeSubscription(audience="internal"))
     history.incident(7, PostUpdate(message="m"))
-    history.subscription(1, ChangeSubscription(min_severity="critical", incidents=False, maintenance=False))
+    history.subscription(
+        1, ChangeSubscription(min_severity="critical", notify_incidents=False, notify_maintenance=False)
+    )
     history.incident(7, ChangeIncident(status="monitoring"))
     history.window(1, schedule())
-    history.subscription(1, ChangeSubscription(incidents=True, service_ids=(2,)))
+    history.subscription(1, ChangeSubscription(notify_incidents=True, service_ids=(2,)))
     history.incident(8, incident(severity="critical", service_ids=(1,)))
     history.incident(9, incident(severity="critical", service_ids=(2,)))
     assert [(row["position"], row["topic"]) for row in await intents()] == [
@@ -116,7 +118,7 @@ async def test_another_secret_or_target_changes_nothing(intents, history, app_co
 
 
 async def test_a_test_is_for_the_one_that_asked(intents, history):
-    history.subscription(1, subscriber_filter(incidents=False, maintenance=False))
+    history.subscription(1, subscriber_filter(notify_incidents=False, notify_maintenance=False))
     history.subscription(2, subscriber_filter(channel="email"))
     history.subscription(1, RequestTest())
     (row,) = await intents()
@@ -137,7 +139,7 @@ async def test_nothing_is_left_of_a_subscription_that_was_removed(intents, histo
 @pytest.fixture
 def within(history):
     """A subscription to incidents, and a window that withholds what is told of services 1 and 2."""
-    history.subscription(1, subscriber_filter(maintenance=False))
+    history.subscription(1, subscriber_filter(notify_maintenance=False))
     history.window(1, schedule(service_ids=(1, 2), suppress_alerts=True))
     history.window(1, StartMaintenance())
     return history
@@ -184,7 +186,7 @@ async def test_what_was_heard_or_is_over_is_not_told_again(intents, within, sinc
 
 
 async def test_what_was_told_aloud_and_had_no_news_since_is_not_told_again(intents, history):
-    history.subscription(1, subscriber_filter(maintenance=False))
+    history.subscription(1, subscriber_filter(notify_maintenance=False))
     history.incident(7, incident())
     history.window(1, schedule(service_ids=(1,), suppress_alerts=True))
     history.window(1, StartMaintenance())
@@ -213,9 +215,9 @@ async def test_a_window_that_is_completed_silently_tells_nothing(intents, within
 
 async def test_whoever_asked_since_is_told_what_is_still_open_and_whoever_left_is_not(intents, within):
     within.incident(7, incident())
-    within.subscription(2, subscriber_filter(maintenance=False))
-    within.subscription(3, subscriber_filter(maintenance=False, service_ids=(2,)))
-    within.subscription(4, subscriber_filter(maintenance=False, min_severity="critical"))
+    within.subscription(2, subscriber_filter(notify_maintenance=False))
+    within.subscription(3, subscriber_filter(notify_maintenance=False, service_ids=(2,)))
+    within.subscription(4, subscriber_filter(notify_maintenance=False, min_severity="critical"))
     within.subscription(1, RemoveSubscription())
     within.window(1, CompleteMaintenance())
     assert [(row["subscription_id"], row["topic"]) for row in await intents() if not row["suppressed"]] == [
@@ -224,7 +226,7 @@ async def test_whoever_asked_since_is_told_what_is_still_open_and_whoever_left_i
 
 
 async def test_the_public_is_not_told_of_what_is_still_open_inside(intents, within):
-    within.subscription(2, subscriber_filter(maintenance=False, audience="public"))
+    within.subscription(2, subscriber_filter(notify_maintenance=False, audience="public"))
     within.incident(7, incident())
     within.incident(7, ChangeIncident(visibility="internal"))
     within.window(1, CompleteMaintenance())
@@ -235,7 +237,7 @@ async def test_the_public_is_not_told_of_what_is_still_open_inside(intents, with
     ("suppress", "services", "withheld"), [(True, (1,), True), (False, (1,), False), (True, (2,), False)]
 )
 async def test_what_a_window_withholds_is_what_it_said_when_it_began(intents, history, suppress, services, withheld):
-    history.subscription(1, subscriber_filter(maintenance=False))
+    history.subscription(1, subscriber_filter(notify_maintenance=False))
     history.window(1, schedule(service_ids=(9,), suppress_alerts=not suppress))
     history.window(1, ChangeMaintenance(suppress_alerts=suppress, service_ids=services))
     history.window(1, StartMaintenance())

@@ -55,7 +55,7 @@ async def test_all_services_are_meant_where_none_is_chosen(browser, api, portal)
     assert (await browser.ask(email="b@example.org", which="all", service=[str(portal)]))[0] == 303
     for made in await subscribed(api):
         assert (made["service_ids"], made["min_severity"]) == ([], "informational")
-        assert (made["incidents"], made["maintenance"]) == (True, True)
+        assert (made["notify_incidents"], made["notify_maintenance"]) == (True, True)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class Teller:
         for wish_id, subscriber_filter in self.filters.items():
             if (
                 subscriber_filter["active"]
-                and subscriber_filter["incidents" if kind == "incident" else "maintenance"]
+                and subscriber_filter["notify_incidents" if kind == "incident" else "notify_maintenance"]
                 and (public or subscriber_filter["audience"] == "internal")
                 and (
                     not subscriber_filter["service_ids"]

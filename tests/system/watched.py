@@ -101,7 +101,7 @@ async def watched(parts: Core, tenant: Tenant, incidents: int) -> Watched:
     for subscriber_filter in (
         CreateSubscription(channel="webhook", target="x", audience="internal"),
         CreateSubscription(channel="email", target="x", min_severity="critical"),
-        CreateSubscription(channel="slack", target="x", maintenance=False, service_ids=(made.loud,)),
+        CreateSubscription(channel="slack", target="x", notify_maintenance=False, service_ids=(made.loud,)),
     ):
         await parts.commands.create(subscription.DECIDER, tenant.id, subscriber_filter, META)
     # Nobody is told of what happens while this window is open, so that not everything waits to be sent.

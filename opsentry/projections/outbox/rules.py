@@ -77,8 +77,8 @@ class SubscriberFilter(msgspec.Struct, frozen=True):
     since: int
     channel: str
     audience: str
-    incidents: bool
-    maintenance: bool
+    notify_incidents: bool
+    notify_maintenance: bool
     service_ids: tuple[int, ...]
     min_severity: str
     active: bool = True
@@ -154,7 +154,7 @@ def matches(subscriber_filter: SubscriberFilter, kind: str, topic: Topic, record
     An incident counts by the worst that it was since it was opened: whoever was told that it is so bad is also told
     that it no longer is, and that it is over.
     """
-    if not (subscriber_filter.incidents if kind == incident.KIND else subscriber_filter.maintenance):
+    if not (subscriber_filter.notify_incidents if kind == incident.KIND else subscriber_filter.notify_maintenance):
         return False
     if subscriber_filter.audience == "public" and not is_event_public(topic.visibility, recorded.event):
         return False
