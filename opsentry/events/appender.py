@@ -8,7 +8,14 @@ import asyncpg
 
 from opsentry.events import store
 from opsentry.events.store import Append, HeadBusy, Outcome
-from opsentry.infrastructure.postgres import DATABASE_TIMEOUT, Database, DatabaseUnavailable, OutcomeUnknown, is_passing
+from opsentry.infrastructure.postgres import (
+    DATABASE_TIMEOUT,
+    Database,
+    DatabaseUnavailable,
+    OutcomeUnknown,
+    TransientError,
+    is_transient,
+)
 
 _Waiting = tuple[Append, "asyncio.Future[Outcome]"]
 
@@ -21,7 +28,7 @@ _LOCK_TIMEOUT = 1.2
 _PATIENT = 4
 
 
-class TenantBusy(Exception):
+class TenantBusy(TransientError):
     """Other writers held the tenant's head for too long. Nothing was changed; trying again is safe."""
 
 
@@ -136,7 +143,7 @@ class Appender:
             # A connection that was lost before anything was sent left no doubt; after that, only the log knows.
             failure = OutcomeUnknown(str(error)) if sent else error
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
-            if len(batch) > 1 and not is_passing(error):
+            if len(batch) > 1 and not is_transient(error):
                 # A command that can never be recorded took the whole batch back: the others go by themselves.
                 return [outcome for waiting in batch for outcome in await self._attempt([waiting], wait=wait)]
             failure = error

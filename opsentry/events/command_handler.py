@@ -25,7 +25,7 @@ from opsentry.events.store import (
     UnknownTenant,
     VersionConflict,
 )
-from opsentry.infrastructure.postgres import Database
+from opsentry.infrastructure.postgres import Database, TransientError
 
 S = TypeVar("S")
 C = TypeVar("C")
@@ -50,7 +50,7 @@ class IdempotencyKeyReused(Exception):
     """The idempotency key stands for another command of the same sender."""
 
 
-class ConcurrencyConflict(Exception):
+class ConcurrencyConflict(TransientError):
     """Others changed the stream again and again; the command was not carried out."""
 
 

@@ -45,20 +45,24 @@ _LOST = (
 
 # Classes of SQLSTATE that say something of the moment, not of the statement: lost connections, conflicts with others,
 # missing resources, operator intervention, system errors.
-_PASSING_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
+_TRANSIENT_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
 
 
-def is_passing(error: BaseException) -> bool:
-    """Tell whether the same statement may well succeed at another time."""
-    if isinstance(error, asyncpg.PostgresError) and str(error.sqlstate or "")[:2] in _PASSING_CLASSES:
+class TransientError(Exception):
+    """A failure of the moment: nothing is wrong with the work, and the same work may succeed later."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same work may well succeed at another time."""
+    if isinstance(error, asyncpg.PostgresError) and str(error.sqlstate or "")[:2] in _TRANSIENT_CLASSES:
         return True
     # A missing table, column or grant: the code is ahead of its migration.
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
         return True
-    return isinstance(error, (*_LOST, DatabaseUnavailable)) and not isinstance(error, asyncpg.DataError)
+    return isinstance(error, (*_LOST, TransientError)) and not isinstance(error, asyncpg.DataError)
 
 
-class DatabaseUnavailable(Exception):
+class DatabaseUnavailable(TransientError):
     """The database did not answer in time, or not at all. Nothing was changed."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 from apscheduler.executors.asyncio import AsyncIOExecutor
@@ -19,10 +19,10 @@ from opsentry.domain.maintenance import CompleteMaintenance, MaintenanceCommand,
 from opsentry.domain.redaction import erasable_versions
 from opsentry.domain.subscription import CONFIRMATION_DAYS, ExpireSubscription
 from opsentry.events import store
-from opsentry.events.appender import TenantBusy
 from opsentry.events.codec import Actor, Meta, RecordedEvent, written
 from opsentry.events.command_handler import CommandHandler, ConcurrencyConflict, StreamNotFound
-from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
+from opsentry.infrastructure.periodic import run_logged
+from opsentry.infrastructure.postgres import Database
 from opsentry.notifications.delivery import enqueue
 from opsentry.projections import maintenance as windows
 from opsentry.projections import subscriptions
@@ -136,7 +136,7 @@ class Worker:
 
     async def _catch_up_some(self, waiting: list[int]) -> None:
         while waiting:
-            await _surviving(self._catch_up_one, waiting.pop())
+            await run_logged(self._catch_up_one, waiting.pop())
 
     async def _catch_up_one(self, tenant_id: int) -> None:
         # A pass that takes longer goes on by itself; it must not hold up the other tenants.
@@ -157,7 +157,7 @@ class Worker:
         left = list(await self._rebuilder.left(_REBUILD_BATCH, _SETTLE_SECONDS))
         random.shuffle(left)
         for tenant_id in left:
-            await _surviving(self._rebuild_one, tenant_id, rest)
+            await run_logged(self._rebuild_one, tenant_id, rest)
 
     async def _begin(self) -> None:
         """Make known what this code derives, and let what stands still try again: what is new here may help it."""
@@ -183,7 +183,7 @@ class Worker:
                 self._wake_up_in(row["seconds"], row["due_at"])
             else:
                 # One by one: a tenant that is busy, or whose window cannot be read, must not hold up the others'.
-                await _surviving(self._move_window, row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
+                await run_logged(self._move_window, row["tenant_id"], row["maintenance_id"], _MOVES[row["status"]])
         if len(rows) == _BATCH and rows[-1]["seconds"] <= 0:
             self._wake_up_in(0, datetime.now(UTC))
         if self._heartbeat is not None:
@@ -196,7 +196,7 @@ class Worker:
         async with self._database.connection() as connection:
             rows = await windows.select_windows_to_remind(connection, self._lead, _BATCH)
         for row in rows:
-            await _surviving(self._move_window, row["tenant_id"], row["maintenance_id"], RemindMaintenance())
+            await run_logged(self._move_window, row["tenant_id"], row["maintenance_id"], RemindMaintenance())
 
     async def prune_keys(self) -> None:
         """Forget idempotency keys that were kept long enough, some at a time."""
@@ -219,7 +219,7 @@ class Worker:
             async with self._database.connection() as connection:
                 rows = await subscriptions.select_unconfirmed(connection, CONFIRMATION_DAYS * 86_400.0, _BATCH, after)
             for row in rows:
-                await _surviving(self._lapse, row.tenant_id, row.subscription_id)
+                await run_logged(self._lapse, row.tenant_id, row.subscription_id)
             if len(rows) < _BATCH:
                 return
             after = rows[-1]  # past those that could not be removed just now
@@ -276,15 +276,6 @@ class _Rest:
 
 async def _job(task: Callable[[], Awaitable[None]]) -> None:
     try:
-        await _surviving(task)
+        await run_logged(task)
     except asyncio.CancelledError:
         return  # the worker stops: APScheduler cancels what runs, and would log that as the job's failure
-
-
-async def _surviving(task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-    try:
-        await task(*arguments)
-    except (DatabaseUnavailable, TenantBusy) as error:
-        _log.warning("will try again", task=getattr(task, "__name__", "?"), error=str(error))
-    except Exception:  # noqa: BLE001 - a loop that dies of a defect would stop all others' windows too
-        _log.exception("unexpected error; will try again", task=getattr(task, "__name__", "?"))

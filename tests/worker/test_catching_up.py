@@ -75,7 +75,7 @@ async def test_a_worker_goes_on_when_the_database_is_back(tmp_path):
             during = await schedule(parts, tenant.id, 0.5, 0.5)
             await owner.close()
             server.stop("immediate")
-            await process.mentions("will try again")
+            await process.mentions("task_deferred")
             server.start()
             owner = await asyncpg.connect(server.url())
             await completed(owner, 2)

@@ -8,9 +8,9 @@ tenant takes no more than its share while others are there.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import cast
 from uuid import UUID, uuid4
 
 import structlog
@@ -18,10 +18,10 @@ import structlog
 from opsentry.domain import subscription
 from opsentry.domain.decider import IllegalTransition
 from opsentry.domain.subscription import DisableSubscription, Subscription, SubscriptionEvent
-from opsentry.events.appender import TenantBusy
 from opsentry.events.codec import Actor, Meta, RecordedEvent
-from opsentry.events.command_handler import CommandHandler, ConcurrencyConflict, StreamNotFound
-from opsentry.infrastructure.postgres import Database, is_passing
+from opsentry.events.command_handler import CommandHandler, StreamNotFound
+from opsentry.infrastructure.periodic import log_failure, run_forever
+from opsentry.infrastructure.postgres import Database, is_transient
 from opsentry.notifications.channel import Channel
 from opsentry.notifications.delivery import leases
 from opsentry.notifications.delivery.endpoint_worker import EndpointWorker
@@ -101,7 +101,7 @@ class Dispatcher:
     def start(self) -> None:
         """Begin to send, on the running loop."""
         loops = (self._claim_all, self._record_all)
-        self._loops = [asyncio.create_task(surviving(loop)) for loop in loops]
+        self._loops = [asyncio.create_task(run_forever(loop, pause_seconds=POLL_SECONDS)) for loop in loops]
 
     def look(self) -> None:
         """Look at once whether something is due, which is done every half second anyway."""
@@ -231,7 +231,7 @@ class Dispatcher:
             try:
                 await self._record(work)
             except Exception as error:
-                if _is_passing(error):
+                if is_transient(error):
                     raise
                 # What cannot be recorded must not hold up what can.
                 _log.exception("results could not be recorded together; each by itself")
@@ -242,7 +242,7 @@ class Dispatcher:
             try:
                 await self._record([each])
             except Exception as error:
-                if _is_passing(error):
+                if is_transient(error):
                     raise
                 # A defect; it is sent again, but not at once.
                 endpoint = each.endpoint
@@ -285,7 +285,7 @@ class Dispatcher:
         try:
             return await self._disable(endpoint, "endpoint_gone")
         except Exception as error:  # noqa: BLE001 - the next answer says it again
-            tell("disable", error)
+            log_failure("disable", error)
             return False
 
     async def _give_up(self, endpoint: LeasedEndpoint) -> None:
@@ -294,7 +294,7 @@ class Dispatcher:
                 async with self._database.transaction(TIMEOUT) as connection:
                     await leases.turn_off(connection, endpoint)
         except Exception as error:  # noqa: BLE001 - nobody waits for it
-            tell("disable", error)
+            log_failure("disable", error)
 
     async def _disable(self, endpoint: LeasedEndpoint, reason: str) -> bool:
         """Put on the tenant's record that nothing is sent there any more; return whether that is so.
@@ -331,29 +331,6 @@ class _SentElsewhere(Exception):
 def _where(state: Subscription | None) -> tuple[str, str | None] | None:
     """Return what tells one endpoint from another: the target, encrypted_secret where it is a secret."""
     return None if state is None else (state.target, state.encrypted_secret)
-
-
-def _is_passing(error: Exception) -> bool:
-    """Return whether the database or a tenant is busy just now, and nothing is wrong with what was to be done."""
-    return is_passing(error) or isinstance(error, (TenantBusy, ConcurrencyConflict))
-
-
-def tell(task: str, error: Exception) -> None:
-    """Log that something failed and will be tried again."""
-    if _is_passing(error):
-        _log.warning("will try again", task=task, error=str(error))
-    else:
-        _log.error("unexpected error; will try again", task=task, exc_info=error)
-
-
-async def surviving(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a loop that never ends, and begin it again whenever it fails."""
-    while True:
-        try:
-            await loop()
-        except Exception as error:  # noqa: BLE001 - a loop that dies of a defect would end all sending
-            tell(loop.__name__, error)
-        await asyncio.sleep(POLL_SECONDS)
 
 
 def _quantum(endpoint: LeasedEndpoint) -> int:

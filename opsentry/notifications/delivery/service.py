@@ -12,10 +12,11 @@ from collections.abc import Mapping
 
 from opsentry.events.command_handler import CommandHandler
 from opsentry.infrastructure.encryption import SecretBox
+from opsentry.infrastructure.periodic import log_failure, run_forever
 from opsentry.infrastructure.postgres import Database
 from opsentry.notifications.channel import Channel
 from opsentry.notifications.delivery import enqueue
-from opsentry.notifications.delivery.dispatcher import POLL_SECONDS, TIMEOUT, Dispatcher, surviving, tell
+from opsentry.notifications.delivery.dispatcher import POLL_SECONDS, TIMEOUT, Dispatcher
 from opsentry.notifications.delivery.endpoint_worker import EndpointWorker
 from opsentry.notifications.messages.builder import MessageBuilder
 
@@ -64,7 +65,7 @@ class DeliveryService:
 
     def start(self) -> None:
         """Begin to send, on the running loop."""
-        self._taking_over = asyncio.create_task(surviving(self._take_over_all))
+        self._taking_over = asyncio.create_task(run_forever(self._take_over_all, pause_seconds=POLL_SECONDS))
         for dispatcher in self._dispatchers:
             dispatcher.start()
 
@@ -86,7 +87,7 @@ class DeliveryService:
                     async with self._database.transaction(TIMEOUT) as connection:
                         lanes += await enqueue.enqueue_intents(connection, found, self._burst)
                 except Exception as error:  # noqa: BLE001 - each alone then, and past the one where it fails
-                    tell(f"take over intents of tenants {found}", error)
+                    log_failure("enqueue", error, tenant_ids=found)
                     if len(found) == 1:
                         after = found[-1]
                     at_once = 1

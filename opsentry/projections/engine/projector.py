@@ -9,7 +9,7 @@ import structlog
 
 from opsentry.events import store
 from opsentry.events.codec import RecordedEvent, UnknownEvent
-from opsentry.infrastructure.postgres import DATABASE_TIMEOUT, Connection, Database, is_passing
+from opsentry.infrastructure.postgres import DATABASE_TIMEOUT, Connection, Database, is_transient
 from opsentry.projections.engine.projection import Projection
 
 _log = structlog.get_logger()
@@ -273,7 +273,7 @@ class Projector:
             try:
                 await projection.apply(connection, tenant_id, wanted)
             except Exception as error:
-                if is_passing(error):
+                if is_transient(error):
                     raise
                 if len(events) == 1:
                     raise PoisonEvent(

@@ -12,7 +12,7 @@ import structlog
 
 from opsentry.events import store
 from opsentry.events.codec import UnknownEvent
-from opsentry.infrastructure.postgres import Connection, Database, is_passing
+from opsentry.infrastructure.postgres import Connection, Database, is_transient
 from opsentry.projections.engine.comparison import Difference, compare, compare_summaries
 from opsentry.projections.engine.management import register
 from opsentry.projections.engine.projection import Projection, Table
@@ -175,7 +175,7 @@ class Rebuilder:
                 await self._fail(tenant_id, failed, poison.position, poison.error)
                 tried = [projection for projection in tried if projection not in failed]
             except Exception as error:
-                if is_passing(error):
+                if is_transient(error):
                     raise
                 await self._fail(tenant_id, tried, None, f"{type(error).__name__}: {error}")
                 raise
@@ -274,7 +274,7 @@ async def _apply_tail(connection: Connection, group: Sequence[Projection], tenan
             except UnknownEvent as error:
                 raise PoisonEvent(projection.name, error.position or until, str(error)) from error
             except Exception as error:
-                if is_passing(error):
+                if is_transient(error):
                     raise
                 # Whoever catches up comes to the same event and names it.
                 blamed = f"in events {position + 1} to {until}: {type(error).__name__}: {error}"
