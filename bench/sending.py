@@ -19,7 +19,7 @@ from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.events.codec import Actor, Meta
 from opsentry.identity import tenants
-from opsentry.infrastructure.encryption import SecretBox, new_key
+from opsentry.infrastructure.encryption import SecretBox, generate_key
 from opsentry.notifications.messages.signing import new_secret
 from opsentry.settings import Settings
 
@@ -65,7 +65,7 @@ def _environment(servers: Servers, key: str) -> dict[str, str]:
 def _rate(servers: Servers, url: str) -> float:
     """Return messages a second, from the first that came to the last."""
     servers.database("sending")
-    key = new_key()
+    key = generate_key()
     env = _environment(servers, key)
     uvloop.run(_tell(env, [f"{url}/{number}" for number in range(ENDPOINTS)], INCIDENTS, 0.0))
     _ask(url, "clear")
@@ -85,7 +85,7 @@ def _bare(url: str) -> float:
 def _p99(servers: Servers, url: str, *, bad: int) -> float:
     """Return the 99th percentile of seconds from recording to arrival at the endpoints that are well."""
     servers.database("sending")
-    env = _environment(servers, new_key())
+    env = _environment(servers, generate_key())
     names = [f"{url}/{'hang' if number % 2 else 'bad'}{number}" for number in range(bad)]
     names += [f"{url}/well{number}" for number in range(LOAD_ENDPOINTS - LOAD_BAD)]
     events = int(LOAD_EVENTS * LOAD_SECONDS)
@@ -114,7 +114,7 @@ async def _tell(env: dict[str, str], targets: list[str], incidents: int, pace: f
         async with parts.database.connection(10) as connection:
             tenant_id = await tenants.create_tenant(connection, slug="acme", name="Acme", meta=META)
         for target in targets:
-            encrypted_secret = SecretBox(settings.encryption_keys).seal(new_secret())
+            encrypted_secret = SecretBox(settings.encryption_keys).encrypt(new_secret())
             command = CreateSubscription(channel="webhook", target=target, encrypted_secret=encrypted_secret)
             await parts.commands.create(subscription.DECIDER, tenant_id, command, META)
         await asyncio.gather(*(_open(parts, tenant_id, number, pace) for number in range(incidents)))

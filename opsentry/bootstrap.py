@@ -111,7 +111,7 @@ async def serving(
             tokens=ApiTokens(parts.database),
             operators=OperatorTokens(parts.database),
             channels=known,
-            sealing=SecretBox(settings.encryption_keys),
+            secret_box=SecretBox(settings.encryption_keys),
             limiter=limiter,
             failures=failures,
         )

@@ -21,13 +21,13 @@ from opsentry.domain import service
 from opsentry.domain.service import RegisterService
 from opsentry.events.codec import Actor, Meta
 from opsentry.identity import api_tokens, tenants
-from opsentry.infrastructure.encryption import new_key
+from opsentry.infrastructure.encryption import generate_key
 from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.settings import Settings
 
 META = Meta(Actor("operator"))
-SECRET_KEY = new_key()
+SECRET_KEY = generate_key()
 _ROOM = 4 * 1024**3
 _TEMPLATE = "opsentry_template"
 _numbers = count(1)

@@ -51,7 +51,7 @@ class Dependencies:
     tokens: ApiTokens
     operators: OperatorTokens
     channels: Mapping[str, Channel]
-    sealing: SecretBox
+    secret_box: SecretBox
     limiter: RateLimiter
     failures: RateLimiter
 

@@ -117,7 +117,7 @@ async def create(call: RequestContext) -> web.Response:
         await call.refs(command.service_ids)
         encrypted_secret = _sealed(call, channel, whole)
         if encrypted_secret is None and channel.signs_messages:
-            encrypted_secret = call.parts.sealing.seal(new_secret())
+            encrypted_secret = call.parts.secret_box.encrypt(new_secret())
         command = msgspec.structs.replace(command, target=_shown(channel, whole), encrypted_secret=encrypted_secret)
         executed = await commands.create(call, subscription.DECIDER, command)
     answer = subscriptions.render(executed.history)
@@ -171,7 +171,7 @@ async def rotate_secret(call: RequestContext) -> web.Response:
     def command(state: Subscription, _: Sequence[RecordedEvent]) -> SubscriptionCommand:
         if not _signs(call, state.channel):
             raise IllegalTransition(f"messages to {state.channel} are not signed")
-        encrypted_secret = call.parts.sealing.seal(new_secret())
+        encrypted_secret = call.parts.secret_box.encrypt(new_secret())
         return RotateSecret(
             encrypted_secret=encrypted_secret, previous_until=datetime.now(UTC) + timedelta(hours=body.overlap_hours)
         )
@@ -250,20 +250,20 @@ def _shown(channel: Channel, whole: str) -> str:
 
 def _sealed(call: RequestContext, channel: Channel, whole: str) -> str | None:
     """Return the target encrypted_secret, where it is a secret."""
-    return call.parts.sealing.seal(whole) if channel.has_secret_target else None
+    return call.parts.secret_box.encrypt(whole) if channel.has_secret_target else None
 
 
 def _hidden(call: RequestContext, state: Subscription) -> str | None:
     """Return the whole target of a channel that hides it; `None` where it can be read no more: then it is replaced."""
     try:
-        return None if state.encrypted_secret is None else call.parts.sealing.open(state.encrypted_secret)
+        return None if state.encrypted_secret is None else call.parts.secret_box.decrypt(state.encrypted_secret)
     except DecryptionFailed:
         return None
 
 
 def _opened(call: RequestContext, encrypted_secret: str) -> str:
     """Return the secret of an event, which is the same however often its command is sent; raises `DecryptionFailed`."""
-    return encrypted_secret if encrypted_secret == REDACTED else call.parts.sealing.open(encrypted_secret)
+    return encrypted_secret if encrypted_secret == REDACTED else call.parts.secret_box.decrypt(encrypted_secret)
 
 
 def _with(answer: bytes, **more: object) -> bytes:

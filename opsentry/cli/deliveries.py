@@ -9,7 +9,7 @@ import msgspec
 
 from opsentry.cli.common import PATIENCE, as_json, opened, run, settings, show
 from opsentry.identity import tenants
-from opsentry.infrastructure.encryption import new_key
+from opsentry.infrastructure.encryption import generate_key
 from opsentry.infrastructure.postgres import Connection
 from opsentry.notifications.delivery import history, management
 
@@ -150,7 +150,7 @@ def secret_key() -> None:
 
     Opsentry does not store the key. Without it, encrypted secrets cannot be read.
     """
-    click.echo(new_key())
+    click.echo(generate_key())
 
 
 def _switch(

@@ -23,7 +23,7 @@ from opsentry.demo import seed, subscribers
 from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres, EmbeddedValkey
 from opsentry.demo.sink import Sink, sink
 from opsentry.identity import api_tokens, operator_tokens
-from opsentry.infrastructure.encryption import new_key
+from opsentry.infrastructure.encryption import generate_key
 from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.settings import Settings
 
@@ -160,7 +160,7 @@ def _free_port() -> int:
 def _secret_key(path: Path) -> str:
     """Return the demo's own key to seal with, the same in every run."""
     if not path.exists():
-        _write(path, new_key())
+        _write(path, generate_key())
     return path.read_text().strip()
 
 

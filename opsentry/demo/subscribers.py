@@ -25,7 +25,7 @@ async def seed(parts: Core, tenant_id: int, sink: Sink) -> None:
 
     One that was removed stays so.
     """
-    sealing, story = SecretBox(parts.settings.encryption_keys), Story(parts, tenant_id)
+    box, story = SecretBox(parts.settings.encryption_keys), Story(parts, tenant_id)
 
     async def told(channel: str, target: str, audience: str, encrypted_secret: str | None) -> int:
         wanted = CreateSubscription(
@@ -42,19 +42,19 @@ async def seed(parts: Core, tenant_id: int, sink: Sink) -> None:
         return executed.state
 
     hook = f"{sink.url}/hook"
-    number = await told("webhook", hook, "internal", sealing.seal(new_secret()))
+    number = await told("webhook", hook, "internal", box.encrypt(new_secret()))
     webhook = await change(number, ChangeSubscription(target=hook))
     if webhook is not None and webhook.encrypted_secret is not None:
         try:
-            secret = sealing.open(webhook.encrypted_secret)
+            secret = box.decrypt(webhook.encrypted_secret)
         except DecryptionFailed:  # the key was another one
             secret = new_secret()
-            await change(number, RotateSecret(encrypted_secret=sealing.seal(secret), previous_until=datetime.now(UTC)))
+            await change(number, RotateSecret(encrypted_secret=box.encrypt(secret), previous_until=datetime.now(UTC)))
         sink.secrets.append(secret)
 
     slack, shown = f"{sink.url}/slack", f"{sink.url}/…"
-    number = await told("slack", shown, "internal", sealing.seal(slack))
-    await change(number, ChangeSubscription(target=shown, encrypted_secret=sealing.seal(slack)))
+    number = await told("slack", shown, "internal", box.encrypt(slack))
+    await change(number, ChangeSubscription(target=shown, encrypted_secret=box.encrypt(slack)))
     # Where the operator's own relay is used, nobody else is sent anything.
     if sink.smtp_url:
         await told("email", MAILBOX, "public", None)

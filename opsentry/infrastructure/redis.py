@@ -1,24 +1,25 @@
-"""The way to Redis: nothing in it needs keeping, and nobody waits for it longer than a moment."""
+"""Connect to Redis, which holds nothing that cannot be lost: every wait for it is short."""
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-# No request waits for Redis, so this bounds only how long readiness and sharing wait. It has to leave room for a loop
-# that is busy with a burst, and stay below the 500 ms of a readiness check.
-TIMEOUT = 0.4
+# Requests never wait for Redis: this bounds readiness checks and the sharing of rate limits. It leaves room for an
+# event loop that is busy with a burst, and stays below the 0.5 s of a readiness check.
+TIMEOUT_SECONDS = 0.4
+_MAX_CONNECTIONS = 1024
 
 
 def connect(url: str) -> "redis.asyncio.Redis":
-    """Return a client whose every command takes at most a moment; connects when first used.
+    """Return a client whose connections open on first use and whose commands fail after `TIMEOUT_SECONDS`.
 
-    The client's own retries are off: with them a frozen server costs seconds for each command.
+    The client's own retries are off: with them, a frozen server would cost seconds for each command.
     """
     client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
         url,
-        socket_timeout=TIMEOUT,
-        socket_connect_timeout=TIMEOUT,
+        socket_timeout=TIMEOUT_SECONDS,
+        socket_connect_timeout=TIMEOUT_SECONDS,
         retry=Retry(NoBackoff(), 0),
-        max_connections=1024,
+        max_connections=_MAX_CONNECTIONS,
     )
     return client

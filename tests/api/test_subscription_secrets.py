@@ -8,7 +8,7 @@ import pytest
 from opsentry.bootstrap import serving
 from opsentry.domain import subscription
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.infrastructure.encryption import SecretBox, new_key
+from opsentry.infrastructure.encryption import SecretBox, generate_key
 from tests.api.conftest import HOOK, MAIL, SLACK, head, raw, recorded, types
 from tests.conftest import META, SECRET_KEY, Client
 
@@ -72,7 +72,7 @@ async def test_a_rotation_tells_a_new_secret_once(api, parts, acme):
     assert rotated == {**read, "secret": rotated["secret"], "previous_valid_until": rotated["previous_valid_until"]}
     event = (await recorded(parts, acme.id, "subscription", made["id"]))[1]
     assert (event.TYPE, event.previous_until) == ("subscription.secret_rotated", until)
-    assert SecretBox([SECRET_KEY]).open(event.encrypted_secret) == rotated["secret"]
+    assert SecretBox([SECRET_KEY]).decrypt(event.encrypted_secret) == rotated["secret"]
 
 
 async def test_a_rotation_that_is_sent_again_is_one_rotation(api, parts, acme):
@@ -93,9 +93,9 @@ async def secrets_of(parts, tenant_id, number):
     """The present secret, the one before it, and until when that is good."""
     state = subscription.DECIDER.fold(await recorded(parts, tenant_id, "subscription", number))
     assert state is not None
-    sealing = SecretBox([SECRET_KEY])
+    box = SecretBox([SECRET_KEY])
     present, previous = (
-        encrypted_secret and sealing.open(encrypted_secret)
+        encrypted_secret and box.decrypt(encrypted_secret)
         for encrypted_secret in (state.encrypted_secret, state.previous_encrypted_secret)
     )
     return present, previous, state.previous_until
@@ -154,9 +154,9 @@ async def test_another_key_goes_on_and_a_lost_one_is_said(http, settings, parts,
     headers = {"Idempotency-Key": "k"}
     _, made, _ = await api.post("/subscriptions", HOOK, headers=headers)
     _, slack, _ = await api.post("/subscriptions", SLACK)
-    async with serving(replace(settings, encryption_keys=(new_key(), SECRET_KEY)), parts) as url:
+    async with serving(replace(settings, encryption_keys=(generate_key(), SECRET_KEY)), parts) as url:
         assert (await Client(http, url, acme.token).post("/subscriptions", HOOK, headers=headers))[1] == made
-    async with serving(replace(settings, encryption_keys=(new_key(),)), parts) as url:
+    async with serving(replace(settings, encryption_keys=(generate_key(),)), parts) as url:
         lost = Client(http, url, acme.token)
         status, answer, _ = await lost.post("/subscriptions", HOOK, headers=headers)
         assert status == 503

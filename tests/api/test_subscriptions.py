@@ -59,7 +59,7 @@ async def test_create_answers_with_the_whole_subscription_and_its_secret(api, pa
     assert read == {name: made[name] for name in SHOWN}
     (event,) = await recorded(parts, acme.id, "subscription", made["id"])
     assert (event.TYPE, event.target) == ("subscription.created", HOOK["target"])
-    assert SecretBox([SECRET_KEY]).open(event.encrypted_secret) == made["secret"]
+    assert SecretBox([SECRET_KEY]).decrypt(event.encrypted_secret) == made["secret"]
 
 
 async def test_the_defaults_of_a_new_subscription(api):
@@ -75,7 +75,7 @@ async def test_a_target_that_is_a_secret_is_shown_in_part(api, parts, acme):
     assert SECRET_PART not in made["target"]
     (event,) = await recorded(parts, acme.id, "subscription", made["id"])
     assert event.target == made["target"]
-    assert SecretBox([SECRET_KEY]).open(event.encrypted_secret) == SLACK["target"]
+    assert SecretBox([SECRET_KEY]).decrypt(event.encrypted_secret) == SLACK["target"]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ async def test_a_hidden_target_is_replaced_sealed_and_the_same_one_is_no_change(
     assert (status, headers["ETag"]) == (200, '"2"')
     assert "AAAABBBBCCCC" not in changed["target"]
     event = (await recorded(parts, acme.id, "subscription", number))[1]
-    assert (SecretBox([SECRET_KEY]).open(event.encrypted_secret), event.target) == (other, changed["target"])
+    assert (SecretBox([SECRET_KEY]).decrypt(event.encrypted_secret), event.target) == (other, changed["target"])
 
 
 async def test_another_target_of_a_webhook_keeps_its_secret(api, parts, acme):
@@ -240,7 +240,7 @@ async def test_another_target_of_a_webhook_keeps_its_secret(api, parts, acme):
     await api.patch(f"/subscriptions/{number}", {"target": "https://example.com/other"})
     created, changed = await recorded(parts, acme.id, "subscription", number)
     assert (changed.target, changed.encrypted_secret) == ("https://example.com/other", UNSET)
-    assert SecretBox([SECRET_KEY]).open(created.encrypted_secret).startswith("whsec_")
+    assert SecretBox([SECRET_KEY]).decrypt(created.encrypted_secret).startswith("whsec_")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 from email import message_from_bytes, policy
 
-from opsentry.infrastructure.encryption import new_key
+from opsentry.infrastructure.encryption import generate_key
 from opsentry.settings import Settings
 
 SETTINGS = Settings(
-    encryption_keys=(new_key(),),
+    encryption_keys=(generate_key(),),
     mail_from="Acme Status <status@acme.example>",
     public_url="https://status.acme.example/a/long/way/down/until/the/line/of/a/header/is/full",
 )

@@ -19,7 +19,7 @@ from opsentry.bootstrap import core
 from opsentry.domain import incident, subscription
 from opsentry.domain.incident import OpenIncident, PostUpdate
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.infrastructure.encryption import SecretBox, new_key
+from opsentry.infrastructure.encryption import SecretBox, generate_key
 from opsentry.notifications.messages.signing import new_secret
 from tests.conftest import META, make_tenant
 from tests.system.processes import Running, environment, until
@@ -63,7 +63,7 @@ async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
     for number in range(subscribers):
         secret = new_secret()
         command = CreateSubscription(
-            channel="webhook", target=url(number), encrypted_secret=SecretBox([key]).seal(secret)
+            channel="webhook", target=url(number), encrypted_secret=SecretBox([key]).encrypt(secret)
         )
         made = await parts.commands.create(subscription.DECIDER, tenant.id, command, META)
         secrets[number] = (made.stream_id, secret)
@@ -77,7 +77,7 @@ async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
 
 
 async def kill_again_and_again(settings, owner, *, subscribers, incidents, updates, at_random, at_points):
-    key = new_key()
+    key = generate_key()
     settings = replace(
         settings,
         encryption_keys=(key,),

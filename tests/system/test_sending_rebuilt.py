@@ -10,7 +10,7 @@ from rich.console import Console
 from opsentry.bootstrap import core, projections, sending
 from opsentry.domain import incident
 from opsentry.domain.incident import ChangeIncident, IncidentEdited, OpenIncident, ResolveIncident
-from opsentry.infrastructure.encryption import new_key
+from opsentry.infrastructure.encryption import generate_key
 from opsentry.projections.engine import management
 from opsentry.projections.engine.rebuild import Rebuilder
 from opsentry.projections.outbox import intents
@@ -25,7 +25,7 @@ INTENTS = "SELECT count(*) FROM outbox_intents"
 
 
 async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa: PLR0915 - one story
-    key = new_key()
+    key = generate_key()
     settings = replace(
         settings, encryption_keys=(key,), webhook_allowed_networks=(ip_network("127.0.0.0/8"),), coalesce_seconds=0
     )

@@ -152,7 +152,7 @@ class EndpointWorker:
     def _target(self, endpoint: LeasedEndpoint) -> Endpoint:
         state, channel = endpoint.subscription, self._channel
         assert state is not None  # noqa: S101 - the caller has looked
-        encrypted_secret = [] if state.encrypted_secret is None else [self._sealing.open(state.encrypted_secret)]
+        encrypted_secret = [] if state.encrypted_secret is None else [self._sealing.decrypt(state.encrypted_secret)]
         until = state.previous_until
         if (
             channel.signs_messages
@@ -160,7 +160,7 @@ class EndpointWorker:
             and until is not None
             and until.timestamp() > time.time()
         ):
-            encrypted_secret.append(self._sealing.open(state.previous_encrypted_secret))
+            encrypted_secret.append(self._sealing.decrypt(state.previous_encrypted_secret))
         return Endpoint(
             endpoint.tenant_id,
             endpoint.subscription_id,
