@@ -13,7 +13,7 @@ from opsentry.events.command_handler import ConcurrencyConflict, IdempotencyKeyR
 from opsentry.identity.api_tokens import InvalidToken
 from opsentry.infrastructure.encryption import DecryptionFailed, EncryptionKeyMissing
 from opsentry.infrastructure.postgres import DatabaseUnavailable, OutcomeUnknown
-from opsentry.infrastructure.rate_limit import Standing
+from opsentry.infrastructure.rate_limit import RateLimitStatus
 from opsentry.projections.engine.projector import PositionNotReached
 
 _log = structlog.get_logger()
@@ -48,8 +48,8 @@ class MissingScope(Exception):
 class RateLimited(Exception):
     """Too many requests."""
 
-    def __init__(self, standing: Standing) -> None:
-        super().__init__(f"rate limit of {standing.limit} requests in {standing.window} s exceeded")
+    def __init__(self, standing: RateLimitStatus) -> None:
+        super().__init__(f"rate limit of {standing.limit} requests in {standing.window_seconds} s exceeded")
         self.standing = standing
 
 
@@ -89,7 +89,7 @@ def _current(error: Exception) -> Mapping[str, str]:
 def _wait_for_window(error: Exception) -> Mapping[str, str]:
     if not isinstance(error, RateLimited):
         return {}
-    return {"Retry-After": str(error.standing.reset), **rate_headers(error.standing)}
+    return {"Retry-After": str(error.standing.reset_seconds), **rate_headers(error.standing)}
 
 
 # The first row that the error is an instance of counts.
@@ -126,11 +126,11 @@ TABLE: Mapping[type[Exception], Row] = {
 }
 
 
-def rate_headers(standing: Standing) -> dict[str, str]:
+def rate_headers(standing: RateLimitStatus) -> dict[str, str]:
     """Return the fields of draft-ietf-httpapi-ratelimit-headers (version 10) for a bucket."""
     return {
-        "RateLimit-Policy": f'"default";q={standing.limit};w={standing.window}',
-        "RateLimit": f'"default";r={standing.remaining};t={standing.reset}',
+        "RateLimit-Policy": f'"default";q={standing.limit};w={standing.window_seconds}',
+        "RateLimit": f'"default";r={standing.remaining};t={standing.reset_seconds}',
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from opsentry.api.errors import BodyBroken, BodyTooLarge, BodyTooSlow
-from opsentry.infrastructure.rate_limit import source
+from opsentry.infrastructure.rate_limit import client_source
 from opsentry.settings import Network
 
 MAX_BODY = 64 * 1024
@@ -18,7 +18,7 @@ def address(request: web.Request, trusted: Sequence[Network]) -> str:
     """Return whom to count a request against; `trusted` are networks of proxies."""
     # A proxy may add its address in a line of its own, after whatever line the client made up.
     forwarded_for = ",".join(request.headers.getall("X-Forwarded-For", ()))
-    return source(request.remote, forwarded_for, trusted)
+    return client_source(request.remote, forwarded_for, trusted)
 
 
 async def octets(request: web.Request, timeout: float) -> bytes:  # noqa: ASYNC109 - what it raises is ours

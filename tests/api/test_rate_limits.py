@@ -86,7 +86,7 @@ async def test_operators_have_buckets_of_their_own_and_the_same_limits(http, lim
         assert answers[0][2]["RateLimit-Policy"] == '"default";q=5;w=60'
         assert answers[-1][1] == {"error": "rate limit of 5 requests in 60 s exceeded"}
         assert 1 <= int(answers[-1][2]["Retry-After"]) <= 60
-        assert (await two.send("GET", "/ops/projections/parked"))[0] == 200
+        assert (await two.send("GET", "/ops/projections/halted"))[0] == 200
         assert await statuses(Client(http, url, acme.token), 6) == [200] * 5 + [429]
         stranger = Client(http, url, acme.token)
         failed = [(await stranger.send("GET", "/ops/projections"))[0] for _ in range(2)]

@@ -8,7 +8,7 @@ import pytest
 
 from opsentry.demo.embedded import EmbeddedValkey
 from opsentry.infrastructure import rate_limit
-from opsentry.infrastructure.rate_limit import RateLimiter, source
+from opsentry.infrastructure.rate_limit import RateLimiter, client_source
 from opsentry.infrastructure.redis import connect
 
 PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
@@ -18,11 +18,11 @@ PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
     ("peer", "forwarded", "expected"),
     [
         ("203.0.113.9", None, "203.0.113.9"),
-        ("203.0.113.9", "198.51.100.1", "203.0.113.9"),  # no proxy of ours: not believed
+        ("203.0.113.9", "198.51.100.1", "203.0.113.9"),  # not a trusted proxy: not believed
         ("10.0.0.1", "198.51.100.1", "198.51.100.1"),
-        ("10.0.0.1", "6.6.6.6, 198.51.100.1", "198.51.100.1"),  # what a client made up lies further left
+        ("10.0.0.1", "6.6.6.6, 198.51.100.1", "198.51.100.1"),  # a client can invent what lies further left
         ("10.0.0.1", "198.51.100.1, 10.0.0.2", "198.51.100.1"),
-        ("10.0.0.1", "198.51.100.1:4711", "198.51.100.1"),  # a port is no source of its own
+        ("10.0.0.1", "198.51.100.1:4711", "198.51.100.1"),  # a port does not make another source
         ("10.0.0.1", "[2001:db8::1]:4711, 10.0.0.2:80", "2001:db8::/64"),
         ("10.0.0.1", "2001:db8::1", "2001:db8::/64"),
         ("fd00::1", "2001:db8:0:0:ffff::1", "2001:db8::/64"),
@@ -36,11 +36,11 @@ PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
         (None, None, "unknown"),
     ],
 )
-def test_whom_a_request_is_counted_against(peer, forwarded, expected):
-    assert source(peer, forwarded, PROXIES) == expected
+def test_the_source_that_a_request_counts_against(peer, forwarded, expected):
+    assert client_source(peer, forwarded, PROXIES) == expected
 
 
-async def test_buckets_are_apart_and_refused_hits_cost_nothing(valkey):
+async def test_buckets_are_independent_and_a_refused_hit_is_not_counted(valkey):
     client = connect(valkey.url)
     limiter = RateLimiter(client, "3/minute", "apart")
     assert [limiter.hit(1, "a").allowed for _ in range(5)] == [True] * 3 + [False] * 2
@@ -51,19 +51,19 @@ async def test_buckets_are_apart_and_refused_hits_cost_nothing(valkey):
     await client.aclose()
 
 
-async def test_another_process_hears_of_hits(valkey):
+async def test_processes_share_their_hits(valkey):
     client = connect(valkey.url)
-    here, there = (RateLimiter(client, "3/minute", "heard") for _ in range(2))
+    here, there = (RateLimiter(client, "3/minute", "shared") for _ in range(2))
     for _ in range(3):
         assert here.hit("x").allowed
     assert here._sharing is not None
     await here._sharing
-    assert there.hit("x").allowed  # it cannot know yet
+    assert there.hit("x").allowed  # the hits of `here` are not shared yet
     assert there._sharing is not None
     await there._sharing
-    standing = there.hit("x")
-    assert (standing.allowed, standing.remaining) == (False, 0)
-    assert 1 <= standing.reset <= 60
+    status = there.hit("x")
+    assert (status.allowed, status.remaining) == (False, 0)
+    assert 1 <= status.reset_seconds <= 60
     for limiter in (here, there):
         await limiter.close()
     await client.aclose()
@@ -71,7 +71,7 @@ async def test_another_process_hears_of_hits(valkey):
 
 @pytest.fixture
 def own_valkey(tmp_path):
-    """A server of this test's own, which may be stopped and frozen."""
+    """A server that the test may stop and freeze."""
     server = EmbeddedValkey(tmp_path / "valkey")
     server.start()
     yield server
@@ -79,14 +79,14 @@ def own_valkey(tmp_path):
 
 
 async def shared(limiter):
-    """Return once everything that was counted here has been added to the shared count."""
+    """Return once the limiter has shared all its hits."""
     async with asyncio.timeout(10):
         while limiter._sharing is not None and not limiter._sharing.done():
             await asyncio.wait([limiter._sharing])
 
 
 @pytest.mark.parametrize("end", ["frozen", "stopped"])
-async def test_a_limit_holds_while_redis_is_away_and_is_shared_again_when_it_is_back(monkeypatch, own_valkey, end):
+async def test_a_limit_holds_without_redis_and_is_shared_again_once_redis_is_back(monkeypatch, own_valkey, end):
     monkeypatch.setattr(rate_limit, "_RETRY_SECONDS", 0.05)
     client = connect(own_valkey.url)
     here, there = (RateLimiter(client, "6/minute", "back") for _ in range(2))
@@ -101,7 +101,7 @@ async def test_a_limit_holds_while_redis_is_away_and_is_shared_again_when_it_is_
     assert [here.hit("x").remaining for _ in range(3)] == [4, 3, 2]
     assert time.monotonic() - began < 0.05
     async with asyncio.timeout(5):
-        while not here._away:  # noqa: ASYNC110 - nothing tells of it but the limiter itself
+        while not here._is_redis_away:  # noqa: ASYNC110 - the limiter signals it nowhere else
             await asyncio.sleep(0.01)
     assert here.hit("x").remaining == 1
     if end == "frozen":
@@ -109,8 +109,8 @@ async def test_a_limit_holds_while_redis_is_away_and_is_shared_again_when_it_is_
     else:
         own_valkey.start(port)
     await shared(here)
-    assert not here._away
-    # What was counted alone has reached the others; with the first of theirs, nothing is left.
+    assert not here._is_redis_away
+    # The other process sees the five hits; its own is the sixth and last.
     there.hit("x")
     await shared(there)
     assert there.hit("x").remaining == 0
@@ -119,7 +119,7 @@ async def test_a_limit_holds_while_redis_is_away_and_is_shared_again_when_it_is_
     await client.aclose()
 
 
-async def test_a_window_ends_and_the_next_begins_full(monkeypatch):
+async def test_a_new_window_begins_with_the_whole_limit(monkeypatch):
     client = connect("redis://127.0.0.1:1/0")
     limiter = RateLimiter(client, "2/minute", "windows")
     began = time.time()
@@ -133,8 +133,8 @@ async def test_a_window_ends_and_the_next_begins_full(monkeypatch):
     await client.aclose()
 
 
-async def test_old_buckets_are_forgotten_when_there_are_many(monkeypatch):
-    monkeypatch.setattr(rate_limit, "_MANY", 10)
+async def test_expired_buckets_are_removed_when_there_are_many(monkeypatch):
+    monkeypatch.setattr(rate_limit, "_CLEANUP_MIN_BUCKETS", 10)
     client = connect("redis://127.0.0.1:1/0")
     limiter = RateLimiter(client, "2/second", "many")
     for number in range(10):
@@ -147,7 +147,20 @@ async def test_old_buckets_are_forgotten_when_there_are_many(monkeypatch):
     await client.aclose()
 
 
-async def test_without_redis_the_limit_holds_locally_and_nobody_waits():
+async def test_many_live_buckets_are_not_searched_again_for_each_new_one(monkeypatch):
+    monkeypatch.setattr(rate_limit, "_CLEANUP_MIN_BUCKETS", 10)
+    client = connect("redis://127.0.0.1:1/0")
+    limiter = RateLimiter(client, "2/minute", "live")
+    searches, kept = 0, limiter._buckets
+    for number in range(40):
+        limiter.hit(number)
+        searches, kept = searches + (limiter._buckets is not kept), limiter._buckets
+    assert (len(kept), searches) == (40, 2)
+    await limiter.close()
+    await client.aclose()
+
+
+async def test_without_redis_the_limit_holds_within_the_process():
     client = connect("redis://127.0.0.1:1/0")
     limiter = RateLimiter(client, "3/minute", "away")
     assert [limiter.hit("x").allowed for _ in range(4)] == [True, True, True, False]
