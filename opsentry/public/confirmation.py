@@ -19,7 +19,7 @@ from opsentry.domain.subscription import ConfirmSubscription
 from opsentry.events.codec import Actor, Meta
 from opsentry.identity import tenants
 from opsentry.identity.tenants import TenantNotFound
-from opsentry.notifications.messages.links import CONFIRM, UNSUBSCRIBE, Links
+from opsentry.notifications.messages.links import CONFIRM, UNSUBSCRIBE, SignedLinks
 from opsentry.projections import subscriptions
 from opsentry.public.pages import page
 
@@ -29,7 +29,7 @@ class Confirmation:
 
     def __init__(self, parts: Dependencies) -> None:
         self._parts = parts
-        self._links = Links(parts.settings)
+        self._links = SignedLinks(parts.settings)
 
     async def confirmation(self, request: web.Request) -> web.Response:
         """`GET /confirm/{token}`: a button, while nobody has pressed it."""
@@ -82,7 +82,7 @@ class Confirmation:
         Raises:
             NotFound: It is none of ours.
         """
-        found = self._links.read(purpose, request.match_info["token"])
+        found = self._links.verify(purpose, request.match_info["token"])
         if found is None:
             raise NotFound
         return found

@@ -20,8 +20,8 @@ from opsentry.domain.service import ChangeService
 from opsentry.identity.tenants import TenantNotFound
 from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
 from opsentry.notifications.messages.builder import MessageBuilder, message_type
-from opsentry.notifications.messages.text import HEADINGS
-from opsentry.notifications.messages.webhook_payload import Bodies, Payload
+from opsentry.notifications.messages.text import MESSAGE_TYPES
+from opsentry.notifications.messages.webhook_payload import Payload, PayloadEncoder
 from opsentry.projections.as_of import AsOfQueries
 from opsentry.projections.engine.projector import PositionNotReached
 from tests.conftest import META, make_service
@@ -97,7 +97,7 @@ async def test_the_public_is_told_what_is_public(composer, tell, parts, acme):
     assert "Kim" not in str(part)
     for told in (whole, part):
         # What is composed is what the schema of webhooks describes.
-        body = Bodies().body(message(told, position=last))
+        body = PayloadEncoder().encode(message(told, position=last))
         decoded = msgspec.json.decode(body, type=Payload)
         assert msgspec.json.decode(msgspec.json.encode(decoded)) == msgspec.json.decode(body)
 
@@ -250,4 +250,4 @@ def test_every_type_has_a_heading():
     told = [name for name in EVENT_TYPES if name.partition(".")[0] in {"incident", "maintenance"}]
     for topics in permutations([*told, "maintenance.reminded", "incident.still_open"], 2):
         if topics[0].partition(".")[0] == topics[1].partition(".")[0]:
-            assert message_type(topics) in HEADINGS
+            assert message_type(topics) in MESSAGE_TYPES

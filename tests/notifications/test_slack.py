@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from opsentry.notifications.channel import BadTarget, Outcome
 from opsentry.notifications.channels import Dependencies, channels, slack
-from opsentry.notifications.channels.slack import _content
+from opsentry.notifications.channels.slack import _payload
 from opsentry.notifications.transport.egress import http_session
 from opsentry.settings import Settings
 from tests.notifications.conftest import LOOPBACK, answering
@@ -15,11 +15,11 @@ from tests.notifications.messages import endpoint, incident, message, update, wi
 _HOOK = "https://hooks.slack.com/services/T00000000/B00000000/abcdefghijklmnopqrstuvwx"
 
 
-def checked(content):
-    """What Slack would refuse is found here."""
-    assert content["text"]
-    assert len(content.get("blocks", ())) <= 50
-    for block in content.get("blocks", ()):
+def checked(payload):
+    """Return the payload after the checks that Slack makes."""
+    assert 0 < len(payload["text"]) <= 4000
+    assert len(payload["blocks"]) <= 50
+    for block in payload["blocks"]:
         match block["type"]:
             case "header":
                 assert 0 < len(block["text"]["text"]) <= 150
@@ -28,72 +28,93 @@ def checked(content):
                 assert 0 < len(block["text"]["text"]) <= 3000
             case "context":
                 assert 0 < len(block["elements"][0]["text"]) <= 3000
-    return content
+    return payload
 
 
-async def test_what_slack_gets():
-    seen = []
+async def test_slack_receives_text_and_blocks():
+    received = []
 
     async def answer(request):
-        seen.append((request.content_type, await request.json()))
+        received.append((request.content_type, await request.json()))
         return web.Response(text="ok")
 
     async with answering(answer) as url, http_session(LOOPBACK, 10) as http:
         channel = slack.make(Dependencies(Settings(webhook_allowed_networks=LOOPBACK), http))
         assert await channel.send(endpoint(url), message()) == Outcome(response_status=200)
         await channel.close()
-    ((content_type, content),) = seen
+    ((content_type, payload),) = received
     assert content_type == "application/json"
-    assert content == {
-        "text": "New incident: Checkout is slow (investigating)",
+    assert payload == {
+        "text": "[Acme] Investigating: Checkout is slow\n"
+        "\n"
+        "2026-03-01 12:30 UTC\n"
+        "We are looking into it.\n"
+        "\n"
+        "About this incident\n"
+        "Payments take long.\n"
+        "\n"
+        "Severity: Major outage\n"
+        "Started: 2026-03-01 12:30 UTC\n"
+        "Affected services: Checkout",
         "blocks": [
-            {"type": "header", "text": {"type": "plain_text", "text": "New incident: Checkout is slow"}},
+            {"type": "header", "text": {"type": "plain_text", "text": "Investigating: Checkout is slow"}},
+            {
+                "type": "section",
+                "text": {"type": "mrkdwn", "text": "*2026-03-01 12:30 UTC*\nWe are looking into it."},
+            },
+            {"type": "section", "text": {"type": "mrkdwn", "text": "*About this incident*\nPayments take long."}},
             {
                 "type": "section",
                 "text": {
                     "type": "mrkdwn",
-                    "text": "*Status:* investigating\n*Severity:* major outage\n*Affects:* Checkout",
+                    "text": "*Severity:* Major outage\n*Started:* 2026-03-01 12:30 UTC\n*Affected services:* Checkout",
                 },
             },
-            {
-                "type": "section",
-                "text": {"type": "mrkdwn", "text": "*2026-03-01 12:30 UTC:*\nWe are looking into it."},
-            },
-            {"type": "section", "text": {"type": "mrkdwn", "text": "Payments take long."}},
             {"type": "context", "elements": [{"type": "mrkdwn", "text": "Acme"}]},
         ],
     }
 
 
-def test_nobody_is_mentioned_and_nothing_linked():
-    hostile = "<!channel> <https://evil.example|click> & co"
+def test_a_message_mentions_nobody_and_contains_no_link():
+    hostile = "<!channel> <https://evil.example|click> & co @channel @All @here"
     subject = incident(title=hostile, description=hostile, updates=[update(42, hostile, author=hostile)])
-    content = _content(message(subject, tenant={"slug": "acme", "name": hostile}))
-    said = content["text"] + "".join(block["text"]["text"] for block in content["blocks"] if block["type"] == "section")
-    assert "&lt;!channel&gt;" in said
-    assert "<" not in said
-    assert "<" not in content["blocks"][-1]["elements"][0]["text"]
+    payload = _payload(message(subject, tenant={"slug": "acme", "name": hostile}))
+    texts = [payload["text"], payload["blocks"][-1]["elements"][0]["text"]]
+    *sections, facts = (block["text"]["text"] for block in payload["blocks"] if block["type"] == "section")
+    assert "<" not in facts
+    texts += sections
+    for text in texts:
+        assert "&lt;!channel&gt;" in text
+        assert "<" not in text
+        assert not any(mention in text for mention in ("@channel", "@All", "@here"))
+        assert "@\u200bchannel" in text
 
 
-def test_maintenance_and_tests_are_told_too():
-    content = checked(_content(message(window(), "maintenance", type="maintenance.started")))
-    assert content["text"] == "Maintenance has begun: Database upgrade (scheduled)"
-    assert "*Begins:* 2026-03-01 12:30 UTC" in content["blocks"][1]["text"]["text"]
-    test = _content(message({"id": 8}, "subscription", type="subscription.test"))
-    assert test == {"text": "Acme: This is a test: messages reach you"}
+def test_maintenance_and_test_messages_have_a_text_and_blocks():
+    payload = checked(_payload(message(window(), "maintenance", type="maintenance.started")))
+    assert payload["text"].startswith("[Acme] Maintenance started: Database upgrade\n")
+    assert "*Scheduled start:* 2026-03-01 12:30 UTC" in payload["blocks"][1]["text"]["text"]
+    payload = checked(_payload(message({"id": 8}, "subscription", type="subscription.test")))
+    assert payload["text"] == (
+        "[Acme] Test message\n"
+        "\n"
+        "This is a test message. Your subscription to Acme status updates works. No service is affected."
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.text(min_size=1), st.text(min_size=1), st.sampled_from(["&", "x", "\U0001f525"]), st.integers(1, 50_000))
-def test_blocks_are_never_too_long(title, name, character, times):
+@given(
+    st.text(min_size=1), st.text(min_size=1), st.sampled_from(["&", "x", "@all ", "\U0001f525"]), st.integers(1, 50_000)
+)
+def test_texts_and_blocks_keep_slacks_limits(title, name, character, times):
     words = (name + character) * times
     services = [{"id": n, "slug": "s", "name": (name + character) * 100} for n in range(60)]
     subject = incident(title=title * 20, description=words[:50_000], services=services, updates=[update(42, words)])
-    checked(_content(message(subject, tenant={"slug": "acme", "name": name})))
+    checked(_payload(message(subject, tenant={"slug": "acme", "name": name})))
 
 
 @pytest.mark.parametrize(
-    ("target", "shown"),
+    ("target", "displayed"),
     [
         (_HOOK, "https://hooks.slack.com/services/…uvwx"),
         ("https://hooks.slack.com/services/short", "https://hooks.slack.com/services/…"),
@@ -102,16 +123,16 @@ def test_blocks_are_never_too_long(title, name, character, times):
         ("https://chat.example.com", "https://chat.example.com/…"),
     ],
 )
-def test_a_target_is_shown_in_part(target, shown):
+def test_a_target_is_displayed_in_part(target, displayed):
     channel = slack.make(Dependencies(Settings(), None))  # type: ignore[arg-type]
     assert (channel.name, channel.signs_messages, channel.has_secret_target) == ("slack", False, True)
     assert channel.validate_target(target) == target
-    assert channel.display_target(target) == shown
+    assert channel.display_target(target) == displayed
     with pytest.raises(BadTarget):
         channel.validate_target("https://127.0.0.1/services/x")
 
 
-async def test_what_slack_refuses_is_a_failure():
+async def test_a_refusal_by_slack_is_a_failure():
     async def answer(request):
         return web.Response(status=int(request.query["status"]), headers={"Retry-After": "30"})
 
@@ -122,7 +143,7 @@ async def test_what_slack_refuses_is_a_failure():
         assert (await channel.send(endpoint(f"{url}/?status=410"), message())).endpoint_gone
 
 
-def test_every_channel_is_found_by_being_there():
+def test_every_module_of_the_package_is_a_channel():
     found = channels(Dependencies(Settings(), None))  # type: ignore[arg-type]
     assert set(found) == {"webhook", "slack", "email"}
     assert all(msgspec.json.encode(channel.display_target("https://a.example/")) for channel in found.values())

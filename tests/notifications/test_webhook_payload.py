@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from opsentry.notifications.channel import Change
 from opsentry.notifications.messages import webhook_payload
-from opsentry.notifications.messages.webhook_payload import MAX_BYTES, Bodies, Payload
+from opsentry.notifications.messages.webhook_payload import MAX_BYTES, Payload, PayloadEncoder
 from tests.notifications.messages import AT, incident, message, update, window
 
 _SCHEMA = Path(webhook_payload.__file__).with_name("webhook.schema.json")
@@ -27,7 +27,7 @@ _UPDATES = st.lists(_LONG, max_size=4).flatmap(
 
 
 def told(sent):
-    body = Bodies().body(sent)
+    body = PayloadEncoder().encode(sent)
     assert len(body) < MAX_BYTES
     decoded = msgspec.json.decode(body, type=Payload)
     assert msgspec.json.decode(msgspec.json.encode(decoded)) == msgspec.json.decode(
@@ -116,7 +116,7 @@ def test_the_newest_fifty_changes_are_told():
 
 
 def test_what_many_are_told_is_encoded_once_and_never_mixed_up():
-    bodies = Bodies()
+    encoder = PayloadEncoder()
     one, other = incident(title="One"), incident(title="Other")
     for sent in (
         message(one),
@@ -127,11 +127,11 @@ def test_what_many_are_told_is_encoded_once_and_never_mixed_up():
         message(one, changes=[Change(42, "incident.updated", AT)]),
         message(one, position=43),
     ):
-        assert bodies.body(sent) == bodies.body(sent) == Bodies().body(sent)
-        assert json.loads(bodies.body(sent))["id"] == sent.id
+        assert encoder.encode(sent) == encoder.encode(sent) == PayloadEncoder().encode(sent)
+        assert json.loads(encoder.encode(sent))["id"] == sent.id
     for number in range(1000):
         made = incident(id=number)
-        assert json.loads(bodies.body(message(made)))["data"]["incident"]["id"] == number
+        assert json.loads(encoder.encode(message(made)))["data"]["incident"]["id"] == number
 
 
 @settings(max_examples=150, deadline=None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from opsentry.events import store
-from opsentry.notifications.messages.links import Links
+from opsentry.notifications.messages.links import SignedLinks
 from tests.conftest import make_service
 
 RELAY = "smtp://127.0.0.1:9"
@@ -46,7 +46,7 @@ def browser(http, base_url):
 
 @pytest.fixture
 def links(settings):
-    return Links(settings)
+    return SignedLinks(settings)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""The channels: each module here is one, and is found by being here.
+"""Find the channels: each module of this package is one.
 
-A module has `make(parts: Dependencies) -> Channel`. Nothing else has to be changed to add one.
+To add a channel, add a module with a function `make(parts: Dependencies) -> Channel`. Nothing else changes.
 """
 
 import importlib
@@ -16,11 +16,11 @@ from opsentry.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Dependencies:
-    """What channels are made of.
+    """Everything that a channel may need.
 
     Attributes:
         settings: All settings.
-        http: A session that connects to nothing that must not be dialled, follows no redirects and knows no proxies.
+        http: A session behind the egress filter. It follows no redirects and uses no proxies.
     """
 
     settings: Settings
@@ -28,6 +28,7 @@ class Dependencies:
 
 
 def channels(parts: Dependencies) -> Mapping[str, Channel]:
-    """Return a channel of each kind there is, by name."""
-    made = [importlib.import_module(f"{__name__}.{found.name}").make(parts) for found in pkgutil.iter_modules(__path__)]
+    """Return one channel of each kind, by name."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    made: list[Channel] = [module.make(parts) for module in modules]
     return {channel.name: channel for channel in made}

@@ -1,4 +1,4 @@
-"""The channel `email`: text and HTML, through the operator's mail relay."""
+"""Send messages as emails through the operator's mail relay."""
 
 import re
 
@@ -10,19 +10,19 @@ from opsentry.notifications.transport.smtp import CONNECTIONS, SmtpPool
 from opsentry.settings import Settings
 
 _MAX_ADDRESS = 254
-_MAX_LOCAL = 64
-# A dot-atom of RFC 5322. Quoted forms exist and nobody has them; letters outside ASCII many relays do not take.
-_LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
+_MAX_LOCAL_PART = 64
+# A dot-atom of RFC 5322. Quoted local parts are not in use, and many relays refuse characters outside ASCII.
+_LOCAL_PART = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
 _DOMAIN = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]", re.IGNORECASE)
 
 
 def make(parts: Dependencies) -> Channel:
-    """Return the channel."""
+    """Return the channel `email`."""
     return Email(parts.settings)
 
 
 class Email:
-    """Sends what `letters` writes."""
+    """Send rendered emails through a pool of SMTP connections."""
 
     name = "email"
     signs_messages = False
@@ -30,48 +30,56 @@ class Email:
     max_concurrency: int | None = CONNECTIONS
 
     def __init__(self, settings: Settings) -> None:
-        self._letters = EmailRenderer(settings)
-        self._relay = SmtpPool(settings.smtp_url, self._letters.domain) if settings.smtp_url else None
+        self._renderer = EmailRenderer(settings)
+        self._smtp = SmtpPool(settings.smtp_url, self._renderer.domain) if settings.smtp_url else None
 
     def validate_target(self, target: str) -> str:
-        """Return the address as it is; raises `BadTarget`."""
-        _ascii(target)
+        """Return the address unchanged.
+
+        Raises:
+            BadTarget: No email can be sent to it.
+        """
+        _ascii_address(target)
         return target
 
     def display_target(self, target: str) -> str:
-        """Return all of it."""
+        """Return the whole address."""
         return target
 
     async def send(self, endpoint: Endpoint, message: Message) -> Outcome:
-        """Hand it to the relay."""
-        if self._relay is None:
+        """Render one email and hand it to the relay."""
+        if self._smtp is None:
             return Outcome(f"no mail relay is set up ({Settings.variable('smtp_url')})", internal_failure=True)
         try:
-            to = _ascii(endpoint.target)
-            letter = self._letters.letter(endpoint, to, message)
+            address = _ascii_address(endpoint.target)
+            email = self._renderer.render(endpoint, address, message)
         except EncryptionKeyMissing as error:
             return Outcome(str(error), internal_failure=True)
         except BadTarget as error:
             return Outcome(str(error))
-        return await self._relay.send(self._letters.sender, to, letter)
+        return await self._smtp.send(self._renderer.sender, address, email)
 
     async def close(self) -> None:
-        """Close what is open to the relay."""
-        if self._relay is not None:
-            await self._relay.close()
+        """Close the connections to the relay."""
+        if self._smtp is not None:
+            await self._smtp.close()
 
 
-def _ascii(address: str) -> str:
-    """Return the address with its domain as DNS has it (RFC 3490); raises `BadTarget`."""
+def _ascii_address(address: str) -> str:
+    """Return the address with its domain in ASCII (RFC 3490).
+
+    Raises:
+        BadTarget: The address is malformed or too long.
+    """
     if len(address) > _MAX_ADDRESS:
         raise BadTarget(f"must have at most {_MAX_ADDRESS} characters")
-    local, at, domain = address.rpartition("@")
-    if not at or not _LOCAL.fullmatch(local) or len(local) > _MAX_LOCAL:
-        raise BadTarget("must be an e-mail address such as someone@example.com")
+    local_part, at, domain = address.rpartition("@")
+    if not at or not _LOCAL_PART.fullmatch(local_part) or len(local_part) > _MAX_LOCAL_PART:
+        raise BadTarget("must be in the form name@example.com")
     try:
-        encoded = domain.encode("idna").decode()
+        ascii_domain = domain.encode("idna").decode()
     except UnicodeError:
-        encoded = ""
-    if not _DOMAIN.fullmatch(encoded):
-        raise BadTarget("must be an e-mail address with a domain such as example.com")
-    return f"{local}@{encoded}"
+        ascii_domain = ""
+    if not _DOMAIN.fullmatch(ascii_domain):
+        raise BadTarget("must end with a domain such as example.com")
+    return f"{local_part}@{ascii_domain}"

@@ -1,4 +1,4 @@
-"""The channel `webhook`: signed JSON to a URL, as the Standard Webhooks specification has it."""
+"""Send messages as signed JSON, as the Standard Webhooks specification describes (standardwebhooks.com)."""
 
 import time
 
@@ -7,19 +7,19 @@ import aiohttp
 from opsentry.notifications.channel import Channel, Endpoint, Message, Outcome
 from opsentry.notifications.channels import Dependencies
 from opsentry.notifications.messages import signing
-from opsentry.notifications.messages.webhook_payload import Bodies
+from opsentry.notifications.messages.webhook_payload import PayloadEncoder
 from opsentry.notifications.transport.egress import check_url
 from opsentry.notifications.transport.http import post
 from opsentry.settings import Network
 
 
 def make(parts: Dependencies) -> Channel:
-    """Return the channel."""
+    """Return the channel `webhook`."""
     return Webhook(parts.http, parts.settings.webhook_allowed_networks)
 
 
 class Webhook:
-    """Posts what `payload` describes, signed with each secret that is good at the moment."""
+    """Post payloads with one signature for each valid secret."""
 
     name = "webhook"
     signs_messages = True
@@ -28,27 +28,31 @@ class Webhook:
 
     def __init__(self, http: aiohttp.ClientSession, webhook_allowed_networks: tuple[Network, ...]) -> None:
         self._http = http
-        self._open_networks = webhook_allowed_networks
-        self._bodies = Bodies()
+        self._allowed_networks = webhook_allowed_networks
+        self._encoder = PayloadEncoder()
 
     def validate_target(self, target: str) -> str:
-        """Return the URL; raises `BadTarget`."""
-        return check_url(target, self._open_networks)
+        """Return the URL unchanged.
+
+        Raises:
+            BadTarget: The URL is malformed or its address is blocked.
+        """
+        return check_url(target, self._allowed_networks)
 
     def display_target(self, target: str) -> str:
-        """Return all of it."""
+        """Return the whole URL."""
         return target
 
     async def send(self, endpoint: Endpoint, message: Message) -> Outcome:
-        """Post it."""
-        body = self._bodies.body(message)
-        now = int(time.time())
+        """Sign and post one message."""
+        body = self._encoder.encode(message)
+        timestamp = int(time.time())
         headers = {
             "webhook-id": message.id,
-            "webhook-timestamp": str(now),
-            "webhook-signature": signing.signatures(endpoint.secrets, message.id, now, body),
+            "webhook-timestamp": str(timestamp),
+            "webhook-signature": signing.signatures(endpoint.secrets, message.id, timestamp, body),
         }
         return await post(self._http, endpoint.target, body, headers)
 
     async def close(self) -> None:
-        """Nothing of its own is open."""
+        """Do nothing: the HTTP session belongs to the caller."""

@@ -1,4 +1,4 @@
-"""Signatures of webhooks, as the Standard Webhooks specification 1.0.0 has them (standardwebhooks.com)."""
+"""Sign webhooks as the Standard Webhooks specification 1.0.0 describes (standardwebhooks.com)."""
 
 import base64
 import hmac
@@ -16,17 +16,18 @@ def new_secret() -> str:
     return _PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
 
 
-def signatures(secrets_: Sequence[str], message_id: str, timestamp: int, body: bytes) -> str:
-    """Return the header `webhook-signature`: a signature with each secret, separated by spaces.
+def signatures(signing_secrets: Sequence[str], message_id: str, timestamp: int, body: bytes) -> str:
+    """Return the header `webhook-signature`: one signature for each secret, separated by spaces.
 
     Args:
-        secrets_: As `new_secret` makes them.
+        signing_secrets: Secrets from `new_secret`.
         message_id: The header `webhook-id`.
-        timestamp: The header `webhook-timestamp`: seconds since 1970.
-        body: The exact bytes that are sent.
+        timestamp: The header `webhook-timestamp`, in seconds since 1970.
+        body: The exact bytes of the request body.
     """
     signed = b"%b.%d.%b" % (message_id.encode(), timestamp, body)
-    return " ".join("v1," + base64.b64encode(hmac.digest(_key(secret), signed, sha256)).decode() for secret in secrets_)
+    digests = (hmac.digest(_key(secret), signed, sha256) for secret in signing_secrets)
+    return " ".join("v1," + base64.b64encode(digest).decode() for digest in digests)
 
 
 @lru_cache(maxsize=1024)

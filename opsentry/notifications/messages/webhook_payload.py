@@ -1,7 +1,10 @@
-"""The JSON that webhooks get: version 1. The structs say what it is, and make `webhook.schema.json`.
+"""Encode messages as the JSON that webhooks receive (version 1).
 
-A body has less than 20,000 bytes, because receivers limit them (the Standard Webhooks specification recommends it):
-what is too long loses its oldest timeline entries first, then the ends of its texts and lists, and says so.
+The structs describe the format; `webhook.schema.json` is generated from them.
+
+A payload has fewer than 20,000 bytes, as the Standard Webhooks specification recommends, because receivers limit it.
+A longer one loses its oldest timeline entries first, then the ends of its texts and lists. Fields name the missing
+parts.
 """
 
 from collections import OrderedDict
@@ -16,33 +19,35 @@ from opsentry.notifications.channel import Message
 
 VERSION = 1
 MAX_BYTES = 20_000
-_CHANGES = 50
-# What is left of each text (characters) and each list (entries), until it fits. The last fits whatever it is made of:
-# a character may take six bytes.
-_STEPS = ((4_000, 1_000), (2_000, 200), (1_000, 50), (400, 20), (100, 20), (50, 20))
-_REMEMBERED = 256
+_MAX_CHANGES = 50
+# The most characters of each text and entries of each list, tried in this order until the payload fits.
+# The last pair fits any subject: JSON needs at most six bytes for a character.
+_LIMITS = ((4_000, 1_000), (2_000, 200), (1_000, 50), (400, 20), (100, 20), (50, 20))
+# Room for the fields that say what is missing.
+_OMISSION_BYTES = 400
+_CACHE_ENTRIES = 256
 
 
-Moment: TypeAlias = Annotated[datetime, Meta(tz=True)]
+Timestamp: TypeAlias = Annotated[datetime, Meta(tz=True)]
 
 
 class TenantRef(msgspec.Struct):
-    """Whose status it is."""
+    """The tenant that the message is about."""
 
     slug: str
     name: str
 
 
 class ChangeRef(msgspec.Struct):
-    """One of the events that the message tells: position in the tenant's ledger, type, when it was recorded."""
+    """An event that the message reports: its position in the tenant's ledger, its type, and when it was recorded."""
 
     position: int
     type: str
-    at: Moment
+    at: Timestamp
 
 
 class ServiceLink(msgspec.Struct):
-    """A service that is affected."""
+    """An affected service."""
 
     id: int
     slug: str
@@ -50,14 +55,14 @@ class ServiceLink(msgspec.Struct):
 
 
 class Update(msgspec.Struct, kw_only=True):
-    """An entry of a timeline. `is_public` and `author` are there for the audience `internal` only."""
+    """A timeline entry. Only the audience `internal` receives `is_public` and `author`."""
 
     id: int
     status: str
     message: str
     is_public: bool | UnsetType = UNSET
     author: str | UnsetType = UNSET
-    created_at: Moment
+    created_at: Timestamp
 
 
 class _Subject(msgspec.Struct, kw_only=True):
@@ -68,8 +73,8 @@ class _Subject(msgspec.Struct, kw_only=True):
     visibility: Literal["public", "internal"] | UnsetType = UNSET
     services: Sequence[ServiceLink]
     service_ids: Sequence[int]
-    created_at: Moment
-    updated_at: Moment
+    created_at: Timestamp
+    updated_at: Timestamp
     updates: Sequence[Update]
     updates_omitted: int | UnsetType = UNSET
     services_omitted: int | UnsetType = UNSET
@@ -78,23 +83,23 @@ class _Subject(msgspec.Struct, kw_only=True):
 
 
 class Incident(_Subject, kw_only=True):
-    """An incident. `visibility`, `root_cause` and `postmortem` are there for the audience `internal` only."""
+    """An incident. Only the audience `internal` receives `visibility`, `root_cause` and `postmortem`."""
 
     severity: str
     root_cause: str | None | UnsetType = UNSET
     postmortem: str | None | UnsetType = UNSET
-    occurred_at: Moment
-    resolved_at: Moment | None
+    occurred_at: Timestamp
+    resolved_at: Timestamp | None
 
 
 class Maintenance(_Subject, kw_only=True):
-    """A maintenance window. `visibility` is there for the audience `internal` only."""
+    """A maintenance window. Only the audience `internal` receives `visibility`."""
 
-    scheduled_start: Moment
-    scheduled_end: Moment
-    started_at: Moment | None
-    completed_at: Moment | None
-    cancelled_at: Moment | None
+    scheduled_start: Timestamp
+    scheduled_end: Timestamp
+    started_at: Timestamp | None
+    completed_at: Timestamp | None
+    cancelled_at: Timestamp | None
     exclude_from_sla: bool
     suppress_alerts: bool
     auto_start: bool
@@ -102,7 +107,7 @@ class Maintenance(_Subject, kw_only=True):
 
 
 class Data(msgspec.Struct, omit_defaults=True):
-    """The thing itself, as it was at `position`: one of these."""
+    """The incident, maintenance window or subscription as it was at `position`; exactly one is present."""
 
     incident: Incident | UnsetType = UNSET
     maintenance: Maintenance | UnsetType = UNSET
@@ -110,39 +115,43 @@ class Data(msgspec.Struct, omit_defaults=True):
 
 
 class Payload(msgspec.Struct, kw_only=True):
-    """The body of a webhook. Fields that you do not know are to be ignored: more may come."""
+    """The body of a webhook. Ignore fields that you do not know: later releases may add some."""
 
-    version: Annotated[Literal[1], Meta(description="Of this format. It changes where a field changes or goes.")]
-    id: Annotated[str, Meta(description="The same as the header webhook-id, whichever attempt it is.")]
-    type: Annotated[str, Meta(description="What happened, such as incident.opened.")]
-    timestamp: Annotated[datetime, Meta(tz=True, description="When the last of the changes was recorded, in UTC.")]
-    position: Annotated[int, Meta(description="The position of the last change in the tenant's ledger. It only rises.")]
+    version: Annotated[
+        Literal[1], Meta(description="The version of this format. Adding a field keeps it; any other change raises it.")
+    ]
+    id: Annotated[str, Meta(description="The same as the header webhook-id, in every attempt.")]
+    type: Annotated[str, Meta(description="The kind of news, such as incident.opened.")]
+    timestamp: Annotated[datetime, Meta(tz=True, description="When the last change was recorded, in UTC.")]
+    position: Annotated[int, Meta(description="The last change's position in the tenant's ledger.")]
     tenant: TenantRef
-    changes: Annotated[Sequence[ChangeRef], Meta(description="What is told, oldest first; the newest 50 at most.")]
+    changes: Annotated[
+        Sequence[ChangeRef], Meta(description="The reported events, oldest first; at most the newest 50.")
+    ]
     data: Data
 
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of `Payload`."""
-    made = msgspec.json.schema(Payload)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Opsentry webhook", **made}
+    generated = msgspec.json.schema(Payload)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Opsentry webhook", **generated}
 
 
-_Key: TypeAlias = tuple[object, ...]
+_CacheKey: TypeAlias = tuple[object, ...]
 
 
-class Bodies:
-    """Makes bodies. What is the same for all subscriptions that are told the same is encoded once."""
+class PayloadEncoder:
+    """Encode payloads, and encode the part that all subscriptions share only once."""
 
     def __init__(self) -> None:
-        # With the subject itself, so that no other can come to have its identity.
-        self._rests: OrderedDict[_Key, tuple[Mapping[str, Any], bytes]] = OrderedDict()
+        # Each entry keeps its subject alive, so that no other object can get the `id` in the key.
+        self._shared: OrderedDict[_CacheKey, tuple[Mapping[str, Any], bytes]] = OrderedDict()
 
-    def body(self, message: Message) -> bytes:
-        """Return the message as the body of a webhook."""
+    def encode(self, message: Message) -> bytes:
+        """Return the message as the body of a webhook, in fewer than `MAX_BYTES`."""
         head = b'{"version":%d,"id":%b,' % (VERSION, msgspec.json.encode(message.id))
         tenant = message.tenant
-        key: _Key = (
+        key: _CacheKey = (
             id(message.subject),
             message.type,
             message.subject_kind,
@@ -151,22 +160,22 @@ class Bodies:
             tenant["name"],
         )
         key += tuple(change.position for change in message.changes)
-        known = self._rests.get(key)
-        if known is None:
-            known = message.subject, _rest(message, MAX_BYTES - 1 - len(head))
-            self._rests[key] = known
-            if len(self._rests) > _REMEMBERED:
-                self._rests.popitem(last=False)
-        return head + known[1]
+        cached = self._shared.get(key)
+        if cached is None:
+            cached = message.subject, _encode_shared(message, MAX_BYTES - 1 - len(head))
+            self._shared[key] = cached
+            if len(self._shared) > _CACHE_ENTRIES:
+                self._shared.popitem(last=False)
+        return head + cached[1]
 
 
-def _rest(message: Message, room: int) -> bytes:
-    """Return what comes after the id, in at most `room` bytes."""
+def _encode_shared(message: Message, max_bytes: int) -> bytes:
+    """Return everything after the id, in at most `max_bytes`."""
     changes = [
         ChangeRef(change.position, change.type, change.recorded_at.astimezone(UTC))
-        for change in message.changes[-_CHANGES:]
+        for change in message.changes[-_MAX_CHANGES:]
     ]
-    around = {
+    envelope = {
         "type": message.type,
         "timestamp": message.recorded_at.astimezone(UTC),
         "position": message.position,
@@ -174,33 +183,33 @@ def _rest(message: Message, room: int) -> bytes:
         "changes": changes,
         "data": {message.subject_kind: None},
     }
-    start = msgspec.json.encode(around).removesuffix(b"null}}")[1:]
-    return start + fit(message.subject, room - len(start) - 2) + b"}}"
+    start = msgspec.json.encode(envelope).removesuffix(b"null}}")[1:]
+    return start + fit(message.subject, max_bytes - len(start) - 2) + b"}}"
 
 
-def fit(subject: Mapping[str, Any], room: int) -> bytes:
-    """Return `subject` as JSON of at most `room` bytes, which are to be some 10,000 or more.
+def fit(subject: Mapping[str, Any], max_bytes: int) -> bytes:
+    """Return `subject` as JSON of at most `max_bytes`, which must be 10,000 or more.
 
-    Oldest entries of `updates` are left out first, all but the last; how many is in `updates_omitted`. Then long texts
-    and lists are cut: `shortened` names the texts, `<list>_omitted` says how many entries are missing.
+    The oldest entries of `updates` go first, down to the newest one; `updates_omitted` counts them. Then long texts
+    and lists are cut: `shortened` names the texts, and `<list>_omitted` counts the missing entries.
     """
     whole = msgspec.json.encode(subject)
-    if len(whole) <= room:
+    if len(whole) <= max_bytes:
         return whole
-    room -= 400  # for what says what was cut
+    max_bytes -= _OMISSION_BYTES
     fitted = dict(subject)
     updates = fitted.get("updates")
     if isinstance(updates, list) and len(updates) > 1:
         size, kept = len(msgspec.json.encode({**fitted, "updates": (), "updates_omitted": len(updates)})), 0
         for update in reversed(updates):
             size += len(msgspec.json.encode(update)) + 1
-            if kept and size > room:
+            if kept and size > max_bytes:
                 break
             kept += 1
         fitted["updates"] = updates[-kept:]
         fitted["updates_omitted"] = len(updates) - kept
-    for characters, entries in _STEPS:
-        if len(msgspec.json.encode(fitted)) <= room:
+    for characters, entries in _LIMITS:
+        if len(msgspec.json.encode(fitted)) <= max_bytes:
             break
         shortened: dict[str, None] = {}
         fitted = {name: _cut(value, name, characters, entries, shortened) for name, value in fitted.items()}
