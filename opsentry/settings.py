@@ -1,18 +1,34 @@
-"""All settings, in one place: environment variables `OPSENTRY_*` with their defaults."""
+"""Read the settings from environment variables `OPSENTRY_*` and check them."""
 
 import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+
+T = TypeVar("T")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class InvalidSettings(Exception):
-    """One or more settings cannot be used; the message has a line for each."""
+    """At least one setting has an unusable value. The message has a line for each."""
+
+
+class SettingDescription(NamedTuple):
+    """Describes one setting to operators.
+
+    Attributes:
+        variable: Name of the environment variable.
+        default: Value where the variable is unset; empty if there is none.
+        meaning: Meaning and unit of the value.
+    """
+
+    variable: str
+    default: str
+    meaning: str
 
 
 def _text(value: str) -> str:
@@ -25,20 +41,22 @@ def _url(*schemes: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         try:
             parts = urlsplit(value)
-            usable = parts.scheme in schemes and (parts.port is None or parts.port > 0)
+            is_valid = parts.scheme in schemes and (parts.port is None or parts.port > 0)
         except ValueError:
-            usable = False
-        if not usable:  # the value itself may hold a password and is not repeated
+            is_valid = False
+        if not is_valid:
+            # The message must not repeat the value, which may contain a password.
             raise ValueError(f"must be a URL that begins with {' or '.join(f'{scheme}:' for scheme in schemes)}")
         return value
 
     return parse
 
 
-_POSTGRES = _url("postgresql", "postgres")
+def _optional(parse: Callable[[str], str]) -> Callable[[str], str]:
+    return lambda value: parse(value) if value else value
 
 
-def _number(lowest: int, highest: int) -> Callable[[str], int]:
+def _integer(lowest: int, highest: int) -> Callable[[str], int]:
     def parse(value: str) -> int:
         if not re.fullmatch(r"\d{1,9}", value) or not lowest <= int(value) <= highest:
             raise ValueError(f"must be a whole number from {lowest} to {highest}")
@@ -60,10 +78,11 @@ def _networks(value: str) -> tuple[Network, ...]:
         raise ValueError("must be addresses or networks separated by commas, such as 10.0.0.0/8") from None
 
 
-def _secret_keys(value: str) -> tuple[str, ...]:
+def _encryption_keys(value: str) -> tuple[str, ...]:
     keys = tuple(part.strip() for part in value.split(",") if part.strip())
-    if any(not re.fullmatch(r"[A-Za-z0-9_-]{43}=", key) for key in keys):  # not repeated: they are secrets
-        raise ValueError("must be one or more keys as `opsentry secret-key` prints them, separated by commas")
+    if any(not re.fullmatch(r"[A-Za-z0-9_-]{43}=", key) for key in keys):
+        # The message must not repeat the value, which is secret.
+        raise ValueError("must be keys from `opsentry keys generate`, separated by commas")
     return keys
 
 
@@ -73,70 +92,85 @@ def _log_level(value: str) -> str:
     return value
 
 
-def _setting(default: Any, parse: Callable[[str], Any], says: str) -> Any:
-    return field(default=default, metadata={"parse": parse, "says": says})
+def _setting(default: T, parse: Callable[[str], T], meaning: str, *, is_secret: bool = False) -> T:
+    return field(default=default, repr=not is_secret, metadata={"parse": parse, "meaning": meaning})
+
+
+_postgres_url = _url("postgresql", "postgres")
+_no_networks: tuple[Network, ...] = ()
+_no_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What can be set from outside. The variable of `database_url` is `OPSENTRY_DATABASE_URL`, and so on."""
+    """Hold every setting. `OPSENTRY_DATABASE_URL` sets `database_url`; the others follow the same rule."""
 
+    # Servers
     database_url: str = _setting(
-        "postgresql://localhost:5432/opsentry", _POSTGRES, "PostgreSQL 16 or later, as a member of role opsentry_app"
+        "postgresql://localhost:5432/opsentry",
+        _postgres_url,
+        "PostgreSQL 16 or later; the login is a member of the role opsentry_app",
     )
     migration_database_url: str = _setting(
         "",
-        lambda value: value and _POSTGRES(value),
-        "the same database as its owner, for `opsentry migrate`; empty: as OPSENTRY_DATABASE_URL",
+        _optional(_postgres_url),
+        "the same database as its owner, for `opsentry migrate`; empty: OPSENTRY_DATABASE_URL",
     )
+    database_pool_size: int = _setting(16, _integer(2, 1000), "maximum PostgreSQL connections of a process")
     redis_url: str = _setting(
-        "redis://localhost:6379/0", _url("redis", "rediss", "unix"), "Redis or Valkey; nothing in it needs keeping"
+        "redis://localhost:6379/0", _url("redis", "rediss", "unix"), "Redis or Valkey; its contents may be lost"
     )
+
+    # HTTP
     host: str = _setting("127.0.0.1", _text, "address that `opsentry serve` listens on")
-    port: int = _setting(8080, _number(0, 65535), "port that `opsentry serve` listens on; 0 takes a free one")
-    database_pool_size: int = _setting(16, _number(2, 1000), "PostgreSQL connections of one process, at most")
-    rate_limit: str = _setting("600/minute", _rate, "requests of one token from one address")
-    auth_failure_rate_limit: str = _setting("60/minute", _rate, "failed authentications from one address")
-    subscribe_rate_limit: str = _setting(
-        "10/hour", _rate, "subscriptions by e-mail asked for from one address, on its page"
+    port: int = _setting(8080, _integer(0, 65535), "port that `opsentry serve` listens on; 0: any free port")
+    public_url: str = _setting(
+        "http://localhost:8080", _url("http", "https"), "base URL of `opsentry serve` for readers; begins e-mail links"
     )
     trusted_proxies: tuple[Network, ...] = _setting(
-        (), _networks, "networks whose X-Forwarded-For is believed, separated by commas"
-    )
-    idempotency_key_ttl_hours: int = _setting(
-        48, _number(24, 8760), "hours that an Idempotency-Key is remembered, at least"
+        _no_networks, _networks, "networks whose X-Forwarded-For header is trusted, separated by commas"
     )
     request_body_timeout_seconds: int = _setting(
-        10, _number(1, 3600), "seconds that a request may take to arrive whole"
+        10, _integer(1, 3600), "seconds within which a request body must arrive"
     )
-    encryption_keys: tuple[str, ...] = field(
-        default=(),
-        repr=False,
-        metadata={
-            "parse": _secret_keys,
-            "says": "keys that seal secrets of subscriptions, from `opsentry secret-key`; the first seals, all open",
-        },
+    idempotency_key_ttl_hours: int = _setting(
+        48, _integer(24, 8760), "minimum hours for which an Idempotency-Key is kept"
     )
-    public_url: str = _setting(
-        "http://localhost:8080", _url("http", "https"), "where people and mail programs reach `opsentry serve`"
+    rate_limit: str = _setting("600/minute", _rate, "maximum requests of one token from one address")
+    auth_failure_rate_limit: str = _setting("60/minute", _rate, "maximum failed authentications from one address")
+    subscribe_rate_limit: str = _setting("10/hour", _rate, "maximum e-mail sign-ups on public pages from one address")
+
+    # Notifications
+    encryption_keys: tuple[str, ...] = _setting(
+        _no_keys,
+        _encryption_keys,
+        "keys from `opsentry keys generate` for subscription secrets, separated by commas; the first encrypts, all"
+        " decrypt",
+        is_secret=True,
     )
     smtp_url: str = _setting(
         "",
-        lambda value: value and _url("smtp", "smtps")(value),
-        "mail relay, such as smtp://user:password@mail.example.com:587; empty: no e-mail is sent",
+        _optional(_url("smtp", "smtps")),
+        "mail relay, such as smtp://user:password@mail.example.com:587; empty: e-mails are not sent",
     )
-    mail_from: str = _setting("Opsentry <opsentry@localhost>", _text, "sender of e-mails")
+    mail_from: str = _setting("Opsentry <opsentry@localhost>", _text, "From address of e-mails")
     webhook_allowed_networks: tuple[Network, ...] = _setting(
-        (), _networks, "private networks that webhooks may be sent to, separated by commas; all public ones are open"
+        _no_networks,
+        _networks,
+        "private networks that webhooks may reach, separated by commas; public addresses are always allowed",
     )
-    coalesce_seconds: int = _setting(2, _number(0, 3600), "changes of one incident within so long become one message")
+    coalesce_seconds: int = _setting(
+        2, _integer(0, 3600), "seconds within which changes of one incident coalesce into one message"
+    )
     maintenance_reminder_minutes: int = _setting(
-        60, _number(0, 10080), "how long before its start people are reminded of a window; 0: never"
+        60, _integer(0, 10080), "minutes between a reminder and the start of its maintenance window; 0: no reminders"
     )
     max_concurrent_deliveries: int = _setting(
-        256, _number(4, 10_000), "messages that one worker sends at once on a channel, at most"
+        256, _integer(4, 10_000), "maximum deliveries in flight of one worker on one channel"
     )
-    delivery_retention_days: int = _setting(90, _number(1, 3650), "days that what came of a message is kept")
+    delivery_retention_days: int = _setting(90, _integer(1, 3650), "days for which final deliveries are kept")
+
+    # Logs
     log_level: str = _setting("info", _log_level, "debug, info, warning or error")
 
     @classmethod
@@ -146,29 +180,29 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """Read the settings; unset variables take their defaults.
+        """Read the settings. Unset variables take their defaults.
 
         Raises:
-            InvalidSettings: Names every variable that cannot be used, not only the first.
+            InvalidSettings: At least one value is unusable. The message names every such variable.
         """
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {}  # each parser returns the type of its own field
         problems = []
         for setting in fields(cls):
-            raw = environment.get(cls.variable(setting.name))
-            if raw is None:
+            variable = cls.variable(setting.name)
+            if (raw := environment.get(variable)) is None:
                 continue
             try:
                 values[setting.name] = setting.metadata["parse"](raw)
             except ValueError as error:
-                problems.append(f"{cls.variable(setting.name)}: {error}")
+                problems.append(f"{variable}: {error}")
         if problems:
             raise InvalidSettings("\n".join(problems))
         return cls(**values)
 
     @classmethod
-    def catalogue(cls) -> list[tuple[str, str, str]]:
-        """Return (variable, default, what it is) of every setting."""
+    def describe(cls) -> list[SettingDescription]:
+        """Return the description of every setting, ordered by topic."""
         return [
-            (cls.variable(setting.name), str(setting.default or ""), str(setting.metadata["says"]))
+            SettingDescription(cls.variable(setting.name), str(setting.default or ""), str(setting.metadata["meaning"]))
             for setting in fields(cls)
         ]

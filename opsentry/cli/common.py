@@ -1,11 +1,10 @@
-"""What all commands share: settings, the event loop, errors as exit codes, output for people and for machines."""
+"""Run the work of a command: settings, event loop, connections, and errors as exit codes."""
 
 import gc
-import json
 import os
 import resource
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar, cast
@@ -14,8 +13,6 @@ import asyncpg
 import click
 import msgspec
 import uvloop
-from rich.console import Console
-from rich.table import Table
 
 from opsentry.bootstrap import Core, configure_logging, core
 from opsentry.domain.decider import DomainError, InvalidField
@@ -24,7 +21,7 @@ from opsentry.events.appender import TenantBusy
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.command_handler import ConcurrencyConflict, NameReserved, StreamNotFound
 from opsentry.events.verification import BadExport
-from opsentry.identity import api_tokens, tenants
+from opsentry.identity import tenants
 from opsentry.identity.api_tokens import TokenNotFound
 from opsentry.identity.tenants import SlugTaken, TenantNotFound
 from opsentry.importing.statuspage import Malformed
@@ -37,21 +34,27 @@ T = TypeVar("T")
 
 META = Meta(Actor("operator"))
 
-# Command lines are patient: nobody's browser waits for them.
-PATIENCE = 30.0
+# An operator at a terminal waits longer than an HTTP client does.
+COMMAND_TIMEOUT_SECONDS = 30.0
+# Garbage collection at the default threshold of 700 objects takes a tenth of a busy sender's time.
+GC_THRESHOLD_OBJECTS = 50_000
 
-as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON instead of a table.")
-for_tenant = click.option("--tenant", "slug", required=True, metavar="SLUG", help="The tenant's slug.")
+for_tenant = click.option("--tenant", "slug", required=True, metavar="SLUG", help="Slug of the tenant.")
+for_any_tenant = click.option("--tenant", "slug", metavar="SLUG", help="Slug of one tenant. Default: all tenants.")
 expiring = click.option(
     "--expires",
     type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]),
-    callback=lambda _, __, moment: None if moment is None else moment.replace(tzinfo=UTC),
-    help="When it stops working, in UTC; never if left out.",
+    callback=lambda _, __, at: None if at is None else at.replace(tzinfo=UTC),
+    help="UTC time at which the token expires. Default: never.",
 )
 
 
 def settings() -> Settings:
-    """Return the settings and set logging up by them; bad ones are wrong use."""
+    """Return the settings and configure logging by them.
+
+    Raises:
+        click.UsageError: A setting has an unusable value.
+    """
     try:
         found = Settings.from_environment()
     except InvalidSettings as error:
@@ -61,33 +64,38 @@ def settings() -> Settings:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`, its errors explained, with as many files and sockets open as the system lets it have."""
-    # The soft limit is often 1,024 for the sake of programs that use select(), which event loops do not.
+    """Run `work` on a new event loop and return its result; its errors end the process with a clear line."""
+    # The soft limit, often 1,024, protects programs that use select(). Event loops do not use it.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    # What was imported stays; and most garbage goes by reference counts, without a search every 700 objects. A tenth of
-    # the time of a busy sender went into that.
+    # Imported modules live until the process ends, so the collector need not visit them.
     gc.freeze()
-    gc.set_threshold(50_000)
-    with explained():
+    gc.set_threshold(GC_THRESHOLD_OBJECTS)
+    with errors_explained():
         return uvloop.run(work)
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """End what people can do something about with a clear line and exit code 1 (or 2: wrong use)."""
+def errors_explained() -> Iterator[None]:
+    """Turn errors that an operator can act on into one line and exit code 1, or 2 for wrong use."""
     try:
         yield
     except InvalidField as error:
         raise click.UsageError(str(error)) from None
     except OutcomeUnknown as error:
-        raise click.ClickException(f"{error}: it may or may not be recorded; look before trying again") from None
+        raise click.ClickException(
+            f"{error}. The change may or may not be recorded. Check before you run the command again."
+        ) from None
     except DatabaseUnavailable as error:
-        raise click.ClickException(f"{error} (is OPSENTRY_DATABASE_URL right, and the database migrated?)") from None
+        raise click.ClickException(
+            f"{error}. Check OPSENTRY_DATABASE_URL, and that the database is up and migrated (`opsentry migrate`)."
+        ) from None
     except asyncpg.InsufficientPrivilegeError as error:
-        raise click.ClickException(f"database: {error} (OPSENTRY_MIGRATION_DATABASE_URL must be its owner's)") from None
+        raise click.ClickException(
+            f"database: {error}. Set OPSENTRY_MIGRATION_DATABASE_URL to a URL of the database's owner."
+        ) from None
     except BrokenPipeError:
-        # Whoever read has had enough, as `| head` has; what is still to be flushed goes nowhere.
+        # The reader closed the pipe, as `| head` does. Python would complain when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (
@@ -111,9 +119,9 @@ def explained() -> Iterator[None]:
 
 @asynccontextmanager
 async def opened(found: Settings) -> AsyncIterator[Database]:
-    """Lend the database.
+    """Open the database with one connection and close it at the end.
 
-    What is read there is best written once its connection was given back: an output that fails is no such database.
+    Print after giving a connection back: an error of the output must not look like one of the database.
     """
     database = Database(found.database_url, size=1)
     await database.open()
@@ -125,96 +133,72 @@ async def opened(found: Settings) -> AsyncIterator[Database]:
 
 @asynccontextmanager
 async def connected(found: Settings) -> AsyncIterator[Connection]:
-    """Lend a connection."""
-    async with opened(found) as database, database.connection(PATIENCE) as connection:
+    """Lend a connection for at most `COMMAND_TIMEOUT_SECONDS`."""
+    async with opened(found) as database, database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
         yield connection
+
+
+async def transaction(work: Callable[[Connection], Awaitable[T]]) -> T:
+    """Run `work` in one transaction and return its result."""
+    async with opened(settings()) as database, database.transaction(COMMAND_TIMEOUT_SECONDS) as connection:
+        return await work(connection)
 
 
 @asynccontextmanager
 async def tenant_core(slug: str) -> AsyncIterator[tuple[Core, int]]:
-    """Lend the core and the id of a tenant.
+    """Lend the core and the id of the tenant `slug`.
 
     Raises:
-        TenantNotFound: There is none with this slug.
+        TenantNotFound: No tenant has this slug.
     """
     async with core(settings()) as parts:
-        async with parts.database.connection() as connection:
-            tenant_id: int = (await tenants.find_tenant(connection, slug))["tenant_id"]
+        async with parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
+            tenant_id = await tenant_id_of(connection, slug)
         yield parts, tenant_id
 
 
-@asynccontextmanager
-async def stream_core(kind: str, stream_id: int, slug: str | None) -> AsyncIterator[tuple[Core, int]]:
-    """Lend the core and the id of the tenant that has this stream, which must be `slug` if that is given.
+async def tenant_id_of(connection: Connection, slug: str) -> int:
+    """Return the id of the tenant `slug`.
 
     Raises:
-        TenantNotFound: There is no such stream, or none of this tenant's.
+        TenantNotFound: No tenant has this slug.
     """
-    async with core(settings()) as parts:
-        async with parts.database.connection(PATIENCE) as connection:
-            row = await tenants.of_stream(connection, kind, stream_id)
-        if slug not in {None, row["slug"]}:
-            raise TenantNotFound(f"{slug} has no {kind} {stream_id}")
-        yield parts, row["tenant_id"]
+    return int((await tenants.find_tenant(connection, slug))["tenant_id"])
 
 
-async def parse_position(connection: Connection, tenant_id: int, moment: str) -> int:
-    """Return the position that `moment` names, itself a position or an RFC 3339 timestamp.
+async def optional_tenant_id(connection: Connection, slug: str | None) -> int | None:
+    """Return the id of the tenant `slug`, or `None` for all tenants.
 
     Raises:
-        click.UsageError: It is neither, or lies in the future.
+        TenantNotFound: No tenant has this slug.
     """
-    ends = await store.read_head_position(connection, tenant_id)
-    if moment.isdecimal():
-        if int(moment) > ends:
-            raise click.UsageError(f"{moment}: the ledger ends at position {ends}")
-        return int(moment)
-    found = await audit.position_at(connection, tenant_id, time(moment, "a position, or a time"))
+    return None if slug is None else await tenant_id_of(connection, slug)
+
+
+async def parse_position(connection: Connection, tenant_id: int, text: str) -> int:
+    """Return the position that `text` names: itself a position, or an RFC 3339 time.
+
+    Raises:
+        click.UsageError: `text` is neither, or names something after the end of the ledger.
+    """
+    last = await store.read_head_position(connection, tenant_id)
+    if text.isdecimal():
+        if int(text) > last:
+            raise click.UsageError(f"{text}: the ledger ends at position {last}")
+        return int(text)
+    found = await audit.position_at(connection, tenant_id, parse_time(text, "a position, or a time"))
     if found is None:
-        raise click.UsageError(f"{moment}: lies in the future")
+        raise click.UsageError(f"{text}: lies in the future")
     return found
 
 
-def time(moment: str, what: str = "a time") -> datetime:
-    """Return the moment that an RFC 3339 timestamp names.
+def parse_time(text: str, expected: str = "a time") -> datetime:
+    """Return the time that an RFC 3339 `text` names.
 
     Raises:
-        click.UsageError: It is none.
+        click.UsageError: `text` is no time with an offset; the message asks for `expected`.
     """
     try:
-        return cast("datetime", msgspec.convert(moment, Annotated[datetime, msgspec.Meta(tz=True)]))
+        return cast("datetime", msgspec.convert(text, Annotated[datetime, msgspec.Meta(tz=True)]))
     except msgspec.ValidationError:
-        raise click.UsageError(f"{moment}: must be {what} such as 2026-06-01T02:00:00Z") from None
-
-
-def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_output: bool) -> None:
-    """Print rows as a table, or as a JSON array."""
-    if json_output:
-        click.echo(json.dumps([{column: row[column] for column in columns} for row in rows], default=_plain, indent=2))
-        return
-    table = Table()
-    for column in columns:
-        # What other commands want to be told must be there to be copied.
-        table.add_column(column, no_wrap=column == "id", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
-
-
-def show_token(value: str, *, json_output: bool) -> None:
-    """Print a new token's value, this once."""
-    if json_output:
-        show([{"token": value, "prefix": api_tokens.prefix(value)}], ["token", "prefix"], json_output=True)
-    else:
-        click.echo(value)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    isoformat: Callable[[], str] | None = getattr(value, "isoformat", None)
-    return isoformat().replace("+00:00", "Z") if isoformat else value
+        raise click.UsageError(f"{text}: must be {expected} such as 2026-06-01T02:00:00Z") from None

@@ -1,4 +1,4 @@
-"""`opsentry outbox`: how sending stands, and what can be done about it."""
+"""`opsentry deliveries`: the messages to subscriptions, and their outcomes."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -7,34 +7,40 @@ from uuid import UUID
 import click
 import msgspec
 
-from opsentry.cli.common import PATIENCE, as_json, opened, run, settings, show
-from opsentry.identity import tenants
-from opsentry.infrastructure.encryption import generate_key
+from opsentry.cli.common import (
+    COMMAND_TIMEOUT_SECONDS,
+    for_any_tenant,
+    opened,
+    optional_tenant_id,
+    run,
+    settings,
+    transaction,
+)
+from opsentry.cli.output import as_json, show
 from opsentry.infrastructure.postgres import Connection
 from opsentry.notifications.delivery import history, management
 
-of_tenant = click.option("--tenant", "slug", metavar="SLUG", help="One tenant; all if left out.")
 of_subscription = click.option(
-    "--subscription", "subscription_id", type=click.IntRange(min=1), help="One subscription."
+    "--subscription", "subscription_id", type=click.IntRange(min=1), help="Id of one subscription; needs --tenant."
 )
-everything = click.option("--all", "everything", is_flag=True, help="All that match, instead of IDs.")
+all_matching = click.option("--all", "everything", is_flag=True, help="All matching deliveries, instead of IDS.")
 
 
-@click.group(name="outbox")
-def outbox_group() -> None:
-    """See what waits to be sent, try it again, give it up, and hold sending."""
+@click.group(name="deliveries")
+def deliveries_group() -> None:
+    """List deliveries, retry them and cancel them."""
 
 
-@outbox_group.command(name="status")
-@of_tenant
+@deliveries_group.command(name="status")
+@for_any_tenant
 @as_json
 def status(slug: str | None, *, json_output: bool) -> None:
-    """Say how sending stands, for each tenant that anything waits for."""
+    """Show pending and failed deliveries of each tenant that has any."""
 
     async def work(connection: Connection) -> Sequence[Any]:
-        return await management.status(connection, await _tenant(connection, slug))
+        return await management.status(connection, await optional_tenant_id(connection, slug))
 
-    rows = run(_transaction(work))
+    rows = run(transaction(work))
     columns = [
         "slug",
         "due",
@@ -48,33 +54,39 @@ def status(slug: str | None, *, json_output: bool) -> None:
     show(rows, [*columns, "probed", "parked", "paused", "settled"], json_output=json_output)
 
 
-@outbox_group.command(name="list")
-@of_tenant
+@deliveries_group.command(name="list")
+@for_any_tenant
 @of_subscription
-@click.option("--state", "states", multiple=True, type=click.Choice(history.STATES), help="Only in this state.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="So many at most.")
+@click.option(
+    "--state", "states", multiple=True, type=click.Choice(history.STATES), help="Only this state; repeatable."
+)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number.")
 @as_json
 def list_deliveries(
     slug: str | None, subscription_id: int | None, states: Sequence[str], limit: int, *, json_output: bool
 ) -> None:
-    """List deliveries, the newest first, with what came of them."""
+    """List deliveries with their last outcome, newest first."""
+    _check_subscription(slug, subscription_id)
 
     async def work(connection: Connection) -> Sequence[Any]:
-        tenant_id = await _tenant(connection, slug)
         return await management.listing(
-            connection, tenant_id, subscription_id=subscription_id, states=list(states) or None, limit=limit
+            connection,
+            await optional_tenant_id(connection, slug),
+            subscription_id=subscription_id,
+            states=list(states) or None,
+            limit=limit,
         )
 
-    rows = run(_transaction(work))
+    rows = run(transaction(work))
     columns = ["id", "slug", "subscription_id", "topic", "position", "state", "tried", "due_at", "answer", "error"]
     more = ["channel", "stream_kind", "stream_id", "created_at"] if json_output else []
     show(rows, [*columns, *more], json_output=json_output)
 
 
-@outbox_group.command(name="retry")
+@deliveries_group.command(name="retry")
 @click.argument("ids", nargs=-1)
-@everything
-@of_tenant
+@all_matching
+@for_any_tenant
 @of_subscription
 @click.option(
     "--state",
@@ -83,7 +95,7 @@ def list_deliveries(
     type=click.Choice(management.RETRIED),
     default=("parked",),
     show_default=True,
-    help="What --all means.",
+    help="State that --all matches; repeatable.",
 )
 @as_json
 def retry(
@@ -95,22 +107,23 @@ def retry(
     everything: bool,
     json_output: bool,
 ) -> None:
-    """Try deliveries again now, with all attempts anew: those with these IDS (msg_…), or --all that match."""
+    """Send deliveries again now, with a full set of attempts: those with these IDS (msg_…), or --all that match."""
+    _check_subscription(slug, subscription_id)
     chosen = _chosen(ids, everything=everything)
 
-    meant = management.RETRIED if chosen else states
-    moved = run(_moved(management.retry, slug, management.Chosen(meant, chosen, None, subscription_id)))
-    _say(moved, "are tried again", chosen, json_output=json_output)
+    allowed = management.RETRIED if chosen else states
+    moved = run(_move(management.retry, slug, management.Chosen(allowed, chosen, None, subscription_id)))
+    _report(moved, "retried", chosen, json_output=json_output)
 
 
-@outbox_group.command(name="drop")
+@deliveries_group.command(name="cancel")
 @click.argument("ids", nargs=-1)
-@everything
-@of_tenant
+@all_matching
+@for_any_tenant
 @of_subscription
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @as_json
-def drop(
+def cancel(
     ids: Sequence[str],
     slug: str | None,
     subscription_id: int | None,
@@ -119,93 +132,43 @@ def drop(
     yes: bool,
     json_output: bool,
 ) -> None:
-    """Give up deliveries that wait or are parked: those with these IDS (msg_…), or --all that match."""
+    """Cancel pending and exhausted deliveries: those with these IDS (msg_…), or --all that match."""
+    _check_subscription(slug, subscription_id)
     chosen = _chosen(ids, everything=everything)
     if everything and not yes:
-        click.confirm("Give up all that waits there?", abort=True, err=True)
+        click.confirm("Cancel all matching deliveries?", abort=True, err=True)
 
-    moved = run(_moved(management.drop, slug, management.Chosen(management.DROPPED, chosen, None, subscription_id)))
-    _say(moved, "were given up", chosen, json_output=json_output)
-
-
-@outbox_group.command(name="pause")
-@of_tenant
-@as_json
-def pause(slug: str | None, *, json_output: bool) -> None:
-    """Send nothing more, to one tenant's subscriptions or to any; what is under way ends. Readiness stays as it is."""
-    _switch(management.pause, slug, "paused", "was paused already", json_output=json_output)
+    moved = run(_move(management.drop, slug, management.Chosen(management.DROPPED, chosen, None, subscription_id)))
+    _report(moved, "cancelled", chosen, json_output=json_output)
 
 
-@outbox_group.command(name="resume")
-@of_tenant
-@as_json
-def resume(slug: str | None, *, json_output: bool) -> None:
-    """Send again what waits."""
-    _switch(management.resume, slug, "resumed", "was not paused", json_output=json_output)
-
-
-@click.command(name="secret-key")
-def secret_key() -> None:
-    """Print a new key for OPSENTRY_ENCRYPTION_KEYS.
-
-    Opsentry does not store the key. Without it, encrypted secrets cannot be read.
-    """
-    click.echo(generate_key())
-
-
-def _switch(
-    change: Callable[[Connection, int], Awaitable[bool]],
-    slug: str | None,
-    done: str,
-    already: str,
-    *,
-    json_output: bool,
-) -> None:
-    async def work(connection: Connection) -> tuple[bool, list[str]]:
-        tenant_id = await _tenant(connection, slug)
-        changed = await change(connection, management.ALL_TENANTS if tenant_id is None else tenant_id)
-        return changed, await management.paused(connection)
-
-    changed, paused = run(_transaction(work))
-    if json_output:
-        click.echo(msgspec.json.encode({"changed": changed, "paused": paused}))
-        return
-    click.echo(f"{slug or 'all tenants'}: {done if changed else already}")
-    if paused:
-        click.echo(f"paused now: {', '.join(paused)}")
+def _check_subscription(slug: str | None, subscription_id: int | None) -> None:
+    if subscription_id is not None and slug is None:
+        raise click.UsageError("--subscription needs --tenant: each tenant counts its subscriptions from 1")
 
 
 def _chosen(ids: Sequence[str], *, everything: bool) -> list[UUID] | None:
-    """Return the ids that are meant, `None` for all that match."""
+    """Return the intents of the message `ids`, or `None` for all that match."""
     if bool(ids) == everything:
-        raise click.UsageError("name deliveries by their ids, or say --all")
+        raise click.UsageError("name deliveries by their ids, or use --all")
     found = [history.intent_id(each) for each in ids]
     if bad := [each for each, intent in zip(ids, found, strict=True) if intent is None]:
         raise click.UsageError(f"{', '.join(bad)}: must be msg_ and 32 hex digits")
     return None if everything else [intent for intent in found if intent is not None]
 
 
-def _say(moved: int, done: str, chosen: Sequence[UUID] | None, *, json_output: bool) -> None:
-    """Print how many; end with exit code 1 where not all that were named could be."""
+def _report(moved: int, done: str, chosen: Sequence[UUID] | None, *, json_output: bool) -> None:
+    """Print the number of changed deliveries; exit with 1 if a named one did not change."""
     if json_output:
-        click.echo(msgspec.json.encode({"moved": moved}))
+        click.echo(msgspec.json.encode({done: moved}))
     else:
-        click.echo(f"{moved} {done}")
+        click.echo(f"{done} 1 delivery" if moved == 1 else f"{done} {moved} deliveries")
     if chosen is not None and moved < len(set(chosen)):
         raise SystemExit(1)
 
 
-async def _moved(move: Callable[..., Awaitable[int]], slug: str | None, chosen: management.Chosen) -> int:
+async def _move(move: Callable[..., Awaitable[int]], slug: str | None, chosen: management.Chosen) -> int:
     async with opened(settings()) as database:
-        async with database.connection(PATIENCE) as connection:
-            tenant_id = await _tenant(connection, slug)
-        return await move(database, chosen._replace(tenant_id=tenant_id), seconds=PATIENCE)
-
-
-async def _transaction(work: Callable[[Connection], Awaitable[Any]]) -> Any:
-    async with opened(settings()) as database, database.transaction(PATIENCE) as connection:
-        return await work(connection)
-
-
-async def _tenant(connection: Connection, slug: str | None) -> int | None:
-    return None if slug is None else int((await tenants.find_tenant(connection, slug))["tenant_id"])
+        async with database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
+            tenant_id = await optional_tenant_id(connection, slug)
+        return await move(database, chosen._replace(tenant_id=tenant_id), seconds=COMMAND_TIMEOUT_SECONDS)

@@ -1,20 +1,18 @@
-"""`opsentry import`: history from elsewhere."""
+"""`opsentry import`: history from other products."""
 
 from pathlib import Path
 
 import click
-import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from opsentry.cli.common import as_json, for_tenant, run, tenant_core
+from opsentry.cli.common import for_tenant, run, tenant_core
+from opsentry.cli.output import as_json, print_json, progress_bar
 from opsentry.importing import statuspage
 from opsentry.importing.importer import Importer, Result
 
 
 @click.group(name="import")
 def import_group() -> None:
-    """Bring in history from elsewhere."""
+    """Import history from other products."""
 
 
 @import_group.command(name="statuspage")
@@ -22,27 +20,26 @@ def import_group() -> None:
 @for_tenant
 @as_json
 def import_statuspage(file: Path, slug: str, *, json_output: bool) -> None:
-    """Load incidents, windows and components from FILE, in the JSON of Statuspage's API (v2).
+    """Import incidents, maintenance windows and components from FILE, in the JSON of Statuspage's API (v2).
 
-    Times are kept. Nothing is doubled when it runs again, and nobody is notified.
+    Events keep their original times. A second run adds only what is new. Subscribers are not notified.
     """
 
     async def work() -> Result:
         export = statuspage.read(file)
         total = len(export.components) + len(export.incidents) + len(export.scheduled_maintenances)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         async with tenant_core(slug) as (parts, tenant_id):
-            with Progress(*columns, console=Console(stderr=True)) as progress:
+            with progress_bar() as progress:
                 task = progress.add_task(file.name, total=total)
                 importer = Importer(parts.database, parts.appender, parts.projector, tenant_id)
                 return await importer.load(export, lambda: progress.advance(task))
 
     result = run(work())
     if json_output:
-        click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
+        print_json(result)
         return
     for skipped in result.skipped:
-        click.echo(f"not taken: {skipped.what}: {skipped.why}")
+        click.echo(f"skipped {skipped.what}: {skipped.why}")
     click.echo(
         f"added {result.events} events: {result.services} services, {result.incidents} incidents,"
         f" {result.maintenance} maintenance windows, {result.updates} updates;"

@@ -1,22 +1,18 @@
-"""`opsentry history|redact`: what became of one incident, window or service, and erasing what was written there."""
+"""`opsentry ledger history`: all changes of one incident, maintenance window or service."""
 
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import click
 import msgspec
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from opsentry.cli.common import META, as_json, parse_position, run, stream_core, time
+from opsentry.cli.common import COMMAND_TIMEOUT_SECONDS, for_tenant, parse_position, parse_time, run, tenant_core
+from opsentry.cli.output import as_json, print_json, print_table, table
 from opsentry.domain import incident, maintenance, service
-from opsentry.domain.decider import Decider
-from opsentry.domain.incident import IncidentUpdated, RedactIncident
-from opsentry.domain.maintenance import MaintenanceUpdated, RedactMaintenance
-from opsentry.domain.redaction import HistoryEntry, RedactionPlan, plan
+from opsentry.domain.incident import IncidentUpdated
+from opsentry.domain.maintenance import MaintenanceUpdated
 from opsentry.events import audit, store
 from opsentry.events.audit import Entry
 from opsentry.events.codec import RecordedEvent
@@ -29,88 +25,96 @@ _EVOLVE: Mapping[str, Callable[[Any, RecordedEvent], msgspec.Struct]] = {
     maintenance.KIND: windows.evolve_view,
     service.KIND: services.evolve_view,
 }
-_DECIDERS: Mapping[str, tuple[Decider[Any, Any, Any], Sequence[str], type[Any]]] = {
-    incident.KIND: (incident.DECIDER, incident.REDACTABLE_FIELDS, RedactIncident),
-    maintenance.KIND: (maintenance.DECIDER, maintenance.REDACTABLE_FIELDS, RedactMaintenance),
-}
-# What every event changes, or nobody looks for here.
-_DULL = {"id", "services", "created_at", "updated_at", "current_status"}
-_PAGE = 1000
-
-of_tenant = click.option("--tenant", "slug", metavar="SLUG", help="The tenant's slug; found by the number if left out.")
+# Every event changes these fields, or repeats another one.
+_HIDDEN_FIELDS = {"id", "services", "created_at", "updated_at", "current_status"}
+_PAGE_SIZE_EVENTS = 1000
+_LAST_POSITION = 2**63 - 1
 
 
 class Change(NamedTuple):
-    """A field before and after."""
+    """One field before and after an event."""
 
     field: str
     before: Any
     after: Any
 
 
+class _Story(NamedTuple):
+    """The events of a stream up to a position, as the domain and as an auditor see them."""
+
+    recorded: Sequence[RecordedEvent]
+    entries: Sequence[Entry]
+    begin: int
+    end: int
+
+
 @click.command()
 @click.argument("kind", type=click.Choice(list(_EVOLVE)))
-@click.argument("number", type=click.IntRange(1))
-@of_tenant
-@click.option("--as-of", "as_of", metavar="MOMENT", help="What it was then: a position in the ledger, or a time.")
-@click.option("--at", "at", metavar="TIME", help="What it was then by when things happened, as is known now.")
-@click.option("--diff", "moments", nargs=2, metavar="MOMENT MOMENT", help="What changed between two moments.")
+@click.argument("stream_id", metavar="ID", type=click.IntRange(1))
+@for_tenant
+@click.option("--as-of", "as_of", metavar="MOMENT", help="Show the state that a reader saw at this moment.")
+@click.option("--at", "at", metavar="TIME", help="Show the state at this real-world time, as it is known now.")
+@click.option("--diff", "moments", nargs=2, metavar="MOMENT MOMENT", help="Show the changes between two moments.")
 @as_json
 def history(
     kind: str,
-    number: int,
-    slug: str | None,
+    stream_id: int,
+    slug: str,
     as_of: str | None,
     at: str | None,
     moments: tuple[str, str] | None,
     *,
     json_output: bool,
 ) -> None:
-    """Show what became of an incident, a maintenance window or a service: when, who, what changed.
+    """Show the history of an incident, a maintenance window or a service: times, actors, changes.
 
-    A MOMENT is a position in the ledger, or a time such as 2026-06-01T02:00:00Z. Times are those of recording, as a
-    read at that moment showed it; only --at goes by when things happened, which differs where history was imported or
-    told later.
+    A MOMENT is a position in the ledger, or a time such as 2026-06-01T02:00:00Z at which events were recorded.
+    Only --at goes by the times at which things happened. Both differ for imported or late events.
     """
     if sum(option is not None for option in (as_of, at, moments)) > 1:
         raise click.UsageError("--as-of, --at and --diff exclude each other")
-    happened = None if at is None else time(at)
+    happened_by = None if at is None else parse_time(at)
 
-    async def work() -> tuple[list[RecordedEvent], list[Entry], int, int]:
+    async def work() -> _Story:
         async with (
-            stream_core(kind, number, slug) as (parts, tenant_id),
-            parts.database.connection(30) as connection,
+            tenant_core(slug) as (parts, tenant_id),
+            parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection,
         ):
             begin = await parse_position(connection, tenant_id, moments[0]) if moments else 0
-            wanted = moments[1] if moments else as_of
-            end = 2**63 - 1 if wanted is None else await parse_position(connection, tenant_id, wanted)
-            recorded = [e for e in await store.read_stream(connection, tenant_id, kind, number) if e.position <= end]
-            return recorded, await _entries(connection, tenant_id, kind, number, end), begin, end
+            moment = moments[1] if moments else as_of
+            end = _LAST_POSITION if moment is None else await parse_position(connection, tenant_id, moment)
+            stream = await store.read_stream(connection, tenant_id, kind, stream_id)
+            if not stream:
+                raise click.ClickException(f"{slug} has no {kind} {stream_id}")
+            recorded = [event for event in stream if event.position <= end]
+            return _Story(recorded, await _entries(connection, tenant_id, kind, stream_id, end), begin, end)
 
-    recorded, entries, begin, end = run(work())
-    if happened is not None:
-        _show_state(kind, known_at(recorded, happened), at or "", json_output=json_output)
+    story = run(work())
+    if happened_by is not None:
+        _show_state(kind, known_at(story.recorded, happened_by), at or "", json_output=json_output)
     elif moments is not None:
-        _show_difference(kind, recorded, begin, end, json_output=json_output)
+        _show_difference(kind, story, json_output=json_output)
     elif as_of is not None:
-        _show_state(kind, recorded, as_of, json_output=json_output)
+        _show_state(kind, story.recorded, as_of, json_output=json_output)
     elif json_output:
-        click.echo(msgspec.json.format(msgspec.json.encode(entries)).decode())
+        print_json(story.entries)
     else:
-        _show_timeline(kind, recorded, entries)
+        _show_timeline(kind, story)
 
 
 def known_at(recorded: Sequence[RecordedEvent], moment: datetime) -> list[RecordedEvent]:
-    """Return the events of a stream that had happened at `moment`, whenever they were recorded."""
+    """Return the events of a stream that had happened at `moment`, even if they were recorded later."""
     happened = [event for event in recorded if event.occurred_at <= moment]
     return happened if happened and happened[0].version == 1 else []
 
 
-async def _entries(connection: Connection, tenant_id: int, kind: str, number: int, end: int) -> list[Entry]:
+async def _entries(connection: Connection, tenant_id: int, kind: str, stream_id: int, end: int) -> list[Entry]:
     found: list[Entry] = []
     after: int | None = 0
     while after is not None:
-        page, after = await audit.read_stream_page(connection, tenant_id, kind, number, after=after, limit=_PAGE)
+        page, after = await audit.read_stream_page(
+            connection, tenant_id, kind, stream_id, after=after, limit=_PAGE_SIZE_EVENTS
+        )
         found += page
     return [entry for entry in found if entry.position <= end]
 
@@ -126,69 +130,71 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change
     return [
         Change(name, before.get(name), value)
         for name, value in after.items()
-        if name not in _DULL and value != before.get(name) and (before or value not in (None, ()))
+        if name not in _HIDDEN_FIELDS and value != before.get(name) and (before or value not in (None, ()))
     ]
 
 
-def _show_timeline(kind: str, recorded: Sequence[RecordedEvent], entries: Sequence[Entry]) -> None:
-    table = Table("position", "when", "who", "what", "what changed", show_lines=True)
+def _show_timeline(kind: str, story: _Story) -> None:
+    timeline = table("position", "occurred_at", "actor", "type", "changes")
     view: msgspec.Struct | None = None
     before: dict[str, Any] = {}
-    for event, entry in zip(recorded, entries, strict=True):
+    for event, entry in zip(story.recorded, story.entries, strict=True):
         view = _EVOLVE[kind](view, event)
         after = msgspec.structs.asdict(view)
-        told = [_says(change) for change in _changes(before, after)] + _words(entry, after)
-        when = _moment(entry.occurred_at)
+        changes = [_describe(change) for change in _changes(before, after)] + _other_texts(entry, after)
+        when = _time(entry.occurred_at)
         if entry.occurred_at != entry.recorded_at:
-            when += f"\nrecorded {_moment(entry.recorded_at)}"
-        who = entry.actor.name or entry.actor.kind
-        who += f"\n{entry.actor.prefix}" if entry.actor.prefix else ""
-        table.add_row(str(entry.position), when, Text(who), entry.type.partition(".")[2], Text("\n".join(told)))
+            when += f"\nrecorded {_time(entry.recorded_at)}"
+        actor = entry.actor.name or entry.actor.kind
+        actor += f"\n{entry.actor.prefix}" if entry.actor.prefix else ""
+        timeline.add_row(
+            str(entry.position), when, Text(actor), entry.type.partition(".")[2], Text("\n".join(changes)),
+            end_section=True,
+        )  # fmt: skip
         before = after
-    _print(table)
+    print_table(timeline)
 
 
-def _words(entry: Entry, state: Mapping[str, Any]) -> list[str]:
-    """Return what was said that no field of the state shows."""
+def _other_texts(entry: Entry, state: Mapping[str, Any]) -> list[str]:
+    """Return the texts of an event that no field of the state shows."""
     return [str(entry.data[name]) for name in ("message", "reason") if name in entry.data and name not in state]
 
 
 def _show_state(kind: str, recorded: Sequence[RecordedEvent], moment: str, *, json_output: bool) -> None:
     if not recorded:
-        raise click.ClickException(f"there was none at {moment}")
+        raise click.ClickException(f"the {kind} did not exist at {moment}")
     state = _state(kind, recorded) | {"updates": _updates(recorded)}
     state.pop("services", None)
     if json_output:
-        click.echo(msgspec.json.format(msgspec.json.encode(state)).decode())
+        print_json(state)
         return
-    table = Table("field", f"at {moment}")
+    shown = table("field", f"at {moment}")
     for name, value in state.items():
         if name != "updates":
-            table.add_row(name, Text(_plain(value)))
+            shown.add_row(name, Text(_value(value)))
     for update in state["updates"]:
-        table.add_row(f"update {update['id']}", Text(f"{_moment(update['created_at'])} {update['message']}"))
-    _print(table)
+        shown.add_row(f"update {update['id']}", Text(f"{_time(update['created_at'])} {update['message']}"))
+    print_table(shown)
 
 
-def _show_difference(kind: str, recorded: Sequence[RecordedEvent], begin: int, end: int, *, json_output: bool) -> None:
-    earlier = [event for event in recorded if event.position <= begin]
-    changes = _changes(_state(kind, earlier), _state(kind, recorded))
-    added = _updates(recorded[len(earlier) :])
+def _show_difference(kind: str, story: _Story, *, json_output: bool) -> None:
+    earlier = [event for event in story.recorded if event.position <= story.begin]
+    changes = _changes(_state(kind, earlier), _state(kind, story.recorded))
+    added = _updates(story.recorded[len(earlier) :])
     if json_output:
-        found = {
-            "from": begin,
-            "to": end,
+        print_json({
+            "from": story.begin,
+            "to": story.end,
             "changed": {change.field: {"before": change.before, "after": change.after} for change in changes},
             "updates": added,
-        }
-        click.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        })  # fmt: skip
         return
-    table = Table("field", f"at {begin}", f"at {end}")
+    shown = table("field", f"at {story.begin}", f"at {story.end}")
     for change in changes:
-        table.add_row(change.field, Text(_plain(change.before)), Text(_plain(change.after)))
+        shown.add_row(change.field, Text(_value(change.before)), Text(_value(change.after)))
     for update in added:
-        table.add_row(f"update {update['id']}", "", Text(f"{_moment(update['created_at'])} {update['message']}"))
-    _print(table)
+        shown.add_row(f"update {update['id']}", "", Text(f"{_time(update['created_at'])} {update['message']}"))
+    print_table(shown)
 
 
 def _updates(recorded: Sequence[RecordedEvent]) -> list[dict[str, Any]]:
@@ -199,85 +205,22 @@ def _updates(recorded: Sequence[RecordedEvent]) -> list[dict[str, Any]]:
     ]
 
 
-def _says(change: Change) -> str:
-    after = _plain(change.after)
-    return (
-        f"{change.field}: {after}"
-        if change.before in (None, ())
-        else f"{change.field}: {_plain(change.before)} → {after}"
-    )
+def _describe(change: Change) -> str:
+    after = _value(change.after)
+    if change.before in (None, ()):
+        return f"{change.field}: {after}"
+    return f"{change.field}: {_value(change.before)} → {after}"
 
 
-def _plain(value: Any) -> str:
+def _value(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, datetime):
-        return _moment(value)
+        return _time(value)
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "-"
     return str(value)
 
 
-def _moment(moment: datetime) -> str:
+def _time(moment: datetime) -> str:
     return moment.isoformat(sep=" ", timespec="seconds").replace("+00:00", "Z")
-
-
-def _print(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-@click.command()
-@click.argument("kind", type=click.Choice(list(_DECIDERS)))
-@click.argument("number", type=click.IntRange(1))
-@of_tenant
-@click.option("--field", "fields", multiple=True, help="A field to erase, with everything that it ever held.")
-@click.option("--event", "events", type=click.IntRange(1), multiple=True, help="A position whose words to erase.")
-@click.option("--reason", required=True, help="Why; it is kept in the ledger.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@as_json
-def redact(
-    kind: str,
-    number: int,
-    slug: str | None,
-    fields: tuple[str, ...],
-    events: tuple[int, ...],
-    reason: str,
-    *,
-    yes: bool,
-    json_output: bool,
-) -> None:
-    """Erase what was written about an incident or a maintenance window, for good.
-
-    The events stay, and so does the proof that nothing else was changed; their words read [redacted] from then on.
-    """
-    decider, own, command = _DECIDERS[kind]
-
-    def erasure(history: Sequence[RecordedEvent]) -> RedactionPlan:
-        return plan([HistoryEntry(e.version, e.position, e.event) for e in history], own, fields, events)
-
-    async def work() -> tuple[Collection[int], int]:
-        async with stream_core(kind, number, slug) as (parts, tenant_id):
-            async with parts.database.connection() as connection:
-                before = await store.read_stream(connection, tenant_id, kind, number)
-            found = erasure(before)
-            positions = [event.position for event in before if event.version in found.versions]
-            if found.versions and not yes:
-                click.confirm(
-                    f"Erase the words of {kind} {number} at {', '.join(map(str, positions))} for good?",
-                    abort=True,
-                    err=True,
-                )
-            executed = await parts.commands.execute(
-                decider, tenant_id, number, lambda history: command(erasure=erasure(history), reason=reason), META
-            )
-            await parts.projector.catch_up(tenant_id, executed.position)
-            return positions, executed.position
-
-    positions, position = run(work())
-    if json_output:
-        click.echo(msgspec.json.encode({"erased": positions, "position": position}))
-    elif positions:
-        many = "1 event" if len(positions) == 1 else f"{len(positions)} events"
-        click.echo(f"erased the words of {many} of {kind} {number}; recorded up to position {position}")
-    else:
-        click.echo("nothing to erase: it was erased before")

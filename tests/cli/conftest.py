@@ -5,7 +5,7 @@ from tests.system.processes import environment, opsentry
 
 @pytest.fixture
 def run(settings):
-    """Run a command that must succeed; its output."""
+    """Run a command that must succeed, and return its output."""
 
     async def succeed(*arguments):
         ran = await opsentry(environment(settings), *arguments)
@@ -17,7 +17,7 @@ def run(settings):
 
 @pytest.fixture
 def fail(settings):
-    """Run a command that must fail with this code; what it says."""
+    """Run a command that must fail with this exit code, and return the last line of its error."""
 
     async def refused(code, *arguments):
         ran = await opsentry(environment(settings), *arguments)

@@ -5,7 +5,7 @@ from tests.conftest import Client
 from tests.system.processes import until
 
 
-async def test_a_token_works_is_never_shown_again_and_can_be_revoked(run, fail, anonymous):
+async def test_a_token_works_until_it_is_revoked_and_is_printed_once(run, fail, anonymous):
     value = (await run("operator", "token", "create", "on call")).removesuffix("\n")
     assert api_tokens.well_formed(value, operator_tokens.MARK)
     operator = Client(anonymous.session, anonymous.base_url, value)
@@ -26,13 +26,13 @@ async def test_a_token_works_is_never_shown_again_and_can_be_revoked(run, fail, 
         return (await operator.send("GET", "/ops/projections"))[0] == 401
 
     await until(refused, seconds=5)
-    said = f"Error: no token {prefix} that could be revoked"
-    assert await fail(1, "operator", "token", "revoke", prefix) == said
+    error = f"Error: no token {prefix} that could be revoked"
+    assert await fail(1, "operator", "token", "revoke", prefix) == error
     (listed,) = json.loads(await run("operator", "token", "list", "--json"))
     assert listed["revoked_at"] is not None
 
 
-async def test_a_token_as_json(run, anonymous):
+async def test_a_token_is_printed_as_json(run, anonymous):
     create = ("operator", "token", "create", "dashboard", "--json", "--expires")
     (made,) = json.loads(await run(*create, "2999-01-01"))
     assert made == {"token": made["token"], "prefix": api_tokens.prefix(made["token"])}
@@ -44,9 +44,9 @@ async def test_a_token_as_json(run, anonymous):
         assert (await client.send("GET", "/ops/projections"))[0] == expected
 
 
-async def test_tokens_that_cannot_be_are_refused(run, fail, acme):
+async def test_invalid_tokens_are_refused(run, fail, acme):
     assert await fail(2, "operator", "token", "create", " ") == "Error: name: must not be blank"
     prefix = api_tokens.prefix(acme.token)
-    said = await fail(1, "operator", "token", "revoke", prefix)
-    assert said == f"Error: no token {prefix} that could be revoked"
+    error = await fail(1, "operator", "token", "revoke", prefix)
+    assert error == f"Error: no token {prefix} that could be revoked"
     assert json.loads(await run("operator", "token", "list", "--json")) == []

@@ -23,38 +23,38 @@ async def filled(parts, tenant):
     return made.stream_id
 
 
-async def standing(run):
-    return {row["projection"]: row for row in json.loads(await run("projections", "list", "--json"))}
+async def projection_status(run):
+    return {row["projection"]: row for row in json.loads(await run("projections", "status", "--json"))}
 
 
-async def test_what_stands_is_listed(run, parts, acme, globex, owner):
+async def test_status_counts_tenants_and_lag(run, parts, acme, globex, owner):
     await filled(parts, acme)
     await parts.projector.catch_up(globex.id, 0)
-    found = await standing(run)
+    found = await projection_status(run)
     assert set(found) == set(NAMES)
     assert {(row["tenants"], row["done"], row["behind"], row["halted"]) for row in found.values()} == {(2, 2, 0, 0)}
     await owner.execute("UPDATE checkpoints SET position = 1 WHERE projection = 'impact' AND tenant_id = $1", acme.id)
-    row = (await standing(run))["impact"]
+    row = (await projection_status(run))["impact"]
     assert (row["done"], row["behind"]) == (1, 1)
     assert row["lag_events"] > 0
     assert row["lag_seconds"] > 0
-    assert "impact" in await run("projections", "list")
+    assert "impact" in await run("projections", "status")
 
 
-async def test_rows_are_compared_and_derived_anew(run, parts, acme, globex, owner, settings):
+async def test_verify_finds_a_changed_row_and_rebuild_restores_it(run, parts, acme, globex, owner, settings):
     await filled(parts, acme)
     await filled(parts, globex)
     assert f"{2 * len(NAMES)} of {2 * len(NAMES)}" in await run("projections", "verify", "--all")
     await owner.execute("UPDATE incidents SET body = replace(body, 'Down', 'Up') WHERE tenant_id = $1", acme.id)
     ran = await opsentry(environment(settings), "projections", "verify", "incidents", "--json")
     assert ran.code == 1
-    wrong = {row["tenant"]: row["difference"] for row in json.loads(ran.out)}
+    wrong = {row["slug"]: row["difference"] for row in json.loads(ran.out)}
     assert (wrong["globex"], wrong["acme"]["table"]) == (None, "incidents")
     assert "Up" in wrong["acme"]["live"]["body"]
     assert "Down" in wrong["acme"]["folded"]["body"]
     ran = await opsentry(environment(settings), "projections", "verify", "incidents")
     assert [line.split(":")[0].strip() for line in ran.out.splitlines()] == [
-        "1 of 2 of tenants' projections are what the ledger gives", "acme incidents, table incidents", "live", "ledger"
+        "1 of 2 projections of tenants equal the ledger", "acme incidents, table incidents", "live", "ledger"
     ]  # fmt: skip
     events = {
         t.id: await owner.fetchval("SELECT position FROM ledger_heads WHERE tenant_id = $1", t.id)
@@ -66,14 +66,12 @@ async def test_rows_are_compared_and_derived_anew(run, parts, acme, globex, owne
     assert "1 of 1" in await run("projections", "verify", "incidents", "--sample", "1")
     rebuilt = json.loads(await run("projections", "rebuild", "--all", "--json"))
     assert rebuilt == {"tenants": 2, "events": sum(events.values()), "failed": []}
-    assert (await standing(run))["incidents"]["generation"] == 1
-    assert {row["to_rebuild"] for row in (await standing(run)).values()} == {0}
+    assert (await projection_status(run))["incidents"]["generation"] == 1
+    assert {row["to_rebuild"] for row in (await projection_status(run)).values()} == {0}
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-async def test_a_rebuild_that_was_stopped_goes_on_with_those_that_are_left(
-    run, parts, acme, globex, owner, settings, sign
-):
+async def test_a_stopped_rebuild_continues_with_the_remaining_tenants(run, parts, acme, globex, owner, settings, sign):
     for tenant in (acme, globex):
         await filled(parts, tenant)
     rebuilt = "SELECT rebuilt_at IS NOT NULL FROM checkpoints WHERE projection = 'incidents' ORDER BY tenant_id"
@@ -99,21 +97,21 @@ async def test_a_rebuild_that_was_stopped_goes_on_with_those_that_are_left(
     assert "2 of 2" in await run("projections", "verify", "incidents")
 
 
-async def test_projections_are_paused_and_resumed(run, fail, parts, acme):
+async def test_projections_pause_and_resume(run, fail, parts, acme):
     number = await filled(parts, acme)
     assert json.loads(await run("projections", "pause", "--all", "--json")) == {"paused": sorted(NAMES)}
-    assert "none, they were already" in await run("projections", "pause", "impact")
+    assert "none, all were paused already" in await run("projections", "pause", "impact")
     assert "outbox: paused" in await fail(1, "projections", "rebuild", "outbox")
     await parts.commands.execute(incident.DECIDER, acme.id, number, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme.id, 0)
-    assert {(row["behind"], row["paused"]) for row in (await standing(run)).values()} == {(1, True)}
+    assert {(row["behind"], row["paused"]) for row in (await projection_status(run)).values()} == {(1, True)}
     assert json.loads(await run("projections", "resume", "impact", "--json")) == {"resumed": ["impact"]}
     await parts.projector.catch_up(acme.id, 0)
-    assert (await standing(run))["impact"]["behind"] == 0
+    assert (await projection_status(run))["impact"]["behind"] == 0
     assert "impact" not in await run("projections", "resume", "--all")
 
 
-async def test_what_is_parked_is_named_and_goes_on_once_the_cause_is_gone(run, parts, acme, owner, settings):
+async def test_halted_projections_are_listed_and_resume_without_the_cause(run, parts, acme, owner, settings):
     number = await filled(parts, acme)
     await plant(owner, acme.id, number, 3, type="incident.exploded")
     await parts.projector.catch_up(acme.id, 0)
@@ -130,11 +128,11 @@ async def test_what_is_parked_is_named_and_goes_on_once_the_cause_is_gone(run, p
     await owner.execute("UPDATE events SET type = 'incident.reopened' WHERE type = 'incident.exploded'")
     assert json.loads(await run("projections", "retry", "--all", "--json")) == {"retried": 3, "halted": 0}
     assert json.loads(await run("projections", "halted", "--json")) == []
-    assert {row["behind"] for row in (await standing(run)).values()} == {0}
+    assert {row["behind"] for row in (await projection_status(run)).values()} == {0}
 
 
-async def test_wrong_use_is_explained(fail):
-    assert "name one projection, or --all" in await fail(2, "projections", "rebuild")
-    assert "name one projection, or --all" in await fail(2, "projections", "verify", "incidents", "--all")
+async def test_wrong_use_names_the_mistake(fail):
+    assert "name one projection, or use --all" in await fail(2, "projections", "rebuild")
+    assert "name one projection, or use --all" in await fail(2, "projections", "verify", "incidents", "--all")
     assert "is not one of" in await fail(2, "projections", "retry", "nonsense")
     assert "no tenant has the slug" in await fail(1, "projections", "rebuild", "--all", "--tenant", "nobody")

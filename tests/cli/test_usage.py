@@ -13,26 +13,26 @@ from tests.system.processes import environment, free_port, opsentry
 
 
 def commands(command=cli, path=()):
-    """Every command there is, groups too, as words."""
+    """Yield the path of every command and group."""
     yield path
     if isinstance(command, click.Group):
         for name, below in command.commands.items():
             yield from commands(below, (*path, name))
 
 
-def test_every_command_explains_itself():
+def test_every_command_has_help():
     found = list(commands())
     assert len(found) > 12
     for path in found:
         for option in ("--help", "-h"):
             ran = CliRunner().invoke(cli, [*path, option], prog_name="opsentry")
             assert (ran.exit_code, ran.stderr) == (0, "")
-            usage, _, says = ran.stdout.partition("\n\n")
+            usage, _, text = ran.stdout.partition("\n\n")
             assert usage.startswith(" ".join(("Usage: opsentry", *path)))
-            assert says.strip()
+            assert text.strip()
 
 
-async def test_the_process_explains_itself():
+async def test_the_process_prints_help():
     ran = await opsentry(environment(), "--help")
     assert (ran.code, ran.err) == (0, "")
     assert "Exit codes: 0 done, 1 failed, 2 wrong use." in " ".join(ran.out.split())
@@ -52,33 +52,33 @@ async def test_the_process_explains_itself():
         (("import", "statuspage"), "Missing argument 'FILE'"),
     ],
 )
-def test_wrong_use_is_exit_code_2_and_says_what(arguments, says):
+def test_wrong_use_exits_with_2_and_names_the_mistake(arguments, says):
     ran = CliRunner().invoke(cli, list(arguments), prog_name="opsentry")
     assert (ran.exit_code, ran.stdout) == (2, "")
     assert says in ran.stderr
 
 
-async def test_wrong_use_of_the_process_is_exit_code_2():
+async def test_wrong_use_of_the_process_exits_with_2():
     ran = await opsentry(environment(), "nonsense")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.endswith("Error: No such command 'nonsense'.\n")
 
 
-async def test_the_version_is_told():
+async def test_the_version_is_printed():
     assert await opsentry(environment(), "--version") == (0, f"opsentry, version {__version__}\n", "")
 
 
 async def test_all_settings_are_listed():
     ran = await opsentry(environment(COLUMNS="200"), "config")
     assert ran.code == 0
-    for variable, default, says in Settings.catalogue():
-        (line,) = [line for line in ran.out.splitlines() if line.startswith(f"│ {variable} ")]
+    for variable, default, meaning in Settings.describe():
+        (line,) = [line for line in ran.out.splitlines() if line.startswith(f"{variable} ")]
         assert default in line
-        assert says.split()[0] in line
+        assert meaning in line
 
 
 @pytest.mark.parametrize("arguments", [("serve",), ("migrate",), ("tenant", "list"), ("demo",)])
-async def test_every_bad_setting_is_named_at_once(arguments, tmp_path):
+async def test_every_invalid_setting_is_named(arguments, tmp_path):
     env = environment(
         OPSENTRY_PORT="http",
         OPSENTRY_RATE_LIMIT="lots",
@@ -91,11 +91,11 @@ async def test_every_bad_setting_is_named_at_once(arguments, tmp_path):
     ran = await opsentry(env, *arguments)
     assert (ran.code, ran.out) == (2, "")
     named = [line for line in ran.err.splitlines() if "OPSENTRY_" in line]
-    assert [name in line for name, line in zip(BAD, named, strict=True)] == [True] * len(BAD)
+    assert [name in line for name, line in zip(INVALID, named, strict=True)] == [True] * len(INVALID)
     assert "Traceback" not in ran.err
 
 
-BAD = ("DATABASE_URL", "PORT", "RATE_LIMIT", "TRUSTED_PROXIES", "LOG_LEVEL")
+INVALID = ("DATABASE_URL", "PORT", "TRUSTED_PROXIES", "RATE_LIMIT", "LOG_LEVEL")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ BAD = ("DATABASE_URL", "PORT", "RATE_LIMIT", "TRUSTED_PROXIES", "LOG_LEVEL")
         ("service", "list", "--tenant", "acme"),
     ],
 )
-async def test_a_database_that_refuses_is_one_clear_line(arguments):
+async def test_an_unreachable_database_prints_one_line(arguments):
     env = environment(OPSENTRY_DATABASE_URL=f"postgresql://opsentry@127.0.0.1:{free_port()}/opsentry")
     ran = await opsentry(env, *arguments)
     assert (ran.code, ran.out) == (1, "")
@@ -123,14 +123,14 @@ async def test_a_database_that_refuses_is_one_clear_line(arguments):
     assert ran.err.count("\n") == 1
 
 
-async def test_a_database_url_that_is_none_is_one_clear_line():
+async def test_an_invalid_database_url_prints_one_line():
     ran = await opsentry(environment(OPSENTRY_DATABASE_URL="nonsense"), "tenant", "list")
     assert ran.code in {1, 2}
     assert ran.err.rstrip().splitlines()[-1].startswith("Error: ")
     assert "Traceback" not in ran.err
 
 
-async def test_a_port_that_is_taken_is_one_clear_line(settings):
+async def test_a_port_in_use_prints_one_line(settings):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -141,7 +141,7 @@ async def test_a_port_that_is_taken_is_one_clear_line(settings):
     assert ran.err.count("\n") == 1
 
 
-def test_commands_may_open_as_many_sockets_as_the_system_allows():
+def test_commands_raise_the_open_file_limit():
     code = (
         "import resource; from opsentry.cli.common import run\n"
         "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE); resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"

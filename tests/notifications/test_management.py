@@ -261,39 +261,47 @@ async def test_one_in_flight_that_is_dropped_stays_dropped(desk, parts):
 
 async def test_the_command_line(desk, settings):
     async def run(*arguments):
-        ran = await opsentry(environment(settings), "outbox", *arguments)
+        ran = await opsentry(environment(settings), *arguments)
         assert "Traceback" not in ran.err
         return ran
 
     first, second = await parked(desk)
     names = [f"msg_{first.hex}", f"msg_{second.hex}"]
-    (row,) = json.loads((await run("status", "--json")).out)
+    (row,) = json.loads((await run("deliveries", "status", "--json")).out)
     assert (row["slug"], row["due"], row["parked"], row["paused"], row["failing"]) == ("acme", 1, 1, False, 1)
-    rows = json.loads((await run("list", "--tenant", "acme", "--json")).out)
+    rows = json.loads((await run("deliveries", "list", "--tenant", "acme", "--json")).out)
     assert [(row["id"], row["state"], row["error"]) for row in rows] == [
         (names[1], "waiting", None),
         (names[0], "parked", "answered 500"),
     ]
-    assert [row["id"] for row in json.loads((await run("list", "--state", "parked", "--json")).out)] == names[:1]
-    assert "acme" in (await run("status")).out
-    assert (await run("retry", names[0])).out == "1 are tried again\n"
-    ran = await run("drop", names[0], "msg_" + "0" * 32)
-    assert (ran.code, ran.out) == (1, "1 were given up\n")
-    ran = await run("drop", "--all", "--tenant", "acme", "--yes", "--json")
-    assert (ran.code, json.loads(ran.out)) == (0, {"moved": 1})
+    assert [
+        row["id"] for row in json.loads((await run("deliveries", "list", "--state", "parked", "--json")).out)
+    ] == names[:1]
+    assert "acme" in (await run("deliveries", "status")).out
+    assert (await run("deliveries", "retry", names[0])).out == "retried 1 delivery\n"
+    ran = await run("deliveries", "cancel", names[0], "msg_" + "0" * 32)
+    assert (ran.code, ran.out) == (1, "cancelled 1 delivery\n")
+    ran = await run("deliveries", "cancel", "--all", "--tenant", "acme", "--yes", "--json")
+    assert (ran.code, json.loads(ran.out)) == (0, {"cancelled": 1})
     assert await desk.states() == ["dropped", "dropped"]
-    for arguments in (("retry",), ("retry", "x"), ("drop", "--all", names[0]), ("list", "--state", "x")):
-        assert (await run(*arguments)).code == 2
-    assert (await run("drop", "--all")).code == 1, "nobody said yes"
-    assert (await run("status", "--tenant", "nobody")).code == 1
-    assert (await run("pause", "--tenant", "acme")).out == "acme: paused\npaused now: acme\n"
-    assert (await run("pause", "--tenant", "acme")).out == "acme: was paused already\npaused now: acme\n"
-    assert (await run("pause")).out == "all tenants: paused\npaused now: (all tenants), acme\n"
-    found = {row["slug"]: row["paused"] for row in json.loads((await run("status", "--json")).out)}
+    for arguments in (
+        ("retry",),
+        ("retry", "x"),
+        ("cancel", "--all", names[0]),
+        ("list", "--state", "x"),
+        ("list", "--subscription", "1"),
+    ):
+        assert (await run("deliveries", *arguments)).code == 2
+    assert (await run("deliveries", "cancel", "--all")).code == 1, "nobody said yes"
+    assert (await run("deliveries", "status", "--tenant", "nobody")).code == 1
+    assert (await run("sending", "pause", "--tenant", "acme")).out == "acme: paused\npaused now: acme\n"
+    assert (await run("sending", "pause", "--tenant", "acme")).out == "acme: was paused already\npaused now: acme\n"
+    assert (await run("sending", "pause")).out == "all tenants: paused\npaused now: (all tenants), acme\n"
+    found = {row["slug"]: row["paused"] for row in json.loads((await run("deliveries", "status", "--json")).out)}
     assert found == {"(all tenants)": True, "acme": True}
-    assert (await run("resume", "--tenant", "acme")).out == "acme: resumed\npaused now: (all tenants)\n"
-    assert (await run("resume")).out == "all tenants: resumed\n"
-    assert (await run("resume")).out == "all tenants: was not paused\n"
+    assert (await run("sending", "resume", "--tenant", "acme")).out == "acme: resumed\npaused now: (all tenants)\n"
+    assert (await run("sending", "resume")).out == "all tenants: resumed\n"
+    assert (await run("sending", "resume")).out == "all tenants: was not paused\n"
     for switch, tenant, changed, paused in (
         ("pause", ["--tenant", "acme"], True, ["acme"]),
         ("pause", ["--tenant", "acme"], False, ["acme"]),
@@ -302,7 +310,7 @@ async def test_the_command_line(desk, settings):
         ("resume", ["--tenant", "acme"], True, []),
         ("resume", ["--tenant", "acme"], False, []),
     ):
-        ran = await run(switch, *tenant, "--json")
+        ran = await run("sending", switch, *tenant, "--json")
         assert (ran.code, json.loads(ran.out)) == (0, {"changed": changed, "paused": paused})
-    key = (await opsentry(environment(settings), "secret-key")).out.strip()
+    key = (await opsentry(environment(settings), "keys", "generate")).out.strip()
     assert (await opsentry(environment(settings, OPSENTRY_ENCRYPTION_KEYS=key), "config")).code == 0

@@ -44,7 +44,7 @@ class Operator:
             return {(row["slug"], row["projection"], row["position"]) for row in body["halted"]} == expected
 
         await until(told)
-        (_, rows), (_, standing) = await asyncio.gather(self.runs("halted"), self.runs("list"))
+        (_, rows), (_, standing) = await asyncio.gather(self.runs("halted"), self.runs("status"))
         assert {(row["slug"], row["projection"], row["position"]) for row in rows} == expected
         assert all("exploded" in row["error"] for row in rows)
         names = {name for _, name, _ in expected}
@@ -136,7 +136,7 @@ async def test_poison_is_seen_everywhere_stops_nothing_else_and_nothing_is_skipp
         await operator.sees_parked(set())
         code, compared = await operator.runs("verify", "--all")
         assert (code, len(compared)) == (0, 2 * len(NAMES))
-        assert {row["done"] for row in (await operator.runs("list"))[1]} == {2}
+        assert {row["done"] for row in (await operator.runs("status"))[1]} == {2}
         await api.post(f"{incident}/updates", {"message": "after it"})
         status, body, headers = await api.get(incident)
         assert [entry["message"] for entry in body["updates"]] == ["planted", "after it"]

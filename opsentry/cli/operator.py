@@ -1,21 +1,22 @@
-"""`opsentry operator`: tokens of those who run Opsentry, which read how it stands over HTTP."""
+"""`opsentry operator`: tokens of operators."""
 
 from datetime import datetime
 
 import click
 
-from opsentry.cli.common import as_json, connected, expiring, run, settings, show, show_token
+from opsentry.cli.common import connected, expiring, run, settings
+from opsentry.cli.output import as_json, show, show_token
 from opsentry.identity import operator_tokens
 
 
 @click.group(name="operator")
 def operator_group() -> None:
-    """Let operators read over HTTP how the read models stand."""
+    """Manage access of operators to the operator API."""
 
 
 @operator_group.group(name="token")
 def token_group() -> None:
-    """Create, list and revoke operators' tokens, which belong to no tenant."""
+    """Create, list and revoke operator tokens, which belong to no tenant."""
 
 
 @token_group.command(name="create")
@@ -23,7 +24,10 @@ def token_group() -> None:
 @expiring
 @as_json
 def create_token(name: str, expires: datetime | None, *, json_output: bool) -> None:
-    """Create an operator's token for whom or what NAME says. Its value is printed this once and cannot be recovered."""
+    """Create an operator token for the person or program NAME.
+
+    Its value is printed once. It cannot be recovered.
+    """
 
     async def work() -> str:
         async with connected(settings()) as connection:
@@ -35,7 +39,7 @@ def create_token(name: str, expires: datetime | None, *, json_output: bool) -> N
 @token_group.command(name="list")
 @as_json
 def list_tokens(*, json_output: bool) -> None:
-    """List operators' tokens by their prefixes."""
+    """List operator tokens by prefix."""
 
     async def work() -> None:
         async with connected(settings()) as connection:
@@ -48,7 +52,7 @@ def list_tokens(*, json_output: bool) -> None:
 @token_group.command(name="revoke")
 @click.argument("prefix")
 def revoke_token(prefix: str) -> None:
-    """Revoke the operator's token with this prefix; it stops working everywhere within 5 s."""
+    """Revoke the operator token with this prefix. All processes reject it within 5 s."""
 
     async def work() -> None:
         async with connected(settings()) as connection:
