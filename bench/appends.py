@@ -11,7 +11,7 @@ import uvloop
 
 from bench import peers
 from bench.figure import Figure
-from bench.servers import Servers
+from bench.servers import DATABASE_TIMEOUT_SECONDS, Servers
 from opsentry.domain.incident import IncidentOpened
 from opsentry.events.appender import Appender
 from opsentry.events.codec import Actor, Meta, encode, encode_meta
@@ -59,7 +59,7 @@ async def _tenants(url: str) -> None:
 
 
 async def _appends(url: str, waiting: int, tenants: int) -> float:
-    database = Database(url, size=16)
+    database = Database(url, size=16, timeout_seconds=DATABASE_TIMEOUT_SECONDS)
     await database.open()
     appender = Appender(database)
     done = 0

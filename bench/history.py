@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import asyncpg
 
+from bench.servers import DATABASE_TIMEOUT_SECONDS
 from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import (
     IncidentOpened,
@@ -94,7 +95,7 @@ async def fill(url: str, tenants: int, events: int) -> None:
         tenants,
     )
     await connection.close()
-    database = Database(url, size=_WRITERS)
+    database = Database(url, size=_WRITERS, timeout_seconds=DATABASE_TIMEOUT_SECONDS)
     await database.open()
     waiting = [row["tenant_id"] for row in rows]
 

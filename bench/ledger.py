@@ -10,7 +10,7 @@ from pathlib import Path
 import uvloop
 
 from bench.figure import Figure
-from bench.servers import Servers, environment, opsentry, process
+from bench.servers import DATABASE_TIMEOUT_SECONDS, Servers, environment, opsentry, process
 from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import IncidentOpened, IncidentSeverityChanged, IncidentUpdated
 from opsentry.events import export, verification
@@ -56,7 +56,7 @@ def _verification(url: str, tenant: int) -> list[Figure]:
     """Return events verified a second by one process, from the database and from an export."""
 
     async def exported(file: Path) -> None:
-        database = Database(url, size=1)
+        database = Database(url, size=1, timeout_seconds=DATABASE_TIMEOUT_SECONDS)
         await database.open()
         async with database.connection(600) as connection:
             with file.open("wb") as lines:
@@ -108,7 +108,7 @@ def _events(size: int) -> list[AnyEvent]:
 
 
 async def _write(url: str, tenant: int, streams: list[list[AnyEvent]]) -> list[tuple[int, int, int]]:
-    database = Database(url, size=4)
+    database = Database(url, size=4, timeout_seconds=DATABASE_TIMEOUT_SECONDS)
     await database.open()
     appender = Appender(database)
 

@@ -117,8 +117,14 @@ class Settings:
         "the same database as its owner, for `opsentry migrate`; empty: OPSENTRY_DATABASE_URL",
     )
     database_pool_size: int = _setting(16, _integer(2, 1000), "maximum PostgreSQL connections of a process")
+    database_timeout_ms: int = _setting(
+        900, _integer(100, 600_000), "milliseconds that a request waits for PostgreSQL before it fails with 503"
+    )
     redis_url: str = _setting(
         "redis://localhost:6379/0", _url("redis", "rediss", "unix"), "Redis or Valkey; its contents may be lost"
+    )
+    readiness_timeout_ms: int = _setting(
+        500, _integer(100, 600_000), "milliseconds after which a check of /health/ready fails"
     )
 
     # HTTP

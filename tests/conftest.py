@@ -25,6 +25,7 @@ from opsentry.infrastructure.encryption import generate_key
 from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.settings import Settings
+from tests.waiting import GENEROUS_SECONDS
 
 META = Meta(Actor("operator"))
 SECRET_KEY = generate_key()
@@ -104,6 +105,8 @@ def settings_for(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_na
         migration_database_url=postgres.url(database_name),
         redis_url=valkey.url,
         port=0,
+        database_timeout_ms=int(1000 * GENEROUS_SECONDS),
+        readiness_timeout_ms=int(1000 * GENEROUS_SECONDS),
         rate_limit="1000000/minute",
         auth_failure_rate_limit="1000000/minute",
         subscribe_rate_limit="1000000/minute",
@@ -113,9 +116,19 @@ def settings_for(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_na
 
 
 @pytest.fixture
-def settings(postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_name: str) -> Settings:
-    """Settings for a database of the test's own."""
-    return settings_for(postgres, valkey, database_name)
+def settings(
+    request: pytest.FixtureRequest, postgres: EmbeddedPostgres, valkey: EmbeddedValkey, database_name: str
+) -> Settings:
+    """Settings for a database of the test's own; timeouts are generous unless the test is about a timeout."""
+    found = settings_for(postgres, valkey, database_name)
+    if request.node.get_closest_marker("production_timeouts") is None:
+        return found
+    production = Settings()
+    return replace(
+        found,
+        database_timeout_ms=production.database_timeout_ms,
+        readiness_timeout_ms=production.readiness_timeout_ms,
+    )
 
 
 @pytest.fixture

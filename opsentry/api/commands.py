@@ -34,8 +34,9 @@ from opsentry.projections.timeline import etag
 
 _log = structlog.get_logger()
 
-# How long a command waits for its projections before it is answered without them.
-CATCH_UP_TIMEOUT = 0.7
+# How long a command waits for its projections before it is answered without them, as a share of the timeout of the
+# database. It is less than 1, as the append before it may have taken that timeout, and 2 s are all there is.
+CATCH_UP_SHARE = 0.75
 # A client's clock may be so much ahead: what it says happens now is then taken as happening now.
 CLOCK_SKEW = timedelta(seconds=5)
 # What happened longer ago is told to nobody: it is history, not news.
@@ -219,7 +220,7 @@ async def catch_up(projector: Projector, tenant_id: int, position: int, request_
     """
     began = time.monotonic()
     try:
-        async with asyncio.timeout(CATCH_UP_TIMEOUT):
+        async with asyncio.timeout(CATCH_UP_SHARE * projector.timeout_seconds):
             await projector.catch_up(tenant_id, position)
     except Exception as error:  # noqa: BLE001 - whatever it is, the command was carried out
         _log.warning("answered before projecting", request_id=request_id, error=type(error).__name__)

@@ -20,7 +20,7 @@ from opsentry.events.command_handler import CommandHandler
 from opsentry.identity.api_tokens import ApiTokens, Token
 from opsentry.identity.operator_tokens import OperatorTokens
 from opsentry.infrastructure.encryption import SecretBox
-from opsentry.infrastructure.postgres import DATABASE_TIMEOUT, Connection, Database
+from opsentry.infrastructure.postgres import Connection, Database
 from opsentry.infrastructure.rate_limit import RateLimiter
 from opsentry.notifications.channel import Channel
 from opsentry.projections import services
@@ -140,7 +140,7 @@ class RequestContext:
         Raises:
             PositionNotReached: It has not, within a bounded time.
         """
-        at_least, end = self._at_least(), time.monotonic() + DATABASE_TIMEOUT
+        at_least, end = self._at_least(), time.monotonic() + self.parts.database.timeout_seconds
         while True:
             async with self.parts.database.connection() as connection:
                 head = await audit.read_ledger_head(connection, self.tenant_id)

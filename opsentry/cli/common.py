@@ -14,7 +14,7 @@ import click
 import msgspec
 import uvloop
 
-from opsentry.bootstrap import Core, configure_logging, core
+from opsentry.bootstrap import Core, configure_logging, core, new_database
 from opsentry.domain.decider import DomainError, InvalidField
 from opsentry.events import audit, store
 from opsentry.events.appender import TenantBusy
@@ -123,7 +123,7 @@ async def opened(found: Settings) -> AsyncIterator[Database]:
 
     Print after giving a connection back: an error of the output must not look like one of the database.
     """
-    database = Database(found.database_url, size=1)
+    database = new_database(found, 1)
     await database.open()
     try:
         yield database

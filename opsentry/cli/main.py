@@ -85,7 +85,7 @@ def migrate_command() -> None:
     found = settings()
 
     async def work() -> None:
-        database = Database(found.migration_database_url or found.database_url, size=1)
+        database = Database(found.migration_database_url or found.database_url, size=1, timeout_seconds=PATIENCE)
         await database.open()
         try:
             async with database.connection(MIGRATION_TIMEOUT_SECONDS) as connection:

@@ -9,7 +9,6 @@ import asyncpg
 from opsentry.events import store
 from opsentry.events.store import Append, HeadBusy, Outcome
 from opsentry.infrastructure.postgres import (
-    DATABASE_TIMEOUT,
     Database,
     DatabaseUnavailable,
     OutcomeUnknown,
@@ -21,7 +20,7 @@ _Waiting = tuple[Append, "asyncio.Future[Outcome]"]
 
 
 # A little more than the second that append_events itself waits for a head.
-_LOCK_TIMEOUT = 1.2
+_LOCK_TIMEOUT_SECONDS = 1.2
 
 
 # So many connections may wait for ledger_heads at once; the others of the pool stay for everybody else.
@@ -134,7 +133,8 @@ class Appender:
         """Send the batch; `None` stands for a command that failed, whose sender has been told."""
         sent = False
         try:
-            async with self._database.connection(_LOCK_TIMEOUT if wait else DATABASE_TIMEOUT) as connection:
+            seconds = max(_LOCK_TIMEOUT_SECONDS, self._database.timeout_seconds) if wait else None
+            async with self._database.connection(seconds) as connection:
                 sent = True
                 return list(await store.append_events(connection, [command for command, _ in batch], wait=wait))
         except asyncpg.LockNotAvailableError:

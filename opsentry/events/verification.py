@@ -147,11 +147,11 @@ def _first(found: Sequence[Violation | None]) -> Violation | None:
 
 @asynccontextmanager
 async def _connected(url: str) -> AsyncIterator[Connection]:
-    database = Database(url, size=1)
+    # Hours, not seconds: no request waits for a verification.
+    database = Database(url, size=1, timeout_seconds=24 * 3600)
     await database.open()
     try:
-        # Hours, not seconds: nobody's request waits for this one.
-        async with database.connection(24 * 3600) as connection:
+        async with database.connection() as connection:
             yield connection
     finally:
         await database.close()

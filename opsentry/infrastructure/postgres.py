@@ -12,10 +12,6 @@ import asyncpg
 
 Connection: TypeAlias = asyncpg.Connection  # lent by the pool as a proxy with the same methods
 
-# How long anyone waits for the database before hearing that it is down. A request makes at most two such waits in
-# a row that can both run out, and has to be answered within 2 s.
-DATABASE_TIMEOUT = 0.9
-
 MIGRATIONS = next(
     path
     for path in (Path(__file__).parents[2] / "migrations", Path(__file__).parents[1] / "migrations")
@@ -74,11 +70,20 @@ class Database:
     """A pool of connections that keep no session state, so it works behind PgBouncer in transaction mode too.
 
     Connections are made when first needed: a process starts, and answers what needs no database, while it is down.
+
+    Args:
+        url: A `postgresql://` URL.
+        size: Connections of the pool, at most.
+        timeout_seconds: How long a caller that sets no limit of its own holds a connection, the wait for it included.
+
+    Attributes:
+        timeout_seconds: As the argument.
     """
 
-    def __init__(self, url: str, *, size: int) -> None:
+    def __init__(self, url: str, *, size: int, timeout_seconds: float) -> None:
         self._url = url
         self._size = size
+        self.timeout_seconds = timeout_seconds
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
 
     async def open(self) -> None:
@@ -104,15 +109,15 @@ class Database:
                 self._pool.terminate()
 
     @asynccontextmanager
-    async def connection(self, seconds: float = DATABASE_TIMEOUT) -> AsyncIterator[Connection]:
-        """Lend a connection for at most `seconds`, the wait for it included.
+    async def connection(self, seconds: float | None = None) -> AsyncIterator[Connection]:
+        """Lend a connection for at most `seconds` (`timeout_seconds` by default), the wait for it included.
 
         Raises:
             DatabaseUnavailable: No connection was to be had, it was lost, or time ran out.
         """
         assert self._pool is not None, "open() comes first"  # noqa: S101 - a mistake of ours, not of a user
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(self.timeout_seconds if seconds is None else seconds):
                 connection = await self._pool.acquire()
                 try:
                     yield connection
@@ -130,7 +135,7 @@ class Database:
             raise DatabaseUnavailable(f"database: {type(error).__name__}") from error
 
     @asynccontextmanager
-    async def transaction(self, seconds: float = DATABASE_TIMEOUT) -> AsyncIterator[Connection]:
+    async def transaction(self, seconds: float | None = None) -> AsyncIterator[Connection]:
         """Lend a connection inside a transaction that commits at the end.
 
         Raises:
@@ -144,7 +149,7 @@ class Database:
                 raise  # the connection is given up: a ROLLBACK would wait for a server that does not answer
             except BaseException:
                 try:
-                    async with asyncio.timeout(DATABASE_TIMEOUT):
+                    async with asyncio.timeout(self.timeout_seconds):
                         await connection.execute("ROLLBACK")
                 except (TimeoutError, *_LOST):
                     # With the connection goes the transaction; what led here is what is worth telling.
@@ -153,12 +158,12 @@ class Database:
                 raise
             await connection.execute("COMMIT")
 
-    async def fetchrow(self, query: str, *values: Any, seconds: float = DATABASE_TIMEOUT) -> asyncpg.Record | None:
+    async def fetchrow(self, query: str, *values: Any, seconds: float | None = None) -> asyncpg.Record | None:
         """Return the first row of `query`; raises as `connection()`."""
         async with self.connection(seconds) as connection:
             return await connection.fetchrow(query, *values)
 
-    async def fetch(self, query: str, *values: Any, seconds: float = DATABASE_TIMEOUT) -> list[asyncpg.Record]:
+    async def fetch(self, query: str, *values: Any, seconds: float | None = None) -> list[asyncpg.Record]:
         """Return all rows of `query`; raises as `connection()`."""
         async with self.connection(seconds) as connection:
             return list(await connection.fetch(query, *values))

@@ -13,12 +13,13 @@ from opsentry.infrastructure import rate_limit
 from opsentry.infrastructure.redis import connect
 from tests.api.conftest import make_operator
 from tests.conftest import Client
+from tests.waiting import GENEROUS_SECONDS
 
 
 @pytest.fixture(autouse=True)
 async def empty_buckets(valkey):
     """ApiTokens of all tests have the same few ids, so what another test counted must go."""
-    client = connect(valkey.url)
+    client = connect(valkey.url, GENEROUS_SECONDS)
     await client.flushdb()
     await client.aclose()
 
@@ -164,14 +165,14 @@ async def test_without_redis_limits_hold_and_when_it_is_back_they_are_shared(
         else:
             port = own_valkey.port
             own_valkey.stop()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(GENEROUS_SECONDS / 2):  # a request that waited for Redis would take longer
             assert await statuses(here, 12) == [200] * 8 + [429] * 4
             assert await statuses(Client(http, one, api_tokens.mint()), 4) == [401] * 3 + [429]
         if end == "frozen":
             os.kill(own_valkey.pid, signal.SIGCONT)
         else:
             own_valkey.start(port)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(GENEROUS_SECONDS):
             passed = 0
             while (await statuses(there, 1)) == [200]:
                 passed += 1

@@ -11,6 +11,7 @@ from opsentry.events import store
 from opsentry.identity import api_tokens
 from tests.api.conftest import DRILL, head, make_token, recorded
 from tests.conftest import META, Client, make_service
+from tests.waiting import until
 
 KEY = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 TOLD = ("ETag", "Location", "Opsentry-Position", "Content-Type")
@@ -37,6 +38,11 @@ CREATING = {"declare", "schedule"}
 ACTIONS = {"start", "complete", "cancel"}
 # How many events they are, if not one: what stood with the erased words is said again.
 EVENTS = {"declare": 2, "change": 2, "update": 2, "change window": 3, "redact incident": 2, "redact window": 2}
+
+# Whether so many sessions wait for a lock.
+WAITERS = """
+SELECT count(*) = $1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
+"""
 
 each_command = pytest.mark.parametrize("name", REQUESTS)
 
@@ -365,9 +371,9 @@ async def test_a_service_renamed_while_a_command_waits_is_linked_alike_ever_afte
         async with owner.transaction():
             await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
             rename = asyncio.create_task(change_service(other, acme, ids, ChangeService(name="Renamed")))
-            await asyncio.sleep(0.2)
+            await until(lambda: owner.fetchval(WAITERS, 1))
             declare = asyncio.create_task(send(api, request("declare", ids)))
-            await asyncio.sleep(0.2)
+            await until(lambda: owner.fetchval(WAITERS, 2))
         await rename
         first = await declare
     assert (first.status, first.told["Opsentry-Position"]) == (201, str(before + 3))

@@ -2,7 +2,7 @@ import json
 
 from opsentry.identity import api_tokens, operator_tokens
 from tests.conftest import Client
-from tests.system.processes import until
+from tests.waiting import until
 
 
 async def test_a_token_works_until_it_is_revoked_and_is_printed_once(run, fail, anonymous):

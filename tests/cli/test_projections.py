@@ -9,7 +9,8 @@ from opsentry.domain import incident
 from opsentry.domain.incident import OpenIncident, PostUpdate
 from tests.conftest import META, make_service
 from tests.projections.planting import plant
-from tests.system.processes import environment, opsentry, running, until
+from tests.system.processes import environment, opsentry, running
+from tests.waiting import until
 
 NAMES = ["services", "incidents", "maintenance", "subscriptions", "impact", "outbox"]
 

@@ -2,7 +2,7 @@ import json
 
 from opsentry.identity import api_tokens
 from tests.conftest import Client
-from tests.system.processes import until
+from tests.waiting import until
 
 
 async def test_a_tenant_is_created_once_and_listed(run, fail):

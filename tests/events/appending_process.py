@@ -14,6 +14,7 @@ from opsentry.events.appender import Appender, TenantBusy
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.command_handler import CommandHandler, ConcurrencyConflict
 from opsentry.infrastructure.postgres import Database
+from tests.waiting import GENEROUS_SECONDS
 
 # Only the log is of interest: a message is an event, whatever the stream began with.
 DECIDER: Decider[None, PostUpdate, IncidentEvent] = Decider(
@@ -24,7 +25,7 @@ DECIDER: Decider[None, PostUpdate, IncidentEvent] = Decider(
 
 
 async def main(url: str, tenant: int, name: str, writers: int, count: int, *streams: int) -> None:
-    database = Database(url, size=8)
+    database = Database(url, size=8, timeout_seconds=GENEROUS_SECONDS)
     await database.open()
     commands = CommandHandler(database, Appender(database))
 

@@ -14,6 +14,7 @@ from opsentry.events.appender import Appender, TenantBusy
 from opsentry.events.store import Appended, Reserved, UnknownTenant, VersionConflict
 from opsentry.infrastructure.postgres import Database
 from tests.events.ledger import held, messages, new_tenant, note, notes
+from tests.waiting import GENEROUS_SECONDS
 
 
 class Watched:
@@ -48,7 +49,7 @@ async def watched(monkeypatch):
 
 @pytest.fixture
 async def database(settings):
-    database = Database(settings.database_url, size=8)
+    database = Database(settings.database_url, size=8, timeout_seconds=GENEROUS_SECONDS)
     await database.open()
     yield database
     await database.close()

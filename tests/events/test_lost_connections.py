@@ -10,6 +10,7 @@ from opsentry.events.store import Appended, VersionConflict
 from opsentry.infrastructure.postgres import Database, DatabaseUnavailable, OutcomeUnknown
 from tests.events.appending_client import Fault, Line
 from tests.events.ledger import messages, notes
+from tests.waiting import GENEROUS_SECONDS
 
 
 def start(appender, *commands):
@@ -27,7 +28,9 @@ async def line(settings):
 
 @pytest.fixture
 async def distant(settings, line):
-    database = Database(re.sub(r"host=.+", f"host={line.folder}", settings.database_url), size=1)
+    database = Database(
+        re.sub(r"host=.+", f"host={line.folder}", settings.database_url), size=1, timeout_seconds=GENEROUS_SECONDS
+    )
     await database.open()
     appender = Appender(database)
     yield appender

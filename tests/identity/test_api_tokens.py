@@ -11,13 +11,14 @@ from opsentry.identity import api_tokens
 from opsentry.identity.api_tokens import ApiTokens, InvalidToken, TokenNotFound
 from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
 from tests.conftest import META
+from tests.waiting import GENEROUS_SECONDS
 
 
 class Counting(Database):
     """A database that counts what it is asked."""
 
     def __init__(self, settings):
-        super().__init__(settings.database_url, size=2)
+        super().__init__(settings.database_url, size=2, timeout_seconds=GENEROUS_SECONDS)
         self.asked = 0
 
     async def fetchrow(self, query, *values, **options):
@@ -122,7 +123,7 @@ async def test_the_memory_is_bounded(monkeypatch, counting):
 
 
 async def test_a_lost_database_is_no_bad_token_and_is_not_remembered(settings, counting, acme):
-    lost = Database("postgresql://127.0.0.1:1/nowhere", size=2)
+    lost = Database("postgresql://127.0.0.1:1/nowhere", size=2, timeout_seconds=GENEROUS_SECONDS)
     await lost.open()
     known = ApiTokens(lost)
     with pytest.raises(DatabaseUnavailable):

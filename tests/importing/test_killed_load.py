@@ -5,7 +5,8 @@ import pytest
 
 from tests.events.ledger import first_broken
 from tests.importing.pages import component, incident, ledger, link, page, update, write
-from tests.system.processes import environment, opsentry, running, until
+from tests.system.processes import environment, opsentry, running
+from tests.waiting import until
 
 INCIDENTS = 1500
 

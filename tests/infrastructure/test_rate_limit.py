@@ -10,6 +10,7 @@ from opsentry.demo.embedded import EmbeddedValkey
 from opsentry.infrastructure import rate_limit
 from opsentry.infrastructure.rate_limit import RateLimiter, client_source
 from opsentry.infrastructure.redis import connect
+from tests.waiting import GENEROUS_SECONDS
 
 PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
 
@@ -41,7 +42,7 @@ def test_the_source_that_a_request_counts_against(peer, forwarded, expected):
 
 
 async def test_buckets_are_independent_and_a_refused_hit_is_not_counted(valkey):
-    client = connect(valkey.url)
+    client = connect(valkey.url, GENEROUS_SECONDS)
     limiter = RateLimiter(client, "3/minute", "apart")
     assert [limiter.hit(1, "a").allowed for _ in range(5)] == [True] * 3 + [False] * 2
     assert limiter.hit(2, "a").allowed
@@ -52,7 +53,7 @@ async def test_buckets_are_independent_and_a_refused_hit_is_not_counted(valkey):
 
 
 async def test_processes_share_their_hits(valkey):
-    client = connect(valkey.url)
+    client = connect(valkey.url, GENEROUS_SECONDS)
     here, there = (RateLimiter(client, "3/minute", "shared") for _ in range(2))
     for _ in range(3):
         assert here.hit("x").allowed
@@ -88,7 +89,7 @@ async def shared(limiter):
 @pytest.mark.parametrize("end", ["frozen", "stopped"])
 async def test_a_limit_holds_without_redis_and_is_shared_again_once_redis_is_back(monkeypatch, own_valkey, end):
     monkeypatch.setattr(rate_limit, "_RETRY_SECONDS", 0.05)
-    client = connect(own_valkey.url)
+    client = connect(own_valkey.url, 0.4)
     here, there = (RateLimiter(client, "6/minute", "back") for _ in range(2))
     assert here.hit("x").allowed
     await shared(here)
@@ -120,7 +121,7 @@ async def test_a_limit_holds_without_redis_and_is_shared_again_once_redis_is_bac
 
 
 async def test_a_new_window_begins_with_the_whole_limit(monkeypatch):
-    client = connect("redis://127.0.0.1:1/0")
+    client = connect("redis://127.0.0.1:1/0", 0.4)
     limiter = RateLimiter(client, "2/minute", "windows")
     began = time.time()
     monkeypatch.setattr(time, "time", lambda: began)
@@ -135,7 +136,7 @@ async def test_a_new_window_begins_with_the_whole_limit(monkeypatch):
 
 async def test_expired_buckets_are_removed_when_there_are_many(monkeypatch):
     monkeypatch.setattr(rate_limit, "_CLEANUP_MIN_BUCKETS", 10)
-    client = connect("redis://127.0.0.1:1/0")
+    client = connect("redis://127.0.0.1:1/0", 0.4)
     limiter = RateLimiter(client, "2/second", "many")
     for number in range(10):
         limiter.hit(number)
@@ -149,7 +150,7 @@ async def test_expired_buckets_are_removed_when_there_are_many(monkeypatch):
 
 async def test_many_live_buckets_are_not_searched_again_for_each_new_one(monkeypatch):
     monkeypatch.setattr(rate_limit, "_CLEANUP_MIN_BUCKETS", 10)
-    client = connect("redis://127.0.0.1:1/0")
+    client = connect("redis://127.0.0.1:1/0", 0.4)
     limiter = RateLimiter(client, "2/minute", "live")
     searches, kept = 0, limiter._buckets
     for number in range(40):
@@ -161,7 +162,7 @@ async def test_many_live_buckets_are_not_searched_again_for_each_new_one(monkeyp
 
 
 async def test_without_redis_the_limit_holds_within_the_process():
-    client = connect("redis://127.0.0.1:1/0")
+    client = connect("redis://127.0.0.1:1/0", 0.4)
     limiter = RateLimiter(client, "3/minute", "away")
     assert [limiter.hit("x").allowed for _ in range(4)] == [True, True, True, False]
     await limiter.close()

@@ -20,7 +20,7 @@ from opsentry.notifications.messages.builder import MessageBuilder
 from opsentry.projections.as_of import AsOfQueries
 from tests.notifications.desk import Desk
 from tests.notifications.sending import Scripted
-from tests.system.processes import until
+from tests.waiting import until
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 

@@ -26,6 +26,7 @@ from opsentry.projections.as_of import AsOfQueries
 from opsentry.projections.engine.projector import PositionNotReached
 from tests.conftest import META, make_service
 from tests.notifications.messages import message
+from tests.waiting import GENEROUS_SECONDS
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ async def test_a_service_that_is_not_known_to_be_public_is_waited_for(fresh, tel
 
 
 async def test_a_database_that_is_lost_is_said(settings, parts, acme):
-    lost = Database("postgresql://opsentry@127.0.0.1:1/none", size=2)
+    lost = Database("postgresql://opsentry@127.0.0.1:1/none", size=2, timeout_seconds=GENEROUS_SECONDS)
     await lost.open()
     composer = MessageBuilder(AsOfQueries(lost, parts.projector), lost)
     with pytest.raises(DatabaseUnavailable):

@@ -8,7 +8,7 @@ from opsentry.notifications.channel import Outcome
 from tests.conftest import META
 from tests.notifications.desk import Desk
 from tests.notifications.sending import BROKEN, OK, hurry
-from tests.system.processes import until
+from tests.waiting import until
 
 
 async def test_what_happens_is_sent_in_order_with_its_state_of_then(desk, channel, sending, settled):

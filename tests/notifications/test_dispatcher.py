@@ -12,7 +12,7 @@ from opsentry.notifications.delivery.dispatcher import Dispatcher
 from tests.conftest import META
 from tests.notifications.desk import Desk
 from tests.notifications.sending import BROKEN, OK, Scripted, hurry
-from tests.system.processes import until
+from tests.waiting import until
 
 X = "https://example.com/x"
 

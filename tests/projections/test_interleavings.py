@@ -16,7 +16,7 @@ from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
 from tests.conftest import META
 from tests.projections.planting import plant
-from tests.system.processes import until
+from tests.waiting import until
 
 NAMES = sorted(projection.name for projection in projections())
 

@@ -16,6 +16,7 @@ from opsentry.projections.engine import projector as runner_module
 from opsentry.projections.engine.projector import Projector
 from tests.projections.histories import META, dump
 from tests.projections.planting import age
+from tests.waiting import GENEROUS_SECONDS
 
 NAMES = {projection.name for projection in projections()}
 
@@ -104,7 +105,7 @@ async def test_many_runners_apply_each_event_once(parts, settings, acme, app_con
         def replayer(self):
             raise NotImplementedError
 
-    databases = [Database(settings.database_url, size=2) for _ in range(4)]
+    databases = [Database(settings.database_url, size=2, timeout_seconds=GENEROUS_SECONDS) for _ in range(4)]
     for database in databases:
         await database.open()
     projectors = [Projector(database, list(map(Noted, projections()))) for database in databases]

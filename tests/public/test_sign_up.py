@@ -12,6 +12,7 @@ from opsentry.infrastructure.redis import connect
 from opsentry.public import sign_up
 from tests.conftest import META, make_service
 from tests.public.conftest import Browser, head, heading, subscribed, told, types
+from tests.waiting import GENEROUS_SECONDS
 
 SENT = "subscribe/sent"
 
@@ -173,7 +174,7 @@ async def test_where_no_email_is_set_up_there_is_no_form(http, settings, parts, 
 @pytest.fixture
 async def _empty_buckets(valkey):
     """All tests come from one address."""
-    client = connect(valkey.url)
+    client = connect(valkey.url, GENEROUS_SECONDS)
     await client.flushdb()
     await client.aclose()
 

@@ -14,7 +14,7 @@ from opsentry.bootstrap import core
 from opsentry.settings import Settings
 from tests.conftest import Client, Tenant, make_service, make_tenant
 from tests.events.ledger import first_broken
-from tests.system.processes import until
+from tests.waiting import until
 
 _numbers = count(1)
 

@@ -5,16 +5,13 @@ import os
 import socket
 import sys
 from asyncio.subprocess import PIPE, STDOUT, Process
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from opsentry.settings import Settings
-
-T = TypeVar("T")
-
-START_TIMEOUT = 60
+from tests.waiting import GENEROUS_SECONDS
 
 
 class Ran(NamedTuple):
@@ -52,14 +49,14 @@ class Running:
         def found() -> list[str]:
             return [line.removeprefix(beginning) for line in self.said.splitlines() if line.startswith(beginning)]
 
-        async with asyncio.timeout(START_TIMEOUT), self._more:
+        async with asyncio.timeout(GENEROUS_SECONDS), self._more:
             await self._more.wait_for(lambda: found() or self._reader.done())
         assert found(), f"ended without saying {beginning!r}: {self.said}"
         return found()[0]
 
     async def mentions(self, text: str) -> None:
         """Return when it has printed this."""
-        async with asyncio.timeout(START_TIMEOUT), self._more:
+        async with asyncio.timeout(GENEROUS_SECONDS), self._more:
             await self._more.wait_for(lambda: text in self.said or self._reader.done())
         assert text in self.said, f"ended without mentioning {text!r}: {self.said}"
 
@@ -67,7 +64,7 @@ class Running:
         with suppress(ProcessLookupError):
             self.process.kill()
 
-    async def ended(self, seconds: float = START_TIMEOUT) -> int:
+    async def ended(self, seconds: float = GENEROUS_SECONDS) -> int:
         """Return the exit code."""
         async with asyncio.timeout(seconds):
             await asyncio.shield(self._reader)  # whoever loses patience does not end it for the others
@@ -112,18 +109,10 @@ async def opsentry(env: Mapping[str, str], *arguments: str) -> Ran:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "opsentry", *arguments, env=env, stdout=PIPE, stderr=PIPE
     )
-    async with asyncio.timeout(START_TIMEOUT):
+    async with asyncio.timeout(GENEROUS_SECONDS):
         out, err = await process.communicate()
     assert process.returncode is not None
     return Ran(process.returncode, out.decode(), err.decode())
-
-
-async def until(question: Callable[[], Awaitable[T]], seconds: float = 30) -> T:
-    """Return the first answer that is true."""
-    async with asyncio.timeout(seconds):
-        while not (answer := await question()):  # noqa: ASYNC110 - another process has no event to wait for
-            await asyncio.sleep(0.01)
-    return answer
 
 
 def free_port() -> int:

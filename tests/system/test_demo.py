@@ -12,7 +12,8 @@ from yarl import URL
 
 from opsentry.identity import api_tokens
 from tests.conftest import Client
-from tests.system.processes import environment, free_port, opsentry, running, until
+from tests.system.processes import environment, free_port, opsentry, running
+from tests.waiting import until
 
 FACTS = {
     "base_url",

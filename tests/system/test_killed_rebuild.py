@@ -19,8 +19,9 @@ from opsentry.projections.engine.rebuild import Rebuilder
 from opsentry.settings import Settings
 from tests.conftest import make_tenant, new_database, settings_for
 from tests.system.intents import check_intents
-from tests.system.processes import Running, environment, opsentry, running, server, until
+from tests.system.processes import Running, environment, opsentry, running, server
 from tests.system.watched import Watch, watched
+from tests.waiting import until
 
 TENANTS = 6
 INCIDENTS = 30

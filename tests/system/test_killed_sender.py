@@ -22,9 +22,10 @@ from opsentry.domain.subscription import CreateSubscription
 from opsentry.infrastructure.encryption import SecretBox, generate_key
 from opsentry.notifications.messages.signing import new_secret
 from tests.conftest import META, make_tenant
-from tests.system.processes import Running, environment, until
+from tests.system.processes import Running, environment
 from tests.system.receivers import receivers
 from tests.system.sending_process import POINTS
+from tests.waiting import until
 
 LEASE = 1.0
 # So many messages may be under way at once, and as many others be recorded.

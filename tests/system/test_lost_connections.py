@@ -1,6 +1,7 @@
 from tests.conftest import Client
 from tests.system.load import Load, check_ledgers, check_read_models, prepare
-from tests.system.processes import server, until
+from tests.system.processes import server
+from tests.waiting import until
 
 KILLS = 30
 

@@ -6,7 +6,8 @@ from opsentry.identity import operator_tokens
 from tests.conftest import Client
 from tests.projections.planting import plant
 from tests.system.load import prepare
-from tests.system.processes import environment, opsentry, running, server, until
+from tests.system.processes import environment, opsentry, running, server
+from tests.waiting import until
 
 NAMES = {"services", "incidents", "maintenance", "subscriptions", "impact", "outbox"}
 OF_INCIDENTS = {"incidents", "impact", "outbox"}

@@ -16,9 +16,10 @@ from opsentry.projections.engine.rebuild import Rebuilder
 from opsentry.projections.outbox import intents
 from opsentry.projections.outbox.projection import Outbox
 from tests.conftest import META, make_tenant
-from tests.system.processes import environment, opsentry, until
+from tests.system.processes import environment, opsentry
 from tests.system.receivers import receivers
 from tests.system.test_killed_sender import all_sent, tell_all
+from tests.waiting import until
 
 SUBSCRIBERS = 5
 INTENTS = "SELECT count(*) FROM outbox_intents"

@@ -5,7 +5,8 @@ import aiohttp
 
 from tests.conftest import Client
 from tests.system.load import Load, check_ledgers, check_read_models, prepare
-from tests.system.processes import server, until
+from tests.system.processes import server
+from tests.waiting import until
 
 SECONDS = 3
 

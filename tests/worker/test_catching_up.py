@@ -6,7 +6,8 @@ from opsentry.domain.incident import DECIDER, OpenIncident
 from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.settings import Settings
 from tests.conftest import META, make_tenant
-from tests.system.processes import environment, running, until
+from tests.system.processes import environment, running
+from tests.waiting import until
 from tests.worker.windows import DONE, completed, schedule, story
 
 UP_TO_DATE = (

@@ -23,7 +23,8 @@ from opsentry.projections.engine import management
 from opsentry.projections.engine.rebuild import Rebuilder
 from tests.conftest import META, Client, make_tenant
 from tests.projections.histories import TABLES, dump
-from tests.system.processes import environment, running, until
+from tests.system.processes import environment, running
+from tests.waiting import until
 from tests.worker.test_catching_up import PROJECTIONS, UP_TO_DATE, leave_behind
 
 # Who moved which checkpoint, from where to where, and when by the database's clock.

@@ -7,7 +7,7 @@ from opsentry.domain import maintenance
 from opsentry.domain.maintenance import CancelMaintenance, ChangeMaintenance, StartMaintenance
 from opsentry.worker.worker import Worker
 from tests.conftest import META
-from tests.system.processes import until
+from tests.waiting import until
 from tests.worker.windows import schedule, story
 
 SCHEDULED, REMINDED = "maintenance.scheduled", "maintenance.reminded"

@@ -17,7 +17,7 @@ from opsentry.events import store
 from opsentry.worker import worker
 from opsentry.worker.worker import Worker
 from tests.conftest import META
-from tests.system.processes import until
+from tests.waiting import until
 
 CREATED, CONFIRMED = "subscription.created", "subscription.confirmed"
 LAPSED = [CREATED, "subscription.removed", "subscription.redacted"]

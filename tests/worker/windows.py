@@ -8,7 +8,7 @@ from opsentry.bootstrap import Core
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import ScheduleMaintenance
 from tests.conftest import META
-from tests.system.processes import until
+from tests.waiting import until
 
 DONE = ["maintenance.scheduled", "maintenance.started", "maintenance.completed"]
 

@@ -9,7 +9,7 @@ import structlog
 
 from opsentry.events import store
 from opsentry.events.codec import RecordedEvent, UnknownEvent
-from opsentry.infrastructure.postgres import DATABASE_TIMEOUT, Connection, Database, is_transient
+from opsentry.infrastructure.postgres import Connection, Database, is_transient
 from opsentry.projections.engine.projection import Projection
 
 _log = structlog.get_logger()
@@ -117,6 +117,11 @@ class Projector:
         self._began: dict[int, float] = {}
 
     @property
+    def timeout_seconds(self) -> float:
+        """How long a read waits for the projections to catch up."""
+        return self._database.timeout_seconds
+
+    @property
     def projections(self) -> Sequence[Projection]:
         """The projections that it brings up, by name."""
         return self._projections
@@ -186,7 +191,7 @@ class Projector:
         if not behind and (row["projected_position"] or 0) >= at_least:
             return row
         try:
-            async with asyncio.timeout(DATABASE_TIMEOUT):
+            async with asyncio.timeout(self.timeout_seconds):
                 while row["head_position"] < at_least:
                     await asyncio.sleep(_POLL_SECONDS)
                     row = await self._query(query)

@@ -20,6 +20,8 @@ from opsentry.projections.engine.rebuild import Rebuilder
 _ALL = 2**31 - 1
 _LOOK_SECONDS = 0.1
 _WAIT_SECONDS = 0.5
+# No request waits for a rebuild, so the database may take its time.
+_TIMEOUT_SECONDS = 60.0
 
 
 class RebuildProcessFailed(Exception):
@@ -62,7 +64,7 @@ async def rebuild(
         DatabaseUnavailable: The database was lost; what is not done is as it was.
         RebuildProcessFailed: A process was killed; what it was at is as it was.
     """
-    database = Database(url, size=1)
+    database = Database(url, size=1, timeout_seconds=_TIMEOUT_SECONDS)
     await database.open()
     try:
         rebuilder = Rebuilder(database, projections)
@@ -144,7 +146,7 @@ def _end_with_parent() -> None:
 
 async def _work(job: Job, advance: Callable[[int], None]) -> None:
     """Rebuild every so many-th tenant that is left, until none is: then the others' share too; each at most once."""
-    database = Database(job.url, size=2)
+    database = Database(job.url, size=2, timeout_seconds=_TIMEOUT_SECONDS)
     await database.open()
     rebuilder = Rebuilder(database, job.projections)
     done: set[int] = set()

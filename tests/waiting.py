@@ -1,0 +1,25 @@
+"""Wait for events instead of sleeping, under one deadline for the whole suite."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# The deadline of everything that a test waits for, unless the test is about a timeout. It ends a test that hangs; a
+# machine that is busy with other work must never reach it.
+GENEROUS_SECONDS = 60.0
+
+_POLL_SECONDS = 0.01
+
+
+async def until(condition: Callable[[], Awaitable[T]], seconds: float = GENEROUS_SECONDS) -> T:
+    """Poll `condition` and return its first true result.
+
+    Raises:
+        TimeoutError: It was false for `seconds`.
+    """
+    async with asyncio.timeout(seconds):
+        while not (result := await condition()):  # noqa: ASYNC110 - another process cannot set an event of this loop
+            await asyncio.sleep(_POLL_SECONDS)
+    return result
