@@ -85,10 +85,11 @@ def migrate_command() -> None:
     found = settings()
 
     async def work() -> None:
-        database = Database(found.migration_database_url or found.database_url, size=1, timeout_seconds=PATIENCE)
+        url = found.migration_database_url or found.database_url
+        database = Database(url, size=1, timeout_seconds=MIGRATION_TIMEOUT_SECONDS)
         await database.open()
         try:
-            async with database.connection(MIGRATION_TIMEOUT_SECONDS) as connection:
+            async with database.connection() as connection:
                 applied = await migrate(connection, migrations())
         finally:
             await database.close()
