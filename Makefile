@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 OPSENTRY_DEMO_DIR ?= .opsentry
 
-.PHONY: demo test check prose faults bench lock format clean
+.PHONY: demo test unit check prose faults bench lock format clean
 
 $(VENV)/.demo: requirements/demo.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,10 +21,14 @@ demo: $(VENV)/.demo
 	@exec env PORT="$(PORT)" OPSENTRY_DEMO_DIR="$(OPSENTRY_DEMO_DIR)" $(BIN)/python -m opsentry demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest -m "not faults" $(ARGS)
+
+# Every test that needs no server and no process: a few seconds.
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest -m unit $(ARGS)
 
 faults: $(VENV)/.dev
-	$(BIN)/python -m pytest -m faults -s
+	$(BIN)/python -m pytest -m faults -s $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -39,7 +43,7 @@ prose: $(VENV)/.dev
 	@$(BIN)/codespell
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import aiohttp
@@ -37,6 +38,32 @@ _numbers = count(1)
 def expire_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every cached answer count as expired for the rest of the test."""
     monkeypatch.setattr(TtlCache, "peek", lambda _self, _key, default: default)
+
+
+# A test that uses none of these fixtures, directly or through others, needs no server.
+_SERVER_FIXTURES = frozenset({"servers_folder", "own_postgres", "own_valkey"})
+# A test that names one of these starts a process or a server itself.
+_STARTERS = frozenset({"opsentry", "running", "server", "subprocess", "EmbeddedPostgres", "EmbeddedValkey"})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need no server and no process as `unit`, before pytest selects tests by their marks."""
+    system = Path(__file__).parent / "system"
+    for item in items:
+        if (
+            isinstance(item, pytest.Function)
+            and system not in item.path.parents
+            and _SERVER_FIXTURES.isdisjoint(item.fixturenames)
+            and _STARTERS.isdisjoint(_names_in(item.function.__code__))
+        ):
+            item.add_marker(pytest.mark.unit)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Return the global names and attributes that a function and the functions inside it use."""
+    inner = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 @pytest.fixture(scope="session")
