@@ -22,6 +22,7 @@ from opsentry.domain import service
 from opsentry.domain.service import RegisterService
 from opsentry.events.codec import Actor, Meta
 from opsentry.identity import api_tokens, tenants
+from opsentry.identity.scopes import SCOPES
 from opsentry.infrastructure.encryption import generate_key
 from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.infrastructure.single_flight import TtlCache
@@ -192,9 +193,7 @@ class Tenant:
 async def make_tenant(parts: Core, slug: str) -> Tenant:
     async with parts.database.connection(10) as connection:
         tenant_id = await tenants.create_tenant(connection, slug=slug, name=slug.title(), meta=META)
-        token = await api_tokens.create_api_token(
-            connection, tenant_id, name=f"{slug} token", scopes=api_tokens.SCOPES, meta=META
-        )
+        token = await api_tokens.create_api_token(connection, tenant_id, name=f"{slug} token", scopes=SCOPES, meta=META)
     return Tenant(tenant_id, slug, token)
 
 

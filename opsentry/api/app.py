@@ -16,13 +16,14 @@ from opsentry.api.health import Readiness
 from opsentry.api.operator import Ops
 from opsentry.api.request import MAX_BODY, REQUEST_ID, address
 from opsentry.api.responses import unless_known
-from opsentry.identity.api_tokens import InvalidToken, Token, TokenFacts, TokenLookup
+from opsentry.identity.api_tokens import ApiToken
 from opsentry.identity.operator_tokens import OperatorToken
+from opsentry.identity.tokens import AuthenticatedToken, InvalidToken, TokenDirectory
 from opsentry.infrastructure.rate_limit import RateLimiter
 
 _log = structlog.get_logger()
 
-T = TypeVar("T", bound=TokenFacts)
+T = TypeVar("T", bound=AuthenticatedToken)
 
 Endpoint = Callable[[RequestContext], Awaitable[web.StreamResponse]]
 
@@ -151,7 +152,7 @@ def _unrouted(resources: Sequence[web.Resource]) -> Handler:
 def _for_tenants(parts: Dependencies, scopes: Sequence[str], endpoint: Endpoint) -> Handler:
     """Return a handler that lets in tenants' tokens with the scopes."""
 
-    async def respond(request: web.Request, token: Token, rate: Mapping[str, str]) -> web.StreamResponse:
+    async def respond(request: web.Request, token: ApiToken, rate: Mapping[str, str]) -> web.StreamResponse:
         _require(token, scopes)
         request_id = request[REQUEST_ID]
         return await endpoint(RequestContext(request, request_id, token, parts, {**rate, "X-Request-ID": request_id}))
@@ -171,7 +172,7 @@ def _for_operators(parts: Dependencies, handler: Handler) -> Handler:
 
 def _guarded(
     parts: Dependencies,
-    tokens: TokenLookup[T],
+    tokens: TokenDirectory[T],
     respond: Callable[[web.Request, T, Mapping[str, str]], Awaitable[web.StreamResponse]],
 ) -> Handler:
     """Return a handler that lets in who may: a working token of the kind, within its rate, as `respond` decides."""
@@ -193,13 +194,13 @@ def _guarded(
     return handle
 
 
-def _require(token: Token, scopes: Sequence[str]) -> None:
+def _require(token: ApiToken, scopes: Sequence[str]) -> None:
     for scope in scopes:
         if scope not in token.scopes:
             raise MissingScope(scope)
 
 
-async def _authenticate(tokens: TokenLookup[T], failures: RateLimiter, request: web.Request, sender: str) -> T:
+async def _authenticate(tokens: TokenDirectory[T], failures: RateLimiter, request: web.Request, sender: str) -> T:
     kind, _, value = request.headers.get("Authorization", "").partition(" ")
     try:
         return await tokens.authenticate(value.strip() if kind.lower() == "bearer" else "")

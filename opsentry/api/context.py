@@ -17,7 +17,7 @@ from opsentry.api.errors import BadRequest, NotFound, NotJson
 from opsentry.events import audit
 from opsentry.events.audit import LedgerHead
 from opsentry.events.command_handler import CommandHandler
-from opsentry.identity.api_tokens import ApiTokens, Token
+from opsentry.identity.api_tokens import ApiToken, ApiTokens
 from opsentry.identity.operator_tokens import OperatorTokens
 from opsentry.infrastructure.encryption import SecretBox
 from opsentry.infrastructure.postgres import Connection, Database
@@ -62,7 +62,7 @@ class RequestContext:
 
     request: web.Request
     request_id: str
-    token: Token
+    token: ApiToken
     parts: Dependencies
     headers: Mapping[str, str]
     """What every answer to the request carries."""

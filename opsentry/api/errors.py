@@ -10,7 +10,7 @@ from aiohttp import web
 from opsentry.domain.decider import DomainError, IllegalTransition, InvalidField
 from opsentry.events.appender import TenantBusy
 from opsentry.events.command_handler import ConcurrencyConflict, IdempotencyKeyReused, StreamNotFound
-from opsentry.identity.api_tokens import InvalidToken
+from opsentry.identity.tokens import InvalidToken
 from opsentry.infrastructure.encryption import DecryptionFailed, EncryptionKeyMissing
 from opsentry.infrastructure.postgres import DatabaseUnavailable, OutcomeUnknown
 from opsentry.infrastructure.rate_limit import RateLimitStatus

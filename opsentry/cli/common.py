@@ -22,8 +22,8 @@ from opsentry.events.codec import Actor, Meta
 from opsentry.events.command_handler import ConcurrencyConflict, NameReserved, StreamNotFound
 from opsentry.events.verification import BadExport
 from opsentry.identity import tenants
-from opsentry.identity.api_tokens import TokenNotFound
 from opsentry.identity.tenants import SlugTaken, TenantNotFound
+from opsentry.identity.tokens import TokenNotFound
 from opsentry.importing.statuspage import Malformed
 from opsentry.infrastructure.postgres import Connection, Database, DatabaseUnavailable, MigrationRefused, OutcomeUnknown
 from opsentry.projections.engine.projector import PositionNotReached

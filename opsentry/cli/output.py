@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from opsentry.identity import api_tokens
+from opsentry.identity import tokens
 
 # A pipe has no width. Programs that read tables from one expect a row per line.
 PIPE_WIDTH_COLUMNS = 240
@@ -55,7 +55,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_outp
 def show_token(value: str, *, json_output: bool) -> None:
     """Print the value of a new token. No later command can print it."""
     if json_output:
-        show([{"token": value, "prefix": api_tokens.prefix(value)}], ["token", "prefix"], json_output=True)
+        show([{"token": value, "prefix": tokens.public_prefix(value)}], ["token", "prefix"], json_output=True)
     else:
         click.echo(value)
 

@@ -7,6 +7,7 @@ import click
 from opsentry.cli.common import META, connected, expiring, for_tenant, run, settings, tenant_id_of
 from opsentry.cli.output import as_json, show, show_token
 from opsentry.identity import api_tokens
+from opsentry.identity.scopes import SCOPES
 
 
 @click.group(name="token")
@@ -22,7 +23,7 @@ def token_group() -> None:
     "scopes",
     multiple=True,
     required=True,
-    help=f"Scope of the token; repeatable. One of {', '.join(api_tokens.SCOPES)}.",
+    help=f"Scope of the token; repeatable. One of {', '.join(SCOPES)}.",
 )
 @expiring
 @as_json

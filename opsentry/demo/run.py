@@ -23,6 +23,8 @@ from opsentry.demo import seed, subscribers
 from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres, EmbeddedValkey
 from opsentry.demo.sink import Sink, sink
 from opsentry.identity import api_tokens, operator_tokens
+from opsentry.identity.scopes import SCOPES
+from opsentry.identity.tokens import InvalidToken
 from opsentry.infrastructure.encryption import generate_key
 from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.settings import Settings
@@ -187,7 +189,7 @@ async def _prepare(parts: Core, before: dict[str, Any], arriving: Sink) -> dict[
         for name, scopes in seed.TOKENS.items()
     }
     other_before = before.get("other", {}).get("token")
-    other = await _token(parts, other_id, other_before, "demo other", api_tokens.SCOPES)
+    other = await _token(parts, other_id, other_before, "demo other", SCOPES)
     return {
         "tenant_id": tenant_id,
         "tokens": values,
@@ -201,7 +203,7 @@ async def _token(parts: Core, tenant_id: int, value: object, name: str, scopes: 
     if isinstance(value, str):
         try:
             token = await api_tokens.ApiTokens(parts.database).authenticate(value)
-        except api_tokens.InvalidToken:
+        except InvalidToken:
             pass
         else:
             if token.tenant_id == tenant_id and token.scopes == frozenset(scopes):
@@ -215,7 +217,7 @@ async def _operator(parts: Core, value: object) -> str:
     if isinstance(value, str):
         try:
             await operator_tokens.OperatorTokens(parts.database).authenticate(value)
-        except api_tokens.InvalidToken:
+        except InvalidToken:
             pass
         else:
             return value

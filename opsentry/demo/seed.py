@@ -18,7 +18,8 @@ from opsentry.domain.maintenance import (
 from opsentry.domain.service import RegisterService
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.store import Append, Appended, NewEvent, Reserved
-from opsentry.identity import api_tokens, tenants
+from opsentry.identity import tenants
+from opsentry.identity.scopes import SCOPES
 from opsentry.identity.tenants import TenantNotFound
 
 S = TypeVar("S")
@@ -31,7 +32,7 @@ SLUG, NAME = "acme", "Acme Cloud"
 OTHER_SLUG, OTHER_NAME = "globex", "Globex"
 
 TOKENS = {
-    "full": api_tokens.SCOPES,
+    "full": SCOPES,
     "read": ("read:status",),
     "incidents": ("write:incidents",),
     "maintenance": ("write:maintenance",),

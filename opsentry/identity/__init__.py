@@ -1,1 +1,1 @@
-"""Tenants, tokens and rate limits: who may do what, and how often."""
+"""Tenants and tokens: the owners of ledgers, and the credentials that open them."""

@@ -1,4 +1,4 @@
-"""Tenants: the owners of ledgers."""
+"""Tenants: each owns one ledger, which begins with its creation."""
 
 import re
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from opsentry.infrastructure.postgres import Connection
 
 _SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
-# These find the tenant itself, so they are the only ones that cannot name it.
-_BY_SLUG = "SELECT tenant_id, slug, name, created_at FROM tenants WHERE slug = $1"
-_BY_ID = "SELECT tenant_id, slug, name, created_at FROM tenants WHERE tenant_id = $1"
-_ALL = "SELECT tenant_id, slug, name, created_at FROM tenants ORDER BY slug"
+# These statements cannot name a tenant as a parameter: they find it, or list all.
+_SELECT_BY_SLUG = "SELECT tenant_id, slug, name, created_at FROM tenants WHERE slug = $1"
+_SELECT_BY_ID = "SELECT tenant_id, slug, name, created_at FROM tenants WHERE tenant_id = $1"
+_SELECT_ALL = "SELECT tenant_id, slug, name, created_at FROM tenants ORDER BY slug"
 
-_CREATE = "INSERT INTO tenants (slug, name) VALUES ($1, $2) RETURNING tenant_id"
+_INSERT = "INSERT INTO tenants (slug, name) VALUES ($1, $2) RETURNING tenant_id"
 
 
-# Whose a stream is: ids are given out once in a database, so at most one tenant has it.
+# The tenant of a stream. Stream ids are unique in a database, so at most one tenant has it.
 _BY_STREAM = """
 SELECT tenant_id, slug, name, created_at FROM tenants t WHERE EXISTS (
     SELECT FROM events e WHERE e.tenant_id = t.tenant_id AND e.stream_kind = $1 AND e.stream_id = $2 AND e.version = 1)
@@ -30,26 +30,32 @@ SELECT tenant_id, slug, name, created_at FROM tenants t WHERE EXISTS (
 
 
 class SlugTaken(Exception):
-    """Another tenant has this slug."""
+    """Another tenant has this slug; nothing was created."""
 
 
 class TenantNotFound(Exception):
-    """No tenant has this slug."""
+    """No tenant has this slug or id."""
 
 
 async def create_tenant(connection: Connection, *, slug: str, name: str, meta: Meta) -> int:
-    """Create a tenant, with its creation as the first event of its ledger; return its id.
+    """Create a tenant, record that as the first event of its ledger in the same transaction, and return its id.
+
+    Args:
+        connection: A connection of the application.
+        slug: Names the tenant in URLs and commands: 1 to 63 of a-z, 0-9 and -, with no - at either end.
+        name: Names the tenant on pages and in messages.
+        meta: Who creates it, for the ledger.
 
     Raises:
-        InvalidField: Slug or name cannot be used.
-        SlugTaken: The slug is another tenant's.
+        InvalidField: The slug or the name does not fit.
+        SlugTaken: Another tenant has the slug.
     """
     if not _SLUG.fullmatch(slug):
         raise InvalidField("slug", "must be 1 to 63 of a-z, 0-9 and -, with no - at either end")
     check_title("name", name)
     try:
         async with connection.transaction():
-            tenant_id: int = await connection.fetchval(_CREATE, slug, name)
+            tenant_id: int = await connection.fetchval(_INSERT, slug, name)
             event = NewEvent(TenantCreated(slug=slug, name=name), meta)
             append = Append(tenant_id=tenant_id, kind=TENANT, stream_id=tenant_id, expected_version=0, events=[event])
             await store.append_events(connection, [append], wait=True)
@@ -59,26 +65,26 @@ async def create_tenant(connection: Connection, *, slug: str, name: str, meta: M
 
 
 async def find_tenant(connection: Connection, slug: str) -> asyncpg.Record:
-    """Return the tenant's row.
+    """Return the row of the tenant with this slug: `tenant_id`, `slug`, `name`, `created_at`.
 
     Raises:
-        TenantNotFound: There is none with this slug, which may be no slug at all.
+        TenantNotFound: There is no such tenant. The slug may be any text.
     """
-    row = await connection.fetchrow(_BY_SLUG, slug) if _SLUG.fullmatch(slug) else None
+    row = await connection.fetchrow(_SELECT_BY_SLUG, slug) if _SLUG.fullmatch(slug) else None
     if row is None:
         raise TenantNotFound(f"no tenant has the slug {slug}")
     return row
 
 
 async def find_tenant_by_id(connection: Connection, tenant_id: int) -> asyncpg.Record:
-    """Return the row of the tenant with this id.
+    """Return the row of the tenant with this id: `tenant_id`, `slug`, `name`, `created_at`.
 
     Raises:
-        TenantNotFound: There is none.
+        TenantNotFound: There is no such tenant.
     """
-    row = await connection.fetchrow(_BY_ID, tenant_id)
+    row = await connection.fetchrow(_SELECT_BY_ID, tenant_id)
     if row is None:
-        raise TenantNotFound(f"there is no tenant {tenant_id}")
+        raise TenantNotFound(f"no tenant has the id {tenant_id}")
     return row
 
 
@@ -86,7 +92,7 @@ async def of_stream(connection: Connection, kind: str, stream_id: int) -> asyncp
     """Return the row of the tenant that has this stream.
 
     Raises:
-        TenantNotFound: None has.
+        TenantNotFound: No tenant has it.
     """
     row = await connection.fetchrow(_BY_STREAM, kind, stream_id)
     if row is None:
@@ -95,5 +101,5 @@ async def of_stream(connection: Connection, kind: str, stream_id: int) -> asyncp
 
 
 async def list_tenants(connection: Connection) -> Sequence[asyncpg.Record]:
-    """Return all tenants' rows, by slug."""
-    return list(await connection.fetch(_ALL))
+    """Return the rows of all tenants in the order of their slugs."""
+    return list(await connection.fetch(_SELECT_ALL))

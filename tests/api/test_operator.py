@@ -7,7 +7,8 @@ import structlog
 
 from opsentry.api.app import ROUTES
 from opsentry.bootstrap import serving
-from opsentry.identity import api_tokens, operator_tokens
+from opsentry.identity import operator_tokens, tokens
+from opsentry.infrastructure import single_flight
 from opsentry.infrastructure.postgres import DatabaseUnavailable
 from opsentry.projections.engine import management
 from tests.api.conftest import make_operator, raw
@@ -25,7 +26,7 @@ async def answers(client, **options):
 
 async def revoke(parts, value):
     async with parts.database.connection() as connection:
-        await operator_tokens.revoke_operator_token(connection, api_tokens.prefix(value))
+        await operator_tokens.revoke_operator_token(connection, tokens.public_prefix(value))
 
 
 async def test_how_read_models_stand_over_all_tenants(operator, api, other_api, parts, acme, globex, owner):
@@ -112,7 +113,7 @@ async def test_every_bad_token_is_the_same_401(anonymous, parts, acme):
     await revoke(parts, revoked)
     works = await make_operator(parts)
     values = [
-        api_tokens.mint(operator_tokens.MARK),
+        tokens.generate_token(operator_tokens.OPERATOR_TOKEN_MARK),
         expired,
         revoked,
         acme.token,
@@ -142,7 +143,7 @@ async def test_a_revoked_token_stops_working_within_five_seconds(monkeypatch, ht
         def monotonic():
             return now
 
-    monkeypatch.setattr(api_tokens, "time", Clock)
+    monkeypatch.setattr(single_flight, "time", Clock)
     value = await make_operator(parts)
     async with serving(settings, parts) as one, serving(settings, parts) as other:
         clients = [Client(http, url, value) for url in (one, other)]
@@ -174,6 +175,6 @@ async def test_the_log_says_which_token_asked_and_not_its_secret(operator):
             "log_level": "info",
             "path": "/ops/projections",
             "request_id": headers["X-Request-ID"],
-            "token_prefix": api_tokens.prefix(value),
+            "token_prefix": tokens.public_prefix(value),
         }
     ]

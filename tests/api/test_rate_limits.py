@@ -8,7 +8,7 @@ import pytest
 
 from opsentry.bootstrap import serving
 from opsentry.demo.embedded import EmbeddedValkey
-from opsentry.identity import api_tokens
+from opsentry.identity import api_tokens, tokens
 from opsentry.infrastructure import rate_limit
 from opsentry.infrastructure.redis import connect
 from tests.api.conftest import make_operator
@@ -69,7 +69,7 @@ async def test_a_limit_is_all_endpoints_together(http, limited_settings, parts, 
 
 async def test_failed_authentications_have_a_limit_of_their_own(http, limited_settings, parts, acme):
     async with serving(limited_settings, parts) as url:
-        stranger = Client(http, url, api_tokens.mint())
+        stranger = Client(http, url, tokens.generate_token(api_tokens.API_TOKEN_MARK))
         answers = [await stranger.get("/incidents") for _ in range(5)]
         assert [status for status, _, _ in answers] == [401] * 3 + [429] * 2
         assert answers[-1][2]["RateLimit-Policy"] == '"default";q=3;w=60'
@@ -167,7 +167,9 @@ async def test_without_redis_limits_hold_and_when_it_is_back_they_are_shared(
             own_valkey.stop()
         async with asyncio.timeout(GENEROUS_SECONDS / 2):  # a request that waited for Redis would take longer
             assert await statuses(here, 12) == [200] * 8 + [429] * 4
-            assert await statuses(Client(http, one, api_tokens.mint()), 4) == [401] * 3 + [429]
+            assert await statuses(Client(http, one, tokens.generate_token(api_tokens.API_TOKEN_MARK)), 4) == [
+                401
+            ] * 3 + [429]
         if end == "frozen":
             os.kill(own_valkey.pid, signal.SIGCONT)
         else:

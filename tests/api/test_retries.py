@@ -8,7 +8,7 @@ from opsentry.bootstrap import core, serving
 from opsentry.domain import service
 from opsentry.domain.service import ChangeService, RetireService
 from opsentry.events import store
-from opsentry.identity import api_tokens
+from opsentry.identity.scopes import SCOPES
 from tests.api.conftest import DRILL, head, make_token, recorded
 from tests.conftest import META, Client, make_service
 from tests.waiting import until
@@ -215,7 +215,7 @@ async def test_the_order_of_a_list_matters(api):
 
 
 async def test_another_token_may_use_the_same_key_for_itself(api, http, base_url, parts, acme):
-    other = Client(http, base_url, await make_token(parts, acme.id, *api_tokens.SCOPES))
+    other = Client(http, base_url, await make_token(parts, acme.id, *SCOPES))
     before = await head(parts, acme.id)
     answers = {client: await send(client, ("POST", "/incidents", {"title": "A"})) for client in (api, other)}
     assert [(a.status, a.replayed) for a in answers.values()] == [(201, None)] * 2
@@ -388,7 +388,7 @@ async def test_a_service_that_is_retired_takes_no_new_incident_but_a_repeat_is_a
 
 
 async def test_the_authors_are_those_of_then(api, http, base_url, parts, acme, ids):
-    other = Client(http, base_url, await make_token(parts, acme.id, *api_tokens.SCOPES))
+    other = Client(http, base_url, await make_token(parts, acme.id, *SCOPES))
     await send(other, request("update", ids))
     first = await send(api, request("update", ids))
     assert b'"author":"t"' in first.octets

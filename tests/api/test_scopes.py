@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 
 from opsentry.api.app import ROUTES
-from opsentry.identity import api_tokens
+from opsentry.identity.scopes import SCOPES
 from tests.api.conftest import DRILL, head, make_token, raw
 from tests.conftest import Client
 
@@ -37,7 +37,7 @@ NEEDS = {
     ("GET", "/subscriptions/{id}/deliveries/{delivery_id}"): "write:subscriptions",
     ("POST", "/subscriptions/{id}/deliveries/{delivery_id}/redeliver"): "write:subscriptions",
 }
-HELD = [set(scopes) for size in (1, 2, 3) for scopes in combinations(api_tokens.SCOPES, size)]
+HELD = [set(scopes) for size in (1, 2, 3) for scopes in combinations(SCOPES, size)]
 
 
 def test_every_endpoint_is_here():

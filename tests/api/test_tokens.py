@@ -6,7 +6,7 @@ import structlog
 
 from opsentry.api.app import ROUTES
 from opsentry.bootstrap import serving
-from opsentry.identity import api_tokens
+from opsentry.identity import api_tokens, tokens
 from opsentry.infrastructure import single_flight
 from tests.api.conftest import make_token
 from tests.conftest import META, Client
@@ -16,7 +16,7 @@ MESSAGE = "missing, unknown, expired or revoked API token"
 
 async def revoke(parts, tenant):
     async with parts.database.connection() as connection:
-        await api_tokens.revoke_api_token(connection, tenant.id, api_tokens.prefix(tenant.token), META)
+        await api_tokens.revoke_api_token(connection, tenant.id, tokens.public_prefix(tenant.token), META)
 
 
 async def test_the_token_says_what_it_carries(http, base_url, parts, acme):
@@ -35,12 +35,12 @@ async def test_every_bad_token_is_the_same_401_on_every_route(http, base_url, pa
     expired = await make_token(parts, acme.id, "read:status", expires_at=datetime.now(UTC) - timedelta(seconds=1))
     revoked = await make_token(parts, acme.id, "read:status")
     async with parts.database.connection() as connection:
-        await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(revoked), META)
+        await api_tokens.revoke_api_token(connection, acme.id, tokens.public_prefix(revoked), META)
     values = [
         "",
         "nonsense",
         "ops_" + "0" * 56,
-        api_tokens.mint(),
+        tokens.generate_token(api_tokens.API_TOKEN_MARK),
         expired,
         revoked,
         acme.token[:-1] + "x",
@@ -66,7 +66,7 @@ async def test_the_scheme_is_written_in_any_case(anonymous, acme, kind):
 
 
 async def test_a_revoked_token_stops_working_once_it_is_forgotten(monkeypatch, http, settings, parts, acme):
-    monkeypatch.setattr(api_tokens, "CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(tokens, "CACHE_SECONDS", 0.0)
     async with serving(settings, parts) as url:
         client = Client(http, url, acme.token)
         assert (await client.get("/health"))[0] == 200

@@ -1,6 +1,6 @@
 import json
 
-from opsentry.identity import api_tokens
+from opsentry.identity import api_tokens, tokens
 from tests.conftest import Client
 from tests.waiting import until
 
@@ -22,13 +22,13 @@ async def test_a_token_works_until_it_is_revoked_and_is_printed_once(run, fail, 
     value = (await run("token", "create", "--tenant", "acme", "--name", "CI", "--scope", "read:status")).removesuffix(
         "\n"
     )
-    assert api_tokens.well_formed(value)
+    assert tokens.is_well_formed(value, api_tokens.API_TOKEN_MARK)
     api = Client(anonymous.session, anonymous.base_url, value)
     status, health, _ = await api.get("/health")
     assert (status, health["tenant_id"], health["scopes"]) == (200, acme.id, ["read:status"])
     assert (await api.post("/incidents", {"title": "x"}))[0] == 403
 
-    prefix = api_tokens.prefix(value)
+    prefix = tokens.public_prefix(value)
     listed = json.loads(await run("token", "list", "--tenant", "acme", "--json"))
     assert [(one["prefix"], one["name"], one["scopes"], one["revoked_at"]) for one in listed][1] == (
         prefix,
@@ -50,7 +50,7 @@ async def test_a_token_works_until_it_is_revoked_and_is_printed_once(run, fail, 
 
     await until(refused, seconds=5)
     again = await fail(1, "token", "revoke", "--tenant", "acme", prefix)
-    assert again == f"Error: no token {prefix} that could be revoked"
+    assert again == f"Error: no active token has the prefix {prefix}; nothing was revoked"
     listed = json.loads(await run("token", "list", "--tenant", "acme", "--json"))
     assert listed[1]["revoked_at"] is not None
 
@@ -58,7 +58,7 @@ async def test_a_token_works_until_it_is_revoked_and_is_printed_once(run, fail, 
 async def test_a_token_is_printed_as_json(run, acme, anonymous):
     arguments = ("--tenant", "acme", "--name", "CI", "--scope", "write:incidents", "--scope", "read:status", "--json")
     (made,) = json.loads(await run("token", "create", *arguments, "--expires", "2999-01-01"))
-    assert made["prefix"] == api_tokens.prefix(made["token"])
+    assert made["prefix"] == tokens.public_prefix(made["token"])
     _, health, _ = await Client(anonymous.session, anonymous.base_url, made["token"]).get("/health")
     assert health["scopes"] == ["read:status", "write:incidents"]
     listed = json.loads(await run("token", "list", "--tenant", "acme", "--json"))
@@ -78,9 +78,9 @@ async def test_invalid_tokens_are_refused(fail, acme, globex):
     assert await fail(2, *create, "", "--scope", "read:status") == "Error: name: must not be blank"
     nobody = ("token", "create", "--tenant", "nobody", "--name", "CI", "--scope", "read:status")
     assert await fail(1, *nobody) == "Error: no tenant has the slug nobody"
-    foreign = api_tokens.prefix(globex.token)
+    foreign = tokens.public_prefix(globex.token)
     error = await fail(1, "token", "revoke", "--tenant", "acme", foreign)
-    assert error == f"Error: no token {foreign} that could be revoked"
+    assert error == f"Error: no active token has the prefix {foreign}; nothing was revoked"
 
 
 async def test_a_service_is_registered_once_and_listed(run, fail, acme, globex, api):

@@ -7,8 +7,9 @@ import pytest
 from opsentry.domain.decider import InvalidField
 from opsentry.domain.identity import TokenCreated, TokenRevoked
 from opsentry.events import store
-from opsentry.identity import api_tokens
-from opsentry.identity.api_tokens import ApiTokens, InvalidToken, TokenNotFound
+from opsentry.identity import api_tokens, tokens
+from opsentry.identity.api_tokens import ApiTokens
+from opsentry.identity.tokens import InvalidToken, TokenNotFound
 from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
 from tests.conftest import META
 from tests.waiting import GENEROUS_SECONDS
@@ -42,11 +43,11 @@ async def make_token(parts, tenant_id, **fields):
 
 
 def test_a_value_is_prefix_secret_and_checksum():
-    value = api_tokens.mint()
+    value = tokens.generate_token(api_tokens.API_TOKEN_MARK)
     assert len(value) == 4 + 8 + 40 + 8
-    assert api_tokens.well_formed(value)
-    assert api_tokens.prefix(value) == value[4:12]
-    assert api_tokens.mint() != value
+    assert tokens.is_well_formed(value, api_tokens.API_TOKEN_MARK)
+    assert tokens.public_prefix(value) == value[4:12]
+    assert tokens.generate_token(api_tokens.API_TOKEN_MARK) != value
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_value_is_prefix_secret_and_checksum():
 )
 async def test_what_is_no_token_is_refused_without_asking_the_database(counting, spoil):
     with pytest.raises(InvalidToken):
-        await ApiTokens(counting).authenticate(spoil(api_tokens.mint()))
+        await ApiTokens(counting).authenticate(spoil(tokens.generate_token(api_tokens.API_TOKEN_MARK)))
     assert counting.asked == 0
 
 
@@ -82,18 +83,18 @@ async def test_an_answer_is_believed_for_a_moment_and_then_asked_for_again(monke
     known = ApiTokens(counting)
     await known.authenticate(acme.token)
     async with parts.database.connection() as connection:
-        await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(acme.token), META)
-    now += api_tokens.CACHE_SECONDS - 0.1
+        await api_tokens.revoke_api_token(connection, acme.id, tokens.public_prefix(acme.token), META)
+    now += tokens.CACHE_SECONDS - 0.1
     await known.authenticate(acme.token)
     now += 0.2
     with pytest.raises(InvalidToken):
         await known.authenticate(acme.token)
     assert counting.asked == 2
-    assert api_tokens.CACHE_SECONDS + 0.1 < 5
+    assert tokens.CACHE_SECONDS + 0.1 < 5
 
 
 async def test_a_token_that_there_is_not_is_remembered_too(counting):
-    known, value = ApiTokens(counting), api_tokens.mint()
+    known, value = ApiTokens(counting), tokens.generate_token(api_tokens.API_TOKEN_MARK)
     for _ in range(3):
         with pytest.raises(InvalidToken):
             await known.authenticate(value)
@@ -114,11 +115,11 @@ async def test_a_cached_token_expires_on_time(counting, parts, acme):
 
 
 async def test_the_memory_is_bounded(monkeypatch, counting):
-    monkeypatch.setattr(api_tokens, "_CACHE_SIZE", 5)
+    monkeypatch.setattr(tokens, "_MAX_CACHED_TOKENS", 5)
     known = ApiTokens(counting)
     for _ in range(12):
         with pytest.raises(InvalidToken):
-            await known.authenticate(api_tokens.mint())
+            await known.authenticate(tokens.generate_token(api_tokens.API_TOKEN_MARK))
     assert len(known._tokens) == 5
 
 
@@ -137,12 +138,12 @@ async def test_creation_and_revocation_are_on_the_record_without_the_secret(part
     expires = datetime(2036, 1, 1, tzinfo=UTC)
     value = await make_token(parts, acme.id, name="CI", scopes=["write:incidents", "read:status"], expires_at=expires)
     async with parts.database.connection() as connection:
-        await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(value), META)
+        await api_tokens.revoke_api_token(connection, acme.id, tokens.public_prefix(value), META)
         recorded = (await store.read_after(connection, acme.id, 0, 100))[-2:]
         rows = await api_tokens.list_api_tokens(connection, acme.id)
     assert [e.event for e in recorded] == [
         TokenCreated(
-            prefix=api_tokens.prefix(value), name="CI", scopes=("read:status", "write:incidents"), expires_at=expires
+            prefix=tokens.public_prefix(value), name="CI", scopes=("read:status", "write:incidents"), expires_at=expires
         ),
         TokenRevoked(),
     ]
@@ -156,10 +157,10 @@ async def test_creation_and_revocation_are_on_the_record_without_the_secret(part
 async def test_a_token_is_revoked_once_and_only_by_its_tenant(parts, acme, globex):
     async with parts.database.connection() as connection:
         with pytest.raises(TokenNotFound):
-            await api_tokens.revoke_api_token(connection, globex.id, api_tokens.prefix(acme.token), META)
-        await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(acme.token), META)
+            await api_tokens.revoke_api_token(connection, globex.id, tokens.public_prefix(acme.token), META)
+        await api_tokens.revoke_api_token(connection, acme.id, tokens.public_prefix(acme.token), META)
         with pytest.raises(TokenNotFound):
-            await api_tokens.revoke_api_token(connection, acme.id, api_tokens.prefix(acme.token), META)
+            await api_tokens.revoke_api_token(connection, acme.id, tokens.public_prefix(acme.token), META)
         assert await api_tokens.find_api_token_names(connection, globex.id, [1, 2]) == {2: "globex token"}
 
 

@@ -5,9 +5,10 @@ import asyncpg
 import pytest
 
 from opsentry.domain.decider import InvalidField
-from opsentry.identity import api_tokens, operator_tokens
-from opsentry.identity.api_tokens import ApiTokens, InvalidToken, TokenNotFound
+from opsentry.identity import api_tokens, operator_tokens, tokens
+from opsentry.identity.api_tokens import ApiTokens
 from opsentry.identity.operator_tokens import OperatorToken, OperatorTokens
+from opsentry.identity.tokens import InvalidToken, TokenNotFound
 
 
 async def make_operator(parts, **fields):
@@ -18,9 +19,9 @@ async def make_operator(parts, **fields):
 async def test_a_value_is_told_apart_from_a_tenants_at_sight(parts):
     value = await make_operator(parts)
     assert (value[:4], len(value)) == ("opo_", 4 + 8 + 40 + 8)
-    assert api_tokens.well_formed(value, operator_tokens.MARK)
-    assert not api_tokens.well_formed(value)
-    assert not api_tokens.well_formed("ops_" + value[4:], operator_tokens.MARK)
+    assert tokens.is_well_formed(value, operator_tokens.OPERATOR_TOKEN_MARK)
+    assert not tokens.is_well_formed(value, api_tokens.API_TOKEN_MARK)
+    assert not tokens.is_well_formed("ops_" + value[4:], operator_tokens.OPERATOR_TOKEN_MARK)
 
 
 async def test_one_that_works_says_whose_it_is(parts):
@@ -42,8 +43,8 @@ async def test_unknown_expired_and_revoked_are_one(parts):
     expired = await make_operator(parts, expires_at=datetime(2020, 1, 1, tzinfo=UTC))
     revoked = await make_operator(parts)
     async with parts.database.connection() as connection:
-        await operator_tokens.revoke_operator_token(connection, api_tokens.prefix(revoked))
-    for value in (api_tokens.mint(operator_tokens.MARK), expired, revoked):
+        await operator_tokens.revoke_operator_token(connection, tokens.public_prefix(revoked))
+    for value in (tokens.generate_token(operator_tokens.OPERATOR_TOKEN_MARK), expired, revoked):
         with pytest.raises(InvalidToken):
             await OperatorTokens(parts.database).authenticate(value)
 
@@ -52,12 +53,12 @@ async def test_one_is_revoked_once_and_stays_listed(parts, acme):
     value = await make_operator(parts)
     async with parts.database.connection() as connection:
         with pytest.raises(TokenNotFound):
-            await operator_tokens.revoke_operator_token(connection, api_tokens.prefix(acme.token))
-        await operator_tokens.revoke_operator_token(connection, api_tokens.prefix(value))
+            await operator_tokens.revoke_operator_token(connection, tokens.public_prefix(acme.token))
+        await operator_tokens.revoke_operator_token(connection, tokens.public_prefix(value))
         with pytest.raises(TokenNotFound):
-            await operator_tokens.revoke_operator_token(connection, api_tokens.prefix(value))
+            await operator_tokens.revoke_operator_token(connection, tokens.public_prefix(value))
         (row,) = await operator_tokens.list_operator_tokens(connection)
-    assert (row["prefix"], row["name"], row["expires_at"]) == (api_tokens.prefix(value), "on call", None)
+    assert (row["prefix"], row["name"], row["expires_at"]) == (tokens.public_prefix(value), "on call", None)
     assert row["revoked_at"] >= row["created_at"]
 
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from yarl import URL
 
-from opsentry.identity import api_tokens
+from opsentry.identity.scopes import SCOPES
 from tests.conftest import Client
 from tests.system.processes import environment, free_port, opsentry, running
 from tests.waiting import until
@@ -80,11 +80,11 @@ async def test_the_note_has_what_is_needed_for_the_owners_eyes_only(folder):
         mine, other = facts["tenant_id"], facts["other"]["tenant_id"]
         assert mine != other
         assert scopes == {
-            "full": (mine, sorted(api_tokens.SCOPES)),
+            "full": (mine, sorted(SCOPES)),
             "read": (mine, ["read:status"]),
             "incidents": (mine, ["write:incidents"]),
             "maintenance": (mine, ["write:maintenance"]),
-            "other": (other, sorted(api_tokens.SCOPES)),
+            "other": (other, sorted(SCOPES)),
         }
         operator = Client(http, facts["base_url"], facts["operator"]["token"])
         assert (await operator.send("GET", "/ops/projections"))[0] == 200
