@@ -1,19 +1,35 @@
-"""What the documentation points to is there, and its table of endpoints has all of them."""
+"""The docs lead somewhere: links, paths, commands, settings and endpoints exist, and code blocks are well-formed."""
 
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import click
 import pytest
 
 from opsentry.api.app import create_app
+from opsentry.cli.main import cli
+from opsentry.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+TOURS = [ROOT / "README.md", DOCS / "tutorial" / "first-ten-minutes.md"]
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def prose(page):
     return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def blocks(page, language):
+    return [
+        block.replace("\n   ", "\n") for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
 
 
 def anchors(page):
@@ -21,38 +37,120 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_somewhere(page):
-    for link in re.findall(r"\]\(([^)]+)\)", prose(page)):
-        if not link.startswith("https://"):
-            path, _, anchor = link.partition("#")
-            target = (page.parent / path) if path else page
-            assert target.exists(), link
-            assert not anchor or anchor in anchors(target), link
+def generated(page, name):
+    (table,) = re.findall(rf"<!-- {name}:begin -->(.*)<!-- {name}:end -->", page.read_text(), re.DOTALL)
+    return table
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_path_that_is_named_is_there(page):
-    for path in re.findall(r"`((?:docs|opsentry|migrations|tests|bench)/[\w./-]*)`", prose(page)):
+def links(page):
+    return [link for link in re.findall(r"\]\(([^)]+)\)", prose(page)) if not link.startswith("https://")]
+
+
+@every_page
+def test_links_lead_to_pages_and_headings(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_named_paths_exist(page):
+    for path in re.findall(r"`((?:docs|opsentry|migrations|tests|bench|tools)/[\w./-]*)`", prose(page)):
         assert (ROOT / path).exists(), path
 
 
-def test_every_page_is_led_to_from_the_first():
-    linked = set(re.findall(r"\]\(([^)#]+)", prose(ROOT / "README.md")))
-    assert {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"} <= linked
+def test_every_page_is_reachable_from_the_readme():
+    reached, to_visit = set(), [ROOT / "README.md"]
+    while to_visit:
+        page = to_visit.pop()
+        if page not in reached and page.suffix == ".md":
+            reached.add(page)
+            to_visit += [(page.parent / link.partition("#")[0]).resolve() for link in links(page)]
+    assert [str(page.relative_to(ROOT)) for page in PAGES if page not in reached] == []
 
 
-def test_the_table_of_endpoints_has_all_of_them():
+@every_page
+def test_python_blocks_compile(page):
+    for block in blocks(page, "python"):
+        compile(block, str(page), "exec")
+
+
+@every_page
+@pytest.mark.parametrize("shell", ["bash", "dash", "zsh"])
+def test_shell_blocks_parse(page, shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    for block in blocks(page, "sh"):
+        parsed = subprocess.run([shell, "-n"], input=block, capture_output=True, text=True, check=False)
+        assert parsed.stderr == "", block
+
+
+@pytest.mark.parametrize("page", TOURS, ids=lambda page: page.name)
+def test_tour_blocks_can_be_pasted(page):
+    # An interactive zsh knows no comments, and a backtick starts a command.
+    for block in blocks(page, "sh"):
+        assert not re.search(r"(^|\s)#|`", block), block
+
+
+def commands_in(page):
+    """Yield the command lines of `opsentry` on a page, without the word `opsentry`."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").split("\n")]
+    lines += re.findall(r"`(opsentry [^`]*)`", prose(page))
+    for line in lines:
+        yield from re.findall(r"(?<![\w./-])opsentry ([a-z][^|;)]*)", line)
+
+
+@every_page
+def test_documented_commands_exist(page):
+    for line in commands_in(page):
+        command: click.Command = cli
+        words = shlex.split(line)
+        while isinstance(command, click.Group) and words:
+            name = words.pop(0)
+            for alternative in name.split("|"):
+                assert alternative in command.commands, line
+            command = command.commands[name.split("|")[0]]
+        options = {option for parameter in command.params for option in parameter.opts}
+        used = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert used <= options | {"--help"}, line
+
+
+def leaves(group, name=""):
+    for child in group.commands.values():
+        path = f"{name} {child.name}".strip()
+        yield from leaves(child, path) if isinstance(child, click.Group) else [(path, child)]
+
+
+def test_the_command_line_page_lists_every_command_and_option():
+    page = prose(DOCS / "reference" / "cli.md")
+    for path, command in leaves(cli):
+        row = re.search(rf"^\| `opsentry {path}[ `].*$", page, re.MULTILINE)
+        assert row is not None, path
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and parameter.name not in {"json_output", "everything"}:
+                assert any(f"{option}" in row.group() for option in parameter.opts), f"{path} {parameter.opts}"
+
+
+def test_the_settings_page_lists_every_setting():
+    table = generated(DOCS / "reference" / "settings.md", "settings")
+    rows = re.findall(r"^\| `(OPSENTRY_\w+)` \| (.*) \| (.*) \|$", table, re.MULTILINE)
+    shown = [(each.variable, f"`{each.default}`" if each.default else "\N{EN DASH}") for each in Settings.describe()]
+    assert rows == [(*row, each.meaning) for row, each in zip(shown, Settings.describe(), strict=True)]
+
+
+def test_the_api_page_lists_every_endpoint():
     app = create_app(MagicMock(), MagicMock(), MagicMock(), {})
-    there = set()
+    served = set()
     for route in app.router.routes():
         if route.resource is not None and route.method not in {"HEAD", "*"}:
             for action in ("start", "complete", "cancel"):
                 path = route.resource.canonical.replace("{action}", action)
-                there.add((route.method, re.sub(r"\{\w+\}", ":id", path)))
-    table = prose(ROOT / "docs" / "api.md").partition("## Endpoints")[2].partition("\n## ")[0]
-    told = set()
+                served.add((route.method, re.sub(r"\{\w+\}", ":id", path)))
+    table = generated(DOCS / "reference" / "api.md", "operations")
+    documented = set()
     for row in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE):
         base = "" if "(no `/api/v1`)" in row else "/api/v1"
-        told |= {(method, base + path) for method, path in re.findall(r"`([A-Z]+) (/[^`]*)`", row)}
-    assert told == there
+        documented |= {(method, base + path) for method, path in re.findall(r"`([A-Z]+) (/[^`]*)`", row)}
+    assert documented == served

@@ -1,6 +1,6 @@
 """The ledger as lines of JSON: all that an outsider needs to verify it, without the database.
 
-One line is one row of `events`, with the texts exactly as they were hashed; `docs/ledger.md` describes it for those who
+One line is one row of `events`, with the texts exactly as they were hashed; `docs/reference/ledger-format.md` describes it for those who
 write a verifier of their own.
 """
 

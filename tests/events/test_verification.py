@@ -26,7 +26,7 @@ from tests.conftest import META, make_tenant
 from tests.events.ledger import append, note, notes, rows
 from tests.events.store_contract import ODD_TEXTS
 
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "ledger.md"
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "reference" / "ledger-format.md"
 COLUMNS = (
     "tenant_id", "position", "stream_kind", "stream_id", "version", "type", "schema_version", "occurred_at",
     "recorded_at",
