@@ -4,7 +4,7 @@ What a target must look like its channel says; here it is what people wrote, and
 anywhere in clear, encrypted: a signing secret, or a target that is a secret itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, ClassVar, TypeAlias, assert_never
 
@@ -24,7 +24,13 @@ from opsentry.domain.incident import SEVERITIES
 
 KIND = "subscription"
 AUDIENCES = ("public", "internal")
-STATUSES = ("pending", "active", "disabled", "removed")
+TRANSITIONS: Mapping[str, frozenset[str]] = {
+    "pending": frozenset({"active", "removed"}),
+    "active": frozenset({"disabled", "removed"}),
+    "disabled": frozenset({"active", "removed"}),
+    "removed": frozenset(),
+}
+STATUSES = tuple(TRANSITIONS)
 # Why one is disabled: its owner asked for it, its endpoint answered 410, its endpoint failed for days.
 REASONS = ("disabled_by_owner", "endpoint_gone", "endpoint_failing")
 MAX_TARGET = 2_000
@@ -286,7 +292,7 @@ def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence
         if state is not None:
             raise IllegalTransition("the subscription exists already")
         return [_create(command)]
-    if state is None or state.status == "removed":
+    if state is None or not TRANSITIONS[state.status]:
         raise IllegalTransition("the subscription does not exist")
     match command:
         case ConfirmSubscription():
@@ -305,7 +311,7 @@ def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence
             return [SubscriptionTestRequested()]
         case DisableSubscription():
             check_choice("reason", command.reason, REASONS)
-            return [SubscriptionDisabled(reason=command.reason)] if state.status == "active" else []
+            return [SubscriptionDisabled(reason=command.reason)] if "disabled" in TRANSITIONS[state.status] else []
         case RemoveSubscription():
             return _remove(command.versions, unsubscribed=command.unsubscribed)
         case ExpireSubscription():
