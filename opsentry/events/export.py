@@ -1,7 +1,7 @@
-"""The ledger as lines of JSON: all that an outsider needs to verify it, without the database.
+"""Write a ledger as JSON lines, so that an outsider can verify it without the database.
 
-One line is one row of `events`, with the texts exactly as they were hashed; `docs/reference/ledger-format.md` describes it for those who
-write a verifier of their own.
+One line is one row of `events`, with its texts exactly as they were hashed. The format is documented in
+`docs/reference/ledger-format.md`.
 """
 
 import gzip
