@@ -3,6 +3,7 @@
 import re
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ SUBSCRIPTION_COMMANDS = [
 ]
 
 
-BEGINNINGS = {
+BEGINNINGS: dict[Any, list[Any]] = {
     incident: [incident.OpenIncident(title="Slow")],
     maintenance: [
         maintenance.ScheduleMaintenance(title="Drill", scheduled_start=NOON, scheduled_end=NOON.replace(hour=14))
