@@ -1,1 +1,1 @@
-"""Pages for people: subscribing by e-mail, and what the links in e-mails lead to."""
+"""Serve the pages for people without an account: sign-up by email, confirmation and unsubscribing."""

@@ -1,6 +1,7 @@
-"""How a page is made: templates, the headers that every page carries, and errors without details."""
+"""Render public pages with their security headers, and errors as pages without internal details."""
 
 import base64
+import math
 from collections.abc import Mapping
 from hashlib import sha256
 
@@ -10,15 +11,22 @@ from aiohttp.typedefs import Handler
 
 from opsentry.api import errors
 from opsentry.api.request import REQUEST_ID
+from opsentry.notifications.messages.text import status_updates
 
 _LOADER = jinja2.PackageLoader("opsentry.public")
 _TEMPLATES = jinja2.Environment(
-    loader=_LOADER, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader=_LOADER,
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    auto_reload=False,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 _STYLE = _LOADER.get_source(_TEMPLATES, "page.css")[0]
 _TEMPLATES.globals["style"] = _STYLE
+_TEMPLATES.filters["status_updates"] = status_updates
 
-# Nothing is loaded, nothing runs, nobody frames it, and the one style is ours. Links with tokens stay here.
+# Pages load nothing, run no script and allow one style. `no-referrer` keeps the tokens in their URLs secret.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; "
     f"style-src 'sha256-{base64.b64encode(sha256(_STYLE.encode()).digest()).decode()}'; "
@@ -29,40 +37,56 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 
-_AWAY = ("This does not work at the moment", "Please try again in a minute.")
-_WORDS: Mapping[int, tuple[str, str]] = {
-    400: ("This could not be read", "Please go back and try again."),
-    404: ("There is no such page", "If you followed a link in an e-mail, make sure that all of it was copied."),
-    405: ("This page cannot be used like that", "Please open it in a browser."),
-    408: ("This took too long to arrive", "Please go back and try again."),
-    413: ("This is too much", "Please go back and try again with less."),
-    415: ("This could not be read", "Please use the form of the page."),
-    429: ("Too many tries", "Please try again later."),
-    503: _AWAY,
+_UNREADABLE = ("We could not read the form", "Nothing has changed. Go back and send the form again.")
+_ERRORS: Mapping[int, tuple[str, str]] = {
+    400: _UNREADABLE,
+    404: (
+        "Page not found",
+        "If you followed a link in an email, check that the link is complete. If you typed the address, check it.",
+    ),
+    405: ("This page cannot do that", "Nothing has changed. Open the page in a browser and use its form."),
+    408: ("The form took too long to arrive", "Nothing has changed. Go back and send the form again."),
+    413: ("The form is too large", "Nothing has changed. Go back and shorten your answers."),
+    415: _UNREADABLE,
+    429: ("Too many requests", "Nothing has changed. You can try again in {wait}."),
+    503: (
+        "This page is unavailable right now",
+        "Try again in a minute. It is safe to repeat what you did.",
+    ),
 }
+_UNEXPECTED = ("Sorry, there is a problem", "Try again later. It is safe to repeat what you did.")
 
 
-def page(name: str, *, status: int = 200, **filled: object) -> web.Response:
-    """Return the page that the template `name` makes of what it is filled with."""
-    text = _TEMPLATES.get_template(name).render(filled)
+def page(template: str, *, status: int = 200, **values: object) -> web.Response:
+    """Return the page that a template renders from `values`."""
+    text = _TEMPLATES.get_template(template).render(values)
     return web.Response(status=status, text=text, content_type="text/html", headers=_HEADERS)
 
 
-def bounded(handler: Handler) -> Handler:
-    """Return a handler that answers with a page whatever goes wrong, by the API's table of errors."""
+def render_errors(handler: Handler) -> Handler:
+    """Return a handler that answers every exception with an error page.
+
+    Status and headers such as `Retry-After` come from the API's table of errors.
+    """
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
             return await handler(request)
-        except Exception as error:  # noqa: BLE001 - the outermost place of pages
+        except Exception as error:  # noqa: BLE001 - nothing above this handler renders pages
             request_id = request[REQUEST_ID]
-            answer = errors.answer(error, request, request_id)
-            title, text = _WORDS.get(answer.status, ("Something went wrong", "Please try again later."))
-            shown = page("error.html", title=title, text=text, request_id=request_id)
-            # Its status and headers stay, such as Retry-After.
-            answer.body = shown.body
-            answer.content_type = shown.content_type
-            answer.headers.update(_HEADERS)
-            return answer
+            response = errors.answer(error, request, request_id)
+            title, advice = _ERRORS.get(response.status, _UNEXPECTED)
+            advice = advice.replace("{wait}", _wait(response.headers.get("Retry-After", "")))
+            error_page = page("error.html", title=title, advice=advice, request_id=request_id)
+            response.body = error_page.body
+            response.content_type = error_page.content_type
+            response.headers.update(_HEADERS)
+            return response
 
     return handle
+
+
+def _wait(retry_after: str) -> str:
+    """Return the seconds of a `Retry-After` header as people say them, rounded up to minutes."""
+    minutes = math.ceil(int(retry_after or 0) / 60)
+    return "a minute" if minutes <= 1 else f"{minutes} minutes"

@@ -1,4 +1,4 @@
-"""All pages, by path and method."""
+"""Map the paths and methods of the public pages to their handlers."""
 
 from collections.abc import Mapping
 
@@ -7,28 +7,33 @@ from aiohttp.typedefs import Handler
 
 from opsentry.api.context import Dependencies
 from opsentry.infrastructure.rate_limit import RateLimiter
-from opsentry.public.confirmation import Confirmation
-from opsentry.public.pages import bounded
-from opsentry.public.sign_up import SignUp
+from opsentry.public.confirmation import ConfirmationPages
+from opsentry.public.pages import render_errors
+from opsentry.public.sign_up import SignUpPages
 
 
-def pages(parts: Dependencies, asking: RateLimiter) -> Mapping[str, Mapping[str, Handler]]:
-    """Return the handlers of all pages; `asking` counts who asks to be told."""
-    subscribing, agreeing = SignUp(parts, asking), Confirmation(parts)
+def pages(parts: Dependencies, sign_up_limiter: RateLimiter) -> Mapping[str, Mapping[str, Handler]]:
+    """Return the handlers of all public pages, by path and method.
+
+    Args:
+        parts: What handlers use.
+        sign_up_limiter: Counts sign-ups by client address.
+    """
+    sign_up, confirmation = SignUpPages(parts, sign_up_limiter), ConfirmationPages(parts)
     return {
-        "/status/{slug}/subscribe": _methods(GET=subscribing.form, POST=subscribing.ask),
-        "/status/{slug}/subscribe/sent": _methods(GET=subscribing.sent),
-        "/confirm/{token}": _methods(GET=agreeing.confirmation, POST=agreeing.confirm),
-        "/unsubscribe/{token}": _methods(GET=agreeing.farewell, POST=agreeing.unsubscribe),
+        "/status/{slug}/subscribe": _by_method(GET=sign_up.show_form, POST=sign_up.submit_form),
+        "/status/{slug}/subscribe/sent": _by_method(GET=sign_up.show_sent),
+        "/confirm/{token}": _by_method(GET=confirmation.show_confirm, POST=confirmation.confirm),
+        "/unsubscribe/{token}": _by_method(GET=confirmation.show_unsubscribe, POST=confirmation.unsubscribe),
     }
 
 
-def _methods(**handlers: Handler) -> Mapping[str, Handler]:
-    """Return the handlers of one page; what it does not know is refused with a page, too."""
+def _by_method(**handlers: Handler) -> Mapping[str, Handler]:
+    """Return the handlers of one path; every other method gets an error page with status 405."""
     allowed = {*handlers, "HEAD"}
 
     async def refuse(request: web.Request) -> web.StreamResponse:
         raise web.HTTPMethodNotAllowed(request.method, allowed)
 
-    known = {**handlers, "HEAD": handlers["GET"], "*": refuse}
-    return {method: bounded(handler) for method, handler in known.items()}
+    by_method = {**handlers, "HEAD": handlers["GET"], "*": refuse}
+    return {method: render_errors(handler) for method, handler in by_method.items()}

@@ -1,4 +1,4 @@
-"""What the tests of pages start from: a mail relay that is set up, and a browser that follows nothing."""
+"""Give tests of the public pages a configured mail relay and a browser that follows no redirect."""
 
 import re
 from dataclasses import replace
@@ -14,20 +14,20 @@ RELAY = "smtp://127.0.0.1:9"
 
 @pytest.fixture
 def settings(settings):
-    """The usual settings, with a mail relay: it is never dialled here."""
+    """The usual settings with a mail relay, to which no test connects."""
     return replace(settings, smtp_url=RELAY)
 
 
 class Browser:
-    """Opens pages; answers (status, text, headers)."""
+    """Open pages; each method returns (status, text, headers)."""
 
     def __init__(self, http, base_url):
         self.http = http
         self.base_url = base_url
 
     async def send(self, method, path, **options):
-        async with self.http.request(method, self.base_url + path, allow_redirects=False, **options) as answer:
-            return answer.status, await answer.text(), answer.headers
+        async with self.http.request(method, self.base_url + path, allow_redirects=False, **options) as response:
+            return response.status, await response.text(), response.headers
 
     async def get(self, path, **options):
         return await self.send("GET", path, **options)
@@ -35,7 +35,7 @@ class Browser:
     async def post(self, path, data=None, **options):
         return await self.send("POST", path, data=data, **options)
 
-    async def ask(self, slug="acme", email="jo@example.org", **fields):
+    async def sign_up(self, slug="acme", email="jo@example.org", **fields):
         return await self.post(f"/status/{slug}/subscribe", {"email": email, **fields})
 
 
@@ -55,19 +55,21 @@ async def portal(parts, acme):
     return await make_service(parts, acme.id, "portal", name="Customer Portal")
 
 
-async def subscribed(api):
-    """The tenant's subscriptions, the newest first."""
+async def list_subscriptions(api):
+    """Return the tenant's subscriptions, newest first."""
     return (await api.get("/subscriptions"))[1]["subscriptions"]
 
 
-async def told(parts, tenant_id, number):
-    """What the ledger has of a subscription."""
+async def history_of(parts, tenant_id, subscription_id):
+    """Return the events of a subscription."""
     async with parts.database.connection() as connection:
-        return await store.read_stream(connection, tenant_id, "subscription", number)
+        return await store.read_stream(connection, tenant_id, "subscription", subscription_id)
 
 
-async def types(parts, tenant_id, number):
-    return [recorded.event.TYPE.removeprefix("subscription.") for recorded in await told(parts, tenant_id, number)]
+async def types_of(parts, tenant_id, subscription_id):
+    """Return the types of a subscription's events, without their common prefix."""
+    history = await history_of(parts, tenant_id, subscription_id)
+    return [recorded.event.TYPE.removeprefix("subscription.") for recorded in history]
 
 
 async def head(parts, tenant_id):
@@ -76,6 +78,6 @@ async def head(parts, tenant_id):
 
 
 def heading(text):
-    """What a page says above all."""
+    """Return the text of a page's only `h1`."""
     (found,) = re.findall(r"<h1>(.*?)</h1>", text, re.DOTALL)
     return re.sub("<[^>]*>", "", found)

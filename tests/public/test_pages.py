@@ -8,15 +8,16 @@ import pytest
 from opsentry.bootstrap import core, serving
 from opsentry.demo.embedded import APP_USER, EmbeddedPostgres
 from opsentry.identity import tenants
+from opsentry.public.pages import _wait
 from tests.conftest import META, make_service
-from tests.public.conftest import Browser
+from tests.public.conftest import Browser, heading
 
 HOSTILE = "</title><script>alert('x')</script>\" onload=x {{ 7*7 }}"
 
 
 async def pages(browser, links, acme):
     yield await browser.get("/status/acme/subscribe")
-    yield await browser.ask(email="nobody")
+    yield await browser.sign_up(email="nobody")
     yield await browser.get("/status/acme/subscribe/sent")
     yield await browser.get("/status/nobody/subscribe")
     for purpose in ("confirm", "unsubscribe"):
@@ -24,7 +25,7 @@ async def pages(browser, links, acme):
         yield await browser.get(f"/{purpose}/x")
 
 
-async def test_the_headers_of_every_page(browser, acme, links):
+async def test_every_page_has_the_security_headers(browser, acme, links):
     async for _, text, headers in pages(browser, links, acme):
         policy = dict(part.strip().partition(" ")[::2] for part in headers["Content-Security-Policy"].split(";"))
         (style,) = re.findall("<style>(.*?)</style>", text, re.DOTALL)
@@ -45,7 +46,7 @@ async def test_the_headers_of_every_page(browser, acme, links):
         assert "Set-Cookie" not in headers
 
 
-async def test_names_are_shown_as_they_are_and_do_nothing(browser, parts):
+async def test_names_are_escaped(browser, parts):
     async with parts.database.connection() as connection:
         tenant_id = await tenants.create_tenant(connection, slug="hostile", name=HOSTILE, meta=META)
     await make_service(parts, tenant_id, "s", name=HOSTILE)
@@ -57,7 +58,7 @@ async def test_names_are_shown_as_they_are_and_do_nothing(browser, parts):
         assert text.count("</title>") == 1
 
 
-async def test_methods_that_a_page_does_not_know(browser, acme):
+async def test_other_methods_get_an_error_page(browser, acme):
     for path, allowed in (
         ("/status/acme/subscribe", "GET, HEAD, POST"),
         ("/status/acme/subscribe/sent", "GET, HEAD"),
@@ -75,7 +76,7 @@ async def test_methods_that_a_page_does_not_know(browser, acme):
 
 @pytest.fixture
 async def without_database(settings, tmp_path, http):
-    """Pages of a process whose database is down from the beginning."""
+    """A browser at a server whose database is down from the start."""
     server = EmbeddedPostgres(tmp_path / "postgres")
     server.start()
     own = replace(settings, database_url=server.url("postgres", APP_USER))
@@ -84,19 +85,19 @@ async def without_database(settings, tmp_path, http):
         yield Browser(http, url)
 
 
-async def test_without_the_database_pages_say_so(without_database, links):
+async def test_pages_say_that_they_are_unavailable_without_the_database(without_database, links):
     for status, text, headers in (
         await without_database.get("/status/acme/subscribe"),
-        await without_database.ask(),
+        await without_database.sign_up(),
         await without_database.post(f"/unsubscribe/{links.token('unsubscribe', 1, 1)}"),
     ):
         assert (status, headers["Retry-After"]) == (503, "1")
-        assert "This does not work at the moment" in text
+        assert heading(text) == "This page is unavailable right now"
         assert "database" not in text
         assert headers["X-Request-ID"] in text
 
 
-async def test_a_defect_is_answered_without_details(browser, acme, monkeypatch):
+async def test_a_defect_shows_no_details(browser, acme, monkeypatch):
     async def broken(*_):
         raise RuntimeError("secret detail")
 
@@ -104,3 +105,10 @@ async def test_a_defect_is_answered_without_details(browser, acme, monkeypatch):
     status, text, headers = await browser.get("/status/acme/subscribe")
     assert (status, "secret detail" in text) == (500, False)
     assert headers["X-Request-ID"] in text
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "wait"), [("", "a minute"), ("1", "a minute"), ("61", "2 minutes"), ("3600", "60 minutes")]
+)
+def test_the_wait_is_rounded_up_to_minutes(retry_after, wait):
+    assert _wait(retry_after) == wait
