@@ -15,21 +15,21 @@ from tests.conftest import META
 from tests.waiting import GENEROUS_SECONDS
 
 
-class Counting(Database):
-    """A database that counts what it is asked."""
+class CountingDatabase(Database):
+    """Counts its queries."""
 
     def __init__(self, settings):
         super().__init__(settings.database_url, size=2, timeout_seconds=GENEROUS_SECONDS)
-        self.asked = 0
+        self.queries = 0
 
     async def fetchrow(self, query, *values, **options):
-        self.asked += 1
+        self.queries += 1
         return await super().fetchrow(query, *values, **options)
 
 
 @pytest.fixture
 async def counting(settings):
-    database = Counting(settings)
+    database = CountingDatabase(settings)
     await database.open()
     yield database
     await database.close()
@@ -42,7 +42,7 @@ async def make_token(parts, tenant_id, **fields):
         )
 
 
-def test_a_value_is_prefix_secret_and_checksum():
+def test_a_value_is_mark_prefix_secret_and_checksum():
     value = tokens.generate_token(api_tokens.API_TOKEN_MARK)
     assert len(value) == 4 + 8 + 40 + 8
     assert tokens.is_well_formed(value, api_tokens.API_TOKEN_MARK)
@@ -64,77 +64,77 @@ def test_a_value_is_prefix_secret_and_checksum():
         lambda _: "ops_\udcff",
     ],
 )
-async def test_what_is_no_token_is_refused_without_asking_the_database(counting, spoil):
+async def test_a_malformed_token_is_refused_without_a_query(counting, spoil):
     with pytest.raises(InvalidToken):
         await ApiTokens(counting).authenticate(spoil(tokens.generate_token(api_tokens.API_TOKEN_MARK)))
-    assert counting.asked == 0
+    assert counting.queries == 0
 
 
-async def test_many_at_once_are_one_question(counting, acme):
-    known = ApiTokens(counting)
-    found = await asyncio.gather(*(known.authenticate(acme.token) for _ in range(50)))
+async def test_concurrent_lookups_share_one_query(counting, acme):
+    directory = ApiTokens(counting)
+    found = await asyncio.gather(*(directory.authenticate(acme.token) for _ in range(50)))
     assert {token.tenant_id for token in found} == {acme.id}
-    assert counting.asked == 1
+    assert counting.queries == 1
 
 
-async def test_an_answer_is_believed_for_a_moment_and_then_asked_for_again(monkeypatch, counting, parts, acme):
+async def test_a_lookup_is_cached_and_then_repeated(monkeypatch, counting, parts, acme):
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    known = ApiTokens(counting)
-    await known.authenticate(acme.token)
+    directory = ApiTokens(counting)
+    await directory.authenticate(acme.token)
     async with parts.database.connection() as connection:
         await api_tokens.revoke_api_token(connection, acme.id, tokens.public_prefix(acme.token), META)
     now += tokens.CACHE_SECONDS - 0.1
-    await known.authenticate(acme.token)
+    await directory.authenticate(acme.token)
     now += 0.2
     with pytest.raises(InvalidToken):
-        await known.authenticate(acme.token)
-    assert counting.asked == 2
+        await directory.authenticate(acme.token)
+    assert counting.queries == 2
     assert tokens.CACHE_SECONDS + 0.1 < 5
 
 
-async def test_a_token_that_there_is_not_is_remembered_too(counting):
-    known, value = ApiTokens(counting), tokens.generate_token(api_tokens.API_TOKEN_MARK)
+async def test_an_unknown_token_is_cached_too(counting):
+    directory, value = ApiTokens(counting), tokens.generate_token(api_tokens.API_TOKEN_MARK)
     for _ in range(3):
         with pytest.raises(InvalidToken):
-            await known.authenticate(value)
-    assert counting.asked == 1
+            await directory.authenticate(value)
+    assert counting.queries == 1
 
 
 async def test_a_cached_token_expires_on_time(counting, parts, acme):
     expires_at = datetime.now(UTC) + timedelta(seconds=0.5)
     value = await make_token(parts, acme.id, expires_at=expires_at)
-    known = ApiTokens(counting)
-    await known.authenticate(value)
-    await known.authenticate(value)
-    assert counting.asked == 1
+    directory = ApiTokens(counting)
+    await directory.authenticate(value)
+    await directory.authenticate(value)
+    assert counting.queries == 1
     await asyncio.sleep((expires_at - datetime.now(UTC)).total_seconds())
     with pytest.raises(InvalidToken):
-        await known.authenticate(value)
-    assert counting.asked == 2
+        await directory.authenticate(value)
+    assert counting.queries == 2
 
 
-async def test_the_memory_is_bounded(monkeypatch, counting):
+async def test_the_cache_is_bounded(monkeypatch, counting):
     monkeypatch.setattr(tokens, "_MAX_CACHED_TOKENS", 5)
-    known = ApiTokens(counting)
+    directory = ApiTokens(counting)
     for _ in range(12):
         with pytest.raises(InvalidToken):
-            await known.authenticate(tokens.generate_token(api_tokens.API_TOKEN_MARK))
-    assert len(known._tokens) == 5
+            await directory.authenticate(tokens.generate_token(api_tokens.API_TOKEN_MARK))
+    assert len(directory._tokens) == 5
 
 
-async def test_a_lost_database_is_no_bad_token_and_is_not_remembered(settings, counting, acme):
+async def test_a_lost_database_is_not_an_invalid_token_and_is_not_cached(settings, counting, acme):
     lost = Database("postgresql://127.0.0.1:1/nowhere", size=2, timeout_seconds=GENEROUS_SECONDS)
     await lost.open()
-    known = ApiTokens(lost)
+    directory = ApiTokens(lost)
     with pytest.raises(DatabaseUnavailable):
-        await known.authenticate(acme.token)
-    known._database = counting
-    assert (await known.authenticate(acme.token)).tenant_id == acme.id
+        await directory.authenticate(acme.token)
+    directory._database = counting
+    assert (await directory.authenticate(acme.token)).tenant_id == acme.id
     await lost.close()
 
 
-async def test_creation_and_revocation_are_on_the_record_without_the_secret(parts, owner, acme):
+async def test_creation_and_revocation_are_recorded_without_the_secret(parts, owner, acme):
     expires = datetime(2036, 1, 1, tzinfo=UTC)
     value = await make_token(parts, acme.id, name="CI", scopes=["write:incidents", "read:status"], expires_at=expires)
     async with parts.database.connection() as connection:
@@ -175,7 +175,7 @@ async def test_a_token_is_revoked_once_and_only_by_its_tenant(parts, acme, globe
         ({"name": "x" * 301}, "name"),
     ],
 )
-async def test_a_token_that_cannot_be_made_leaves_nothing(parts, owner, acme, fields, field):
+async def test_an_invalid_token_is_not_created(parts, owner, acme, fields, field):
     with pytest.raises(InvalidField) as refused:
         await make_token(parts, acme.id, **fields)
     assert refused.value.field == field

@@ -16,7 +16,7 @@ async def make_operator(parts, **fields):
         return await operator_tokens.create_operator_token(connection, **{"name": "on call", **fields})
 
 
-async def test_a_value_is_told_apart_from_a_tenants_at_sight(parts):
+async def test_a_values_mark_differs_from_an_api_tokens(parts):
     value = await make_operator(parts)
     assert (value[:4], len(value)) == ("opo_", 4 + 8 + 40 + 8)
     assert tokens.is_well_formed(value, operator_tokens.OPERATOR_TOKEN_MARK)
@@ -24,22 +24,22 @@ async def test_a_value_is_told_apart_from_a_tenants_at_sight(parts):
     assert not tokens.is_well_formed("ops_" + value[4:], operator_tokens.OPERATOR_TOKEN_MARK)
 
 
-async def test_one_that_works_says_whose_it_is(parts):
+async def test_a_valid_token_is_described(parts):
     expires = datetime(2999, 1, 1, tzinfo=UTC)
     value = await make_operator(parts, expires_at=expires)
     found = await OperatorTokens(parts.database).authenticate(value)
     assert found == OperatorToken(token_id=1, prefix=value[4:12], name="on call", expires_at=expires)
 
 
-async def test_neither_kind_is_looked_up_as_the_other(parts, acme):
+async def test_neither_kind_passes_for_the_other(parts, acme):
     value = await make_operator(parts)
-    for known, foreign in ((OperatorTokens(parts.database), acme.token), (ApiTokens(parts.database), value)):
-        for wrong in (foreign, known.mark + foreign[4:]):
+    for directory, foreign in ((OperatorTokens(parts.database), acme.token), (ApiTokens(parts.database), value)):
+        for wrong in (foreign, directory.mark + foreign[4:]):
             with pytest.raises(InvalidToken):
-                await known.authenticate(wrong)
+                await directory.authenticate(wrong)
 
 
-async def test_unknown_expired_and_revoked_are_one(parts):
+async def test_unknown_expired_and_revoked_tokens_raise_one_error(parts):
     expired = await make_operator(parts, expires_at=datetime(2020, 1, 1, tzinfo=UTC))
     revoked = await make_operator(parts)
     async with parts.database.connection() as connection:
@@ -49,7 +49,7 @@ async def test_unknown_expired_and_revoked_are_one(parts):
             await OperatorTokens(parts.database).authenticate(value)
 
 
-async def test_one_is_revoked_once_and_stays_listed(parts, acme):
+async def test_a_token_is_revoked_once_and_stays_listed(parts, acme):
     value = await make_operator(parts)
     async with parts.database.connection() as connection:
         with pytest.raises(TokenNotFound):
@@ -62,7 +62,7 @@ async def test_one_is_revoked_once_and_stays_listed(parts, acme):
     assert row["revoked_at"] >= row["created_at"]
 
 
-async def test_the_secret_is_nowhere_and_no_ledger_tells(parts, owner, acme):
+async def test_the_secret_is_not_stored_and_no_ledger_records_the_token(parts, owner, acme):
     before = await owner.fetchval("SELECT count(*) FROM events")
     value = await make_operator(parts)
     assert await owner.fetchval("SELECT digest FROM operator_tokens") == sha256(value.encode()).digest()
@@ -71,7 +71,7 @@ async def test_the_secret_is_nowhere_and_no_ledger_tells(parts, owner, acme):
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\x00b", "x" * 301])
-async def test_one_without_a_usable_name_is_refused(parts, owner, name):
+async def test_an_invalid_name_is_refused(parts, owner, name):
     with pytest.raises(InvalidField) as refused:
         await make_operator(parts, name=name)
     assert refused.value.field == "name"
@@ -79,6 +79,6 @@ async def test_one_without_a_usable_name_is_refused(parts, owner, name):
 
 
 @pytest.mark.parametrize("statement", ["UPDATE operator_tokens SET expires_at = NULL", "DELETE FROM operator_tokens"])
-async def test_the_application_can_neither_prolong_nor_hide_one(app_connection, statement):
+async def test_the_application_can_neither_extend_nor_delete_a_token(app_connection, statement):
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await app_connection.execute(statement)
