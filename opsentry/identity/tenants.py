@@ -22,13 +22,6 @@ _SELECT_ALL = "SELECT tenant_id, slug, name, created_at FROM tenants ORDER BY sl
 _INSERT = "INSERT INTO tenants (slug, name) VALUES ($1, $2) RETURNING tenant_id"
 
 
-# The tenant of a stream. Stream ids are unique in a database, so at most one tenant has it.
-_BY_STREAM = """
-SELECT tenant_id, slug, name, created_at FROM tenants t WHERE EXISTS (
-    SELECT FROM events e WHERE e.tenant_id = t.tenant_id AND e.stream_kind = $1 AND e.stream_id = $2 AND e.version = 1)
-"""
-
-
 class SlugTaken(Exception):
     """Another tenant has this slug; nothing was created."""
 
@@ -85,18 +78,6 @@ async def find_tenant_by_id(connection: Connection, tenant_id: int) -> asyncpg.R
     row = await connection.fetchrow(_SELECT_BY_ID, tenant_id)
     if row is None:
         raise TenantNotFound(f"no tenant has the id {tenant_id}")
-    return row
-
-
-async def of_stream(connection: Connection, kind: str, stream_id: int) -> asyncpg.Record:
-    """Return the row of the tenant that has this stream.
-
-    Raises:
-        TenantNotFound: No tenant has it.
-    """
-    row = await connection.fetchrow(_BY_STREAM, kind, stream_id)
-    if row is None:
-        raise TenantNotFound(f"there is no {kind} {stream_id}")
     return row
 
 
