@@ -84,7 +84,7 @@ async def create_api_token(
         tenant_id: The tenant that the token opens.
         name: Tells people what the token is for.
         scopes: Its permissions, one or more of `SCOPES`.
-        meta: Who creates it, for the ledger.
+        meta: The actor and the request, for the ledger.
         expires_at: The end of its validity, if any.
         value: The value to give it instead of a random one.
 

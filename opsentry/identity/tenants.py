@@ -37,7 +37,7 @@ async def create_tenant(connection: Connection, *, slug: str, name: str, meta: M
         connection: A connection of the application.
         slug: Names the tenant in URLs and commands: 1 to 63 of a-z, 0-9 and -, with no - at either end.
         name: Names the tenant on pages and in messages.
-        meta: Who creates it, for the ledger.
+        meta: The actor and the request, for the ledger.
 
     Raises:
         InvalidField: The slug or the name does not fit.
