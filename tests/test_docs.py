@@ -17,6 +17,8 @@ from opsentry.settings import Settings
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+# zsh is not installed everywhere.
+SHELLS = [shell for shell in ("bash", "dash", "zsh") if shutil.which(shell)]
 TOURS = [ROOT / "README.md", DOCS / "tutorial" / "first-ten-minutes.md"]
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -78,10 +80,8 @@ def test_python_blocks_compile(page):
 
 
 @every_page
-@pytest.mark.parametrize("shell", ["bash", "dash", "zsh"])
+@pytest.mark.parametrize("shell", SHELLS)
 def test_shell_blocks_parse(page, shell):
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
     for block in blocks(page, "sh"):
         parsed = subprocess.run([shell, "-n"], input=block, capture_output=True, text=True, check=False)
         assert parsed.stderr == "", block
@@ -154,3 +154,23 @@ def test_the_api_page_lists_every_endpoint():
         base = "" if "(no `/api/v1`)" in row else "/api/v1"
         documented |= {(method, base + path) for method, path in re.findall(r"`([A-Z]+) (/[^`]*)`", row)}
     assert documented == served
+
+
+def test_the_glossary_defines_each_term_once_in_one_sentence():
+    sections = prose(DOCS / "glossary.md").split("\n## ")[1:]
+    rows = [re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE)[1:] for section in sections]
+    for terms in rows:
+        names = [term for term, _ in terms]
+        assert names == sorted(names, key=str.lower)
+    meanings = [meaning for terms in rows for _, meaning in terms]
+    assert [meaning for meaning in meanings if not re.fullmatch(r"[A-Z`][^.]*(?:\.\w[^.]*)*\.", meaning)] == []
+    names = [term for terms in rows for term, _ in terms]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "decisions").glob("*.md")), ids=lambda page: page.stem)
+def test_a_decision_has_context_decision_and_cost(page):
+    headings = re.findall(r"^## (.*)$", prose(page), re.MULTILINE)
+    if page.stem != "index":
+        assert headings[:3] == ["Context", "Decision", "Cost"]
+        assert headings[3:] in ([], ["Figures"])
