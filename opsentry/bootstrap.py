@@ -187,7 +187,7 @@ async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[N
         parts.database,
         parts.commands,
         parts.projector,
-        keys_kept=parts.settings.idempotency_key_ttl_hours * 3600,
+        idempotency_key_ttl_hours=parts.settings.idempotency_key_ttl_hours,
         delivery_retention_days=parts.settings.delivery_retention_days,
         maintenance_reminder_minutes=parts.settings.maintenance_reminder_minutes,
         heartbeat=heartbeat,

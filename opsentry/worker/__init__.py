@@ -1,1 +1,1 @@
-"""What nobody waits for: projections that fell behind, and windows whose hour has come. Any number may run."""
+"""The worker process: catches projections up, rebuilds them, and runs schedules."""

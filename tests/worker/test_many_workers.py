@@ -1,4 +1,4 @@
-"""Worker processes beside each other: none leads, and none that stands still holds up the others or writes too late."""
+"""Worker processes run in parallel without a leader. A frozen one blocks no other and writes nothing late."""
 
 import asyncio
 import os
@@ -25,9 +25,9 @@ from tests.conftest import META, Client, make_tenant
 from tests.projections.histories import TABLES, dump
 from tests.system.processes import environment, running
 from tests.waiting import until
-from tests.worker.test_catching_up import PROJECTIONS, UP_TO_DATE, leave_behind
+from tests.worker.test_catch_up import PROJECTIONS, UP_TO_DATE, leave_behind
 
-# Who moved which checkpoint, from where to where, and when by the database's clock.
+# Each move of a checkpoint: its process, its positions, and its time by the database's clock.
 TRAIL = """
 CREATE TABLE trail (
     number bigint GENERATED ALWAYS AS IDENTITY, tenant_id bigint, projection text, was bigint, position bigint,
@@ -42,8 +42,8 @@ END
 $$;
 CREATE TRIGGER checkpoints_trail AFTER UPDATE OF position ON checkpoints FOR EACH ROW EXECUTE FUNCTION note_trail();
 """
-# The first step of each of them waits until all three are at one, so that none does all before another looks. Sequences
-# show at once, in whatever transaction they move.
+# Each process waits at its first step for the other two. Otherwise one might finish before another starts.
+# Other transactions see a sequence move at once.
 MUSTER = """
 CREATE SEQUENCE seen_one; CREATE SEQUENCE seen_two; CREATE SEQUENCE seen_three;
 CREATE FUNCTION muster() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
@@ -60,7 +60,7 @@ $$;
 CREATE TRIGGER checkpoints_muster BEFORE UPDATE OF position ON checkpoints FOR EACH ROW EXECUTE FUNCTION muster();
 """
 STEPS = "SELECT tenant_id, projection, was, position, who FROM trail ORDER BY tenant_id, projection, number"
-# Sessions of a process, and what they are at.
+# The sessions of a process, and their current statements.
 SESSIONS = """
 SELECT state, wait_event_type, wait_event, query FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = $1
@@ -73,7 +73,7 @@ WHERE datname = current_database() AND application_name = $1 AND query_start > $
 
 @pytest.fixture
 async def holder(settings):
-    """One more connection of the owner, whose locks no worker takes away."""
+    """A second connection of the owner. Workers cannot end its session."""
     connection = await asyncpg.connect(settings.migration_database_url)
     yield connection
     await connection.close()
@@ -81,7 +81,7 @@ async def holder(settings):
 
 @pytest.fixture
 async def trail(owner):
-    """The steps of each tenant's projections, as (who, position): each begins where the one before it has ended."""
+    """The steps of each tenant's projections, as (process, position). Each begins where the previous one ended."""
     await owner.execute(TRAIL)
 
     async def steps():
@@ -99,7 +99,7 @@ async def trail(owner):
 
 @asynccontextmanager
 async def process(settings, name, *arguments):
-    """Run `opsentry` so that its sessions, and their steps, carry its name."""
+    """Run `opsentry` with `name` as the application name of its sessions."""
     url = f"{settings.database_url}&application_name={name}"
     async with running(environment(settings, OPSENTRY_DATABASE_URL=url), *arguments) as one:
         yield one
@@ -113,7 +113,7 @@ async def worker(settings, name):
 
 
 async def is_at(owner, name, **wanted):
-    """Tell whether a session of the process is just so; `query` is how its statement begins."""
+    """Return whether a session of the process has these columns; `query` is a prefix of its statement."""
     begins = wanted.pop("query", "")
     return any(
         row["query"].lstrip().startswith(begins) and all(row[column] == value for column, value in wanted.items())
@@ -122,7 +122,7 @@ async def is_at(owner, name, **wanted):
 
 
 async def all_is_right(parts):
-    """Compare all rows of all tenants with what the ledger gives."""
+    """Compare all rows of all tenants with a replay of the ledgers."""
     rebuilder = Rebuilder(parts.database, projections())
     for row in await parts.database.fetch("SELECT tenant_id FROM tenants"):
         for projection in projections():
@@ -130,14 +130,14 @@ async def all_is_right(parts):
 
 
 async def append_to(parts, tenant, stream_id):
-    """Add a message and project nothing; return its position."""
+    """Append an update without catching up; return its position."""
     return (
         await parts.commands.execute(incident.DECIDER, tenant.id, stream_id, PostUpdate(message="m"), META)
     ).position
 
 
 async def thaws(parts, owner, tenant, stream_id, trail, frozen):
-    """Let the frozen process, now the only one, go on: what it was at is lost, and what is new it does as ever."""
+    """Thaw the frozen process, now the only one: it loses its old pass, and projects new events."""
     before = await dump(owner, ("checkpoints", "trail", *TABLES))
     now = await owner.fetchval("SELECT clock_timestamp()")
     frozen.process.send_signal(signal.SIGCONT)
@@ -149,8 +149,8 @@ async def thaws(parts, owner, tenant, stream_id, trail, frozen):
     await all_is_right(parts)
 
 
-async def test_workers_share_what_there_is_to_do_and_apply_each_event_once(settings, parts, owner, trail):
-    # Known from the start: what is new is derived anew for all.
+async def test_workers_share_the_work_and_apply_each_event_once(settings, parts, owner, trail):
+    # Registered in advance: an unknown projection would be rebuilt for all tenants.
     await management.register(owner, projections())
     tenants = [await make_tenant(parts, f"tenant-{number}") for number in range(40)]
     for tenant in tenants[::2]:
@@ -175,13 +175,13 @@ async def test_workers_share_what_there_is_to_do_and_apply_each_event_once(setti
     await all_is_right(parts)
 
 
-async def test_a_worker_that_is_frozen_in_a_pass_loses_its_locks_and_writes_nothing_later(
+async def test_a_worker_frozen_in_a_pass_loses_its_locks_and_writes_nothing_late(
     settings, parts, acme, owner, holder, trail
 ):
     made = await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
     await parts.projector.catch_up(acme.id, 0)
     async with worker(replace(settings, log_level="warning"), "frozen") as frozen:
-        # It has locked the checkpoints and cannot write the row.
+        # It holds the locks of the checkpoints and waits for the row.
         async with holder.transaction():
             await holder.execute("SELECT FROM incidents WHERE tenant_id = $1 FOR UPDATE", acme.id)
             position = await append_to(parts, acme, made.stream_id)
@@ -199,10 +199,8 @@ async def test_a_worker_that_is_frozen_in_a_pass_loses_its_locks_and_writes_noth
         assert "Traceback" not in frozen.said
 
 
-async def test_a_worker_that_is_frozen_in_the_middle_of_a_copy_is_thrown_out(
-    settings, parts, acme, owner, holder, trail
-):
-    # More than lies between a client and a server: what is frozen has not sent all of it.
+async def test_a_worker_frozen_in_a_copy_is_evicted(settings, parts, acme, owner, holder, trail):
+    # More data than the socket buffers hold, so the frozen process has not sent all of it.
     events: list[AnyEvent] = [IncidentOpened(title="Down", severity="degraded", visibility="public")]
     events += [IncidentUpdated(message="m" * 2000, status="investigating")] * 2000
     append = Append(
@@ -218,7 +216,7 @@ async def test_a_worker_that_is_frozen_in_the_middle_of_a_copy_is_thrown_out(
     await parts.projector.catch_up(acme.id, 0)
     row = await owner.fetchrow("DELETE FROM incident_updates WHERE version = 2 RETURNING *")
     async with worker(settings, "frozen") as frozen:
-        # Where it comes to this row, it waits: somebody else may have written it.
+        # The copy waits at this row, because an open transaction has inserted it.
         transaction = holder.transaction()
         await transaction.start()
         await holder.copy_records_to_table("incident_updates", records=[tuple(row)])
@@ -229,7 +227,7 @@ async def test_a_worker_that_is_frozen_in_the_middle_of_a_copy_is_thrown_out(
         await until(lambda: is_at(owner, "frozen", state="active", wait_event="ClientRead", query="COPY"))
         position = await append_to(parts, acme, made.stream_id)
         async with worker(replace(settings, log_level="warning"), "other") as other:
-            await other.mentions("threw out a session that stood still")
+            await other.mentions("idle_session_evicted")
             await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS), seconds=10)
             assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
             await until(lambda: owner.fetchval("SELECT min(generation) = 0 FROM checkpoints"))
@@ -246,7 +244,7 @@ FROM events e JOIN trail t ON t.tenant_id = e.tenant_id AND was < position AND p
 """
 
 
-async def test_what_a_killed_server_left_behind_is_projected_within_a_second_with_no_hint(
+async def test_events_of_a_killed_server_are_projected_within_a_second_without_a_hint(
     settings, parts, acme, globex, owner, holder, http, trail, tmp_path
 ):
     valkey = EmbeddedValkey(tmp_path / "valkey")
@@ -260,7 +258,7 @@ async def test_what_a_killed_server_left_behind_is_projected_within_a_second_wit
         for turn in range(1, 4):
             async with process(settings, "server", "serve") as server:
                 url = await server.line("serving ")
-                # Its commands are durable, and it dies before it has projected them.
+                # The server records its commands and dies before it projects them.
                 async with holder.transaction():
                     await holder.execute("SELECT FROM checkpoints ORDER BY tenant_id, projection FOR NO KEY UPDATE")
                     clients = [Client(http, url, tenant.token) for tenant in (acme, globex)]
@@ -276,7 +274,7 @@ async def test_what_a_killed_server_left_behind_is_projected_within_a_second_wit
                 isinstance(one, aiohttp.ClientError) for one in await asyncio.gather(*asked, return_exceptions=True)
             )
             await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
-        # And what is recorded at any other moment between one look of the worker's and the next.
+        # Events recorded at any moment between two polls of the worker.
         for number in range(25):
             await leave_behind(parts, [(acme, globex)[number % 2]], 1)
             await asyncio.sleep(0.09)

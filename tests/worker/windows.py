@@ -1,4 +1,4 @@
-"""Maintenance windows for tests of the worker, and what became of them."""
+"""Schedule maintenance windows for tests of the worker, and read their events."""
 
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -14,7 +14,7 @@ DONE = ["maintenance.scheduled", "maintenance.started", "maintenance.completed"]
 
 
 async def schedule(parts: Core, tenant_id: int, begins_in: float, lasts: float = 1, **fields: Any) -> int:
-    """Announce a window; times are in seconds."""
+    """Schedule a window; times are in seconds from now."""
     start = datetime.now(UTC) + timedelta(seconds=begins_in)
     command = ScheduleMaintenance(
         title="Upgrade", scheduled_start=start, scheduled_end=start + timedelta(seconds=lasts), **fields
@@ -25,7 +25,7 @@ async def schedule(parts: Core, tenant_id: int, begins_in: float, lasts: float =
 
 
 async def story(owner: Any, maintenance_id: int) -> list[str]:
-    """The types of a window's events."""
+    """Return the types of a window's events."""
     rows = await owner.fetch(
         "SELECT type FROM events WHERE stream_kind = 'maintenance' AND stream_id = $1 ORDER BY version", maintenance_id
     )
@@ -33,7 +33,7 @@ async def story(owner: Any, maintenance_id: int) -> list[str]:
 
 
 async def completed(owner: Any, count: int) -> None:
-    """Return when so many windows have been completed."""
+    """Return when `count` windows are completed."""
     query = "SELECT count(*) >= $1 FROM events WHERE type = 'maintenance.completed'"
     await until(lambda: owner.fetchval(query, count))
 
@@ -44,7 +44,7 @@ async def types(owner: Any) -> Counter[str]:
 
 
 async def lateness(owner: Any) -> list[float]:
-    """Seconds between a window's hour and its start or end."""
+    """Return the seconds between the scheduled and the actual start or end of each window."""
     rows = await owner.fetch(
         "SELECT e.occurred_at, (s.data::json ->> CASE e.type WHEN 'maintenance.started' THEN 'scheduled_start'"
         " ELSE 'scheduled_end' END)::timestamptz AS due FROM events e JOIN events s USING (tenant_id, stream_id)"

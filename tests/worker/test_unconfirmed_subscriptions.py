@@ -1,4 +1,4 @@
-"""Whoever was asked whether they want to be told and never agreed is forgotten."""
+"""Subscriptions that nobody confirmed in time are removed, and their addresses erased."""
 
 import pytest
 
@@ -14,18 +14,19 @@ from opsentry.domain.subscription import (
     SubscriptionRemoved,
 )
 from opsentry.events import store
-from opsentry.worker import worker
-from opsentry.worker.worker import Worker
+from opsentry.worker.scheduler import Scheduler
+from opsentry.worker.tasks import unconfirmed_subscriptions
+from opsentry.worker.tasks.unconfirmed_subscriptions import UnconfirmedSubscriptions
 from tests.conftest import META
 from tests.waiting import until
 
 CREATED, CONFIRMED = "subscription.created", "subscription.confirmed"
-LAPSED = [CREATED, "subscription.removed", "subscription.redacted"]
+EXPIRED = [CREATED, "subscription.removed", "subscription.redacted"]
 ADDRESS = "jo@example.org"
 
 
-def forgetting(parts):
-    return Worker(parts.database, parts.commands, parts.projector).forget_unconfirmed()
+async def remove_unconfirmed(parts):
+    await UnconfirmedSubscriptions(parts.database, Scheduler(parts.commands, parts.projector)).remove_unconfirmed()
 
 
 async def execute(parts, tenant, number, *commands):
@@ -35,8 +36,8 @@ async def execute(parts, tenant, number, *commands):
 
 
 @pytest.fixture
-async def ask(parts, acme, app_connection):
-    """Ask to be told, so many days ago."""
+async def subscribe(parts, acme, app_connection):
+    """Create a subscription that is `days` old."""
 
     async def make(days, tenant=acme, *, pending=True):
         command = CreateSubscription(channel="email", target=ADDRESS, pending=pending)
@@ -55,18 +56,18 @@ async def ask(parts, acme, app_connection):
 
 
 async def story(connection, number):
-    """The types of a subscription's events."""
+    """Return the types of a subscription's events."""
     rows = await connection.fetch(
         "SELECT type FROM events WHERE stream_kind = 'subscription' AND stream_id = $1 ORDER BY version", number
     )
     return [row["type"] for row in rows]
 
 
-async def test_an_address_of_someone_who_never_agreed_is_forgotten(parts, acme, ask, owner):
-    forgotten, waiting = await ask(CONFIRMATION_DAYS + 0.01), await ask(CONFIRMATION_DAYS - 0.01)
+async def test_an_unconfirmed_address_is_erased(parts, acme, subscribe, owner):
+    forgotten, waiting = await subscribe(CONFIRMATION_DAYS + 0.01), await subscribe(CONFIRMATION_DAYS - 0.01)
     for _ in range(3):
-        await forgetting(parts)
-    assert await story(owner, forgotten) == LAPSED
+        await remove_unconfirmed(parts)
+    assert await story(owner, forgotten) == EXPIRED
     assert await story(owner, waiting) == [CREATED]
     async with parts.database.connection() as connection:
         created, removed, _ = await store.read_stream(connection, acme.id, "subscription", forgotten)
@@ -78,53 +79,51 @@ async def test_an_address_of_someone_who_never_agreed_is_forgotten(parts, acme, 
     assert [tuple(row) for row in rows] == [("removed", ""), ("pending", ADDRESS)]
 
 
-async def test_whoever_agreed_stays_whatever_became_of_it(parts, acme, ask, owner):
-    agreed, off, told = await ask(400), await ask(400), await ask(400, pending=False)
-    await execute(parts, acme, agreed, ConfirmSubscription(), RequestTest())
-    await execute(parts, acme, off, ConfirmSubscription(), ChangeSubscription(enabled=False))
-    await forgetting(parts)
-    assert await story(owner, agreed) == [CREATED, CONFIRMED, "subscription.test_requested"]
-    assert await story(owner, off) == [CREATED, CONFIRMED, "subscription.disabled"]
-    assert await story(owner, told) == [CREATED]
+async def test_confirmed_and_disabled_subscriptions_stay(parts, acme, subscribe, owner):
+    confirmed, disabled, created = await subscribe(400), await subscribe(400), await subscribe(400, pending=False)
+    await execute(parts, acme, confirmed, ConfirmSubscription(), RequestTest())
+    await execute(parts, acme, disabled, ConfirmSubscription(), ChangeSubscription(enabled=False))
+    await remove_unconfirmed(parts)
+    assert await story(owner, confirmed) == [CREATED, CONFIRMED, "subscription.test_requested"]
+    assert await story(owner, disabled) == [CREATED, CONFIRMED, "subscription.disabled"]
+    assert await story(owner, created) == [CREATED]
 
 
-async def test_who_agrees_at_the_last_moment_stays(parts, acme, ask, owner):
-    late = await ask(8)
+async def test_a_confirmation_at_the_last_moment_wins(parts, acme, subscribe, owner):
+    late = await subscribe(8)
     await parts.commands.execute(subscription.DECIDER, acme.id, late, ConfirmSubscription(), META)
-    assert await owner.fetchval("SELECT status FROM subscriptions") == "pending"  # the row is old
-    await forgetting(parts)
+    assert await owner.fetchval("SELECT status FROM subscriptions") == "pending"  # the row is stale
+    await remove_unconfirmed(parts)
     assert await story(owner, late) == [CREATED, CONFIRMED]
     assert await owner.fetchval("SELECT status FROM subscriptions") == "active"
 
 
-async def test_what_cannot_be_removed_just_now_does_not_hold_up_others(
-    parts, acme, globex, ask, owner, app_connection, monkeypatch
-):
-    monkeypatch.setattr(worker, "_BATCH", 2)
-    held = [await ask(30) for _ in range(3)]
-    free = [await ask(20, globex) for _ in range(3)]
+async def test_a_busy_tenant_does_not_delay_others(parts, acme, globex, subscribe, owner, app_connection, monkeypatch):
+    monkeypatch.setattr(unconfirmed_subscriptions, "BATCH_SIZE_SUBSCRIPTIONS", 2)
+    held = [await subscribe(30) for _ in range(3)]
+    free = [await subscribe(20, globex) for _ in range(3)]
     async with owner.transaction():
         await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
-        await forgetting(parts)
+        await remove_unconfirmed(parts)
         for number in free:
-            assert await story(app_connection, number) == LAPSED
+            assert await story(app_connection, number) == EXPIRED
     for number in held:
         assert await story(owner, number) == [CREATED]
-    await forgetting(parts)
+    await remove_unconfirmed(parts)
     for number in held:
-        assert await story(owner, number) == LAPSED
+        assert await story(owner, number) == EXPIRED
 
 
-async def test_a_tenant_whose_subscriptions_are_parked_is_left_alone(parts, ask, owner):
-    number = await ask(30)
+async def test_a_halted_projection_keeps_its_subscriptions(parts, subscribe, owner):
+    number = await subscribe(30)
     await owner.execute("UPDATE checkpoints SET halted_at = 9 WHERE projection = 'subscriptions'")
-    await forgetting(parts)
+    await remove_unconfirmed(parts)
     assert await story(owner, number) == [CREATED]
 
 
-async def test_several_workers_at_their_work_remove_once(settings, parts, ask, owner):
-    numbers = [await ask(30) for _ in range(5)]
+async def test_several_workers_remove_each_subscription_once(settings, parts, subscribe, owner):
+    numbers = [await subscribe(30) for _ in range(5)]
     async with core(settings) as other, working(parts), working(other):
         await until(lambda: owner.fetchval("SELECT count(*) >= 5 FROM events WHERE type = 'subscription.removed'"))
     for number in numbers:
-        assert await story(owner, number) == LAPSED
+        assert await story(owner, number) == EXPIRED

@@ -27,7 +27,7 @@ async def shown(connection):
     return await connection.fetchval("SELECT count(*) FROM incidents")
 
 
-async def test_what_commands_left_behind_is_projected(parts, acme, globex, owner):
+async def test_events_that_commands_left_behind_are_projected(parts, acme, globex, owner):
     await leave_behind(parts, [acme, globex], 20)
     assert await shown(owner) == 0
     async with working(parts):
@@ -35,7 +35,7 @@ async def test_what_commands_left_behind_is_projected(parts, acme, globex, owner
     assert await shown(owner) == 40
 
 
-async def test_what_comes_later_is_projected_too(settings, parts, acme, owner):
+async def test_later_events_are_projected_too(settings, parts, acme, owner):
     async with running(environment(settings), "worker"):
         await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
         for turn in range(1, 3):
@@ -44,9 +44,7 @@ async def test_what_comes_later_is_projected_too(settings, parts, acme, owner):
             assert await shown(owner) == 5 * turn
 
 
-async def test_a_tenant_whose_checkpoint_is_held_does_not_hold_up_the_others(
-    parts, acme, globex, owner, app_connection
-):
+async def test_a_locked_checkpoint_does_not_delay_other_tenants(parts, acme, globex, owner, app_connection):
     await parts.projector.catch_up(acme.id, 0)
     await leave_behind(parts, [acme, globex], 1)
     async with owner.transaction():
@@ -57,7 +55,7 @@ async def test_a_tenant_whose_checkpoint_is_held_does_not_hold_up_the_others(
             assert not await app_connection.fetchval(query, acme.id)
 
 
-async def test_a_worker_goes_on_when_the_database_is_back(tmp_path):
+async def test_a_worker_continues_after_a_database_outage(tmp_path):
     server = EmbeddedPostgres(tmp_path / "postgres")
     server.start()
     try:

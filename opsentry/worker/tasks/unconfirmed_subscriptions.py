@@ -1,0 +1,43 @@
+"""Remove subscriptions that nobody confirmed in time, and erase their addresses."""
+
+from collections.abc import Sequence
+
+from opsentry.domain import subscription
+from opsentry.domain.redaction import erasable_versions
+from opsentry.domain.subscription import CONFIRMATION_DAYS, ExpireSubscription
+from opsentry.events.codec import RecordedEvent, written
+from opsentry.infrastructure.postgres import Database
+from opsentry.projections.subscriptions import FIRST, select_unconfirmed
+from opsentry.worker.scheduler import Scheduler
+
+POLL_INTERVAL_SECONDS = 60.0
+BATCH_SIZE_SUBSCRIPTIONS = 200
+SECONDS_PER_DAY = 86_400.0
+
+
+class UnconfirmedSubscriptions:
+    """Remove the unconfirmed subscriptions of all tenants after `CONFIRMATION_DAYS`."""
+
+    def __init__(self, database: Database, scheduler: Scheduler) -> None:
+        self._database = database
+        self._scheduler = scheduler
+
+    async def remove_unconfirmed(self) -> None:
+        """Remove unconfirmed subscriptions, oldest first."""
+        after = FIRST
+        while True:
+            async with self._database.connection() as connection:
+                rows = await select_unconfirmed(
+                    connection, SECONDS_PER_DAY * CONFIRMATION_DAYS, BATCH_SIZE_SUBSCRIPTIONS, after
+                )
+            for row in rows:
+                await self._scheduler.execute(
+                    "remove_unconfirmed", subscription.DECIDER, row.tenant_id, row.subscription_id, _expire
+                )
+            if len(rows) < BATCH_SIZE_SUBSCRIPTIONS:
+                return
+            after = rows[-1]  # the next batch begins after rows that could not be removed
+
+
+def _expire(history: Sequence[RecordedEvent]) -> ExpireSubscription:
+    return ExpireSubscription(versions=erasable_versions(written(history)))
