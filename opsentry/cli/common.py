@@ -24,7 +24,7 @@ from opsentry.events.verification import BadExport
 from opsentry.identity import tenants
 from opsentry.identity.tenants import SlugTaken, TenantNotFound
 from opsentry.identity.tokens import TokenNotFound
-from opsentry.importing.statuspage import Malformed
+from opsentry.importing.statuspage import MalformedExport
 from opsentry.infrastructure.postgres import Connection, Database, DatabaseUnavailable, MigrationRefused, OutcomeUnknown
 from opsentry.projections.engine.projector import PositionNotReached
 from opsentry.projections.engine.rebuild_pool import RebuildProcessFailed
@@ -103,7 +103,7 @@ def errors_explained() -> Iterator[None]:
         ConcurrencyConflict,
         DomainError,
         RebuildProcessFailed,
-        Malformed,
+        MalformedExport,
         MigrationRefused,
         NameReserved,
         StreamNotFound,

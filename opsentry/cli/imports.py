@@ -6,8 +6,8 @@ import click
 
 from opsentry.cli.common import for_tenant, run, tenant_core
 from opsentry.cli.output import as_json, print_json, progress_bar
-from opsentry.importing import statuspage
-from opsentry.importing.importer import Importer, Result
+from opsentry.importing.importer import Importer, ImportResult
+from opsentry.importing.statuspage import read_export
 
 
 @click.group(name="import")
@@ -25,8 +25,8 @@ def import_statuspage(file: Path, slug: str, *, json_output: bool) -> None:
     Events keep their original times. A second run adds only what is new. Subscribers are not notified.
     """
 
-    async def work() -> Result:
-        export = statuspage.read(file)
+    async def work() -> ImportResult:
+        export = read_export(file)
         total = len(export.components) + len(export.incidents) + len(export.scheduled_maintenances)
         async with tenant_core(slug) as (parts, tenant_id):
             with progress_bar() as progress:
@@ -39,7 +39,7 @@ def import_statuspage(file: Path, slug: str, *, json_output: bool) -> None:
         print_json(result)
         return
     for skipped in result.skipped:
-        click.echo(f"skipped {skipped.what}: {skipped.why}")
+        click.echo(f"skipped {skipped.record}: {skipped.reason}")
     click.echo(
         f"added {result.events} events: {result.services} services, {result.incidents} incidents,"
         f" {result.maintenance} maintenance windows, {result.updates} updates;"

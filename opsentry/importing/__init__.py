@@ -1,1 +1,1 @@
-"""Bringing in history from elsewhere."""
+"""Read the exports of other products and translate their records into events."""

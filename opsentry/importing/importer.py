@@ -1,7 +1,7 @@
-"""Writes a page's records to a tenant's ledger.
+"""Append the records of a Statuspage export to a tenant's ledger.
 
-What is written keeps the original times as `occurred_at`, and each record its id, so that reading the same file again,
-or a later one of the same page, adds only what is new. Nobody is notified of history.
+Events keep the original times as `occurred_at`, and each record keeps its id, so a second import adds only new records.
+Imported events are silent: subscribers are not notified.
 """
 
 import asyncio
@@ -12,14 +12,8 @@ import msgspec
 
 from opsentry.domain import incident, maintenance, service
 from opsentry.domain.decider import normal_ids
-from opsentry.domain.incident import (
-    IncidentOpened,
-    IncidentUpdated,
-)
-from opsentry.domain.maintenance import (
-    MaintenanceScheduled,
-    MaintenanceUpdated,
-)
+from opsentry.domain.incident import IncidentOpened, IncidentUpdated
+from opsentry.domain.maintenance import MaintenanceScheduled, MaintenanceUpdated
 from opsentry.domain.service import ServiceRegistered
 from opsentry.events import store
 from opsentry.events.appender import Appender
@@ -27,36 +21,46 @@ from opsentry.events.codec import RecordedEvent
 from opsentry.events.store import Append, Appended, NewEvent, Reserved, VersionConflict
 from opsentry.importing.statuspage import (
     ComponentLink,
-    Export,
     IncidentRecord,
     IncidentUpdate,
     MaintenanceRecord,
     MaintenanceUpdate,
+    StatuspageExport,
 )
 from opsentry.importing.translation import (
     IMPORTED,
     SEVERITIES,
-    Dated,
+    DatedEvent,
+    assign_slugs,
     has_text,
     incident_events,
     maintenance_events,
-    slugs,
 )
 from opsentry.infrastructure.postgres import Database
 from opsentry.projections.engine.projector import Projector
 
-_AT_ONCE = 64
+CONCURRENT_RECORDS = 64
 
 
-class Skipped(msgspec.Struct, frozen=True):
-    """Something that was not taken, and why."""
+class SkippedRecord(msgspec.Struct, frozen=True):
+    """A part of the file that was not imported, and the reason."""
 
-    what: str
-    why: str
+    record: str
+    reason: str
 
 
-class Result(msgspec.Struct):
-    """What an import came to: counts of what was added, and what was there already."""
+class ImportResult(msgspec.Struct):
+    """Count the imported records and events.
+
+    Attributes:
+        services: New services.
+        incidents: New incidents.
+        maintenance: New maintenance windows.
+        updates: New updates of incidents and windows.
+        events: New events, those of updates included.
+        unchanged: Records that the ledger had already.
+        skipped: Parts of the file that were not imported.
+    """
 
     services: int = 0
     incidents: int = 0
@@ -64,57 +68,67 @@ class Result(msgspec.Struct):
     updates: int = 0
     events: int = 0
     unchanged: int = 0
-    skipped: list[Skipped] = []
+    skipped: list[SkippedRecord] = []
 
 
 class Importer:
-    """Writes a file's content to one tenant's ledger."""
+    """Append the records of one export to one tenant's ledger.
+
+    Args:
+        database: Reads the streams of an earlier import.
+        appender: Appends the events.
+        projector: Catches the projections up at the end.
+        tenant_id: The tenant.
+    """
 
     def __init__(self, database: Database, appender: Appender, projector: Projector, tenant_id: int) -> None:
         self._database = database
         self._appender = appender
         self._projector = projector
         self._tenant_id = tenant_id
-        self._result = Result()
-        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self._result = ImportResult()
+        self._slots = asyncio.Semaphore(CONCURRENT_RECORDS)
 
-    async def load(self, export: Export, advance: Callable[[], None]) -> Result:
-        """Write what the ledger lacks, one record whole or not at all; call `advance` after each.
+    async def load(self, export: StatuspageExport, advance: Callable[[], None]) -> ImportResult:
+        """Append the missing events of each record in one transaction per record; call `advance` after each record.
 
-        Killed half-way, it can be run again and adds the rest.
+        An interrupted import leaves whole records. A second run adds the rest.
 
         Raises:
-            DatabaseUnavailable, OutcomeUnknown, TenantBusy: As `Appender.append`; running it again is safe.
+            DatabaseUnavailable, OutcomeUnknown, TenantBusy: As `Appender.append`. Run the import again.
         """
-        services = await self._services(export, advance)
-        page = export.page.id
+        service_ids = await self._import_services(export, advance)
+        page_id = export.page.id
         await asyncio.gather(
-            *(self._incident(page, record, services, advance) for record in reversed(export.incidents)),
-            *(self._window(page, record, services, advance) for record in reversed(export.scheduled_maintenances)),
+            *(self._import_incident(page_id, record, service_ids, advance) for record in reversed(export.incidents)),
+            *(
+                self._import_window(page_id, record, service_ids, advance)
+                for record in reversed(export.scheduled_maintenances)
+            ),
         )
         await self._projector.catch_up(self._tenant_id, 0)
         return self._result
 
-    async def _services(self, export: Export, advance: Callable[[], None]) -> dict[str, int]:
-        """Return the service id of each component, registering those that are new."""
-        moments = [r.created_at for r in export.incidents] + [r.created_at for r in export.scheduled_maintenances]
-        began = min(moments, default=datetime.now(UTC))
-        names = slugs(component for component in export.components if not component.group)
-        found: dict[str, int] = {}
+    async def _import_services(self, export: StatuspageExport, advance: Callable[[], None]) -> dict[str, int]:
+        """Register the new components as services; return the service id of each component id."""
+        history_start = _history_start(export)
+        slugs = assign_slugs(component for component in export.components if not component.group)
+        service_ids: dict[str, int] = {}
         for component in export.components:
             advance()
             if component.group:
                 self._skip(f"component {component.id} ({component.name})", "groups are not services")
                 continue
             registered = ServiceRegistered(
-                slug=names[component.id],
+                slug=slugs[component.id],
                 name=component.name,
                 description=component.description or None,
                 visibility="public",
             )
-            # A component without a date of its own was there when the page's history begins.
-            since = began if component.created_at is None else min(component.created_at, began)
-            outcome = await self._begin(service.KIND, service.slug_reservation(registered.slug), [(registered, since)])
+            registered_at = min(component.created_at or history_start, history_start)
+            outcome = await self._create(
+                service.KIND, service.slug_reservation(registered.slug), [(registered, registered_at)]
+            )
             match outcome:
                 case Appended(stream_id=stream_id):
                     self._result.services += 1
@@ -123,48 +137,52 @@ class Importer:
                     self._result.unchanged += 1
                 case _:
                     raise TypeError(f"component {component.id}: {outcome}")
-            found[component.id] = stream_id
-        return found
+            service_ids[component.id] = stream_id
+        return service_ids
 
-    async def _incident(
-        self, page: str, record: IncidentRecord, services: dict[str, int], advance: Callable[[], None]
+    async def _import_incident(
+        self, page_id: str, record: IncidentRecord, service_ids: dict[str, int], advance: Callable[[], None]
     ) -> None:
-        what = f"incident {record.id} ({record.name})"
+        name = f"incident {record.id} ({record.name})"
         if record.impact not in SEVERITIES:
-            self._skip(f"impact of {what}", f"{record.impact} is no severity; taken as informational")
-        service_ids = self._linked(what, record.components, services)
-        async with self._at_once:
-            added = await self._bring_up(
+            self._skip(f"impact of {name}", f"{record.impact} is no severity; imported as informational")
+        linked = self._linked_services(name, record.components, service_ids)
+        async with self._slots:
+            added = await self._append_missing(
                 incident.KIND,
-                f"statuspage:{page}:incident:{record.id}",
-                lambda history: incident_events(record, service_ids, history),
+                f"statuspage:{page_id}:incident:{record.id}",
+                lambda history: incident_events(record, linked, history),
             )
-        self._count(what, record.incident_updates, added)
+        self._count_updates(name, record.incident_updates, added)
         self._result.incidents += any(isinstance(event, IncidentOpened) for event, _ in added)
         advance()
 
-    async def _window(
-        self, page: str, record: MaintenanceRecord, services: dict[str, int], advance: Callable[[], None]
+    async def _import_window(
+        self, page_id: str, record: MaintenanceRecord, service_ids: dict[str, int], advance: Callable[[], None]
     ) -> None:
-        what = f"maintenance {record.id} ({record.name})"
-        service_ids = self._linked(what, record.components, services)
-        async with self._at_once:
-            added = await self._bring_up(
+        name = f"maintenance {record.id} ({record.name})"
+        linked = self._linked_services(name, record.components, service_ids)
+        async with self._slots:
+            added = await self._append_missing(
                 maintenance.KIND,
-                f"statuspage:{page}:maintenance:{record.id}",
-                lambda history: maintenance_events(record, service_ids, history),
+                f"statuspage:{page_id}:maintenance:{record.id}",
+                lambda history: maintenance_events(record, linked, history),
             )
-        self._count(what, record.incident_updates, added)
+        self._count_updates(name, record.incident_updates, added)
         self._result.maintenance += any(isinstance(event, MaintenanceScheduled) for event, _ in added)
         advance()
 
-    async def _bring_up(
-        self, kind: str, reservation: str, lacking: Callable[[Sequence[RecordedEvent]], list[Dated]]
-    ) -> list[Dated]:
-        """Append what a stream lacks; return it."""
+    async def _append_missing(
+        self, kind: str, reservation: str, missing: Callable[[Sequence[RecordedEvent]], list[DatedEvent]]
+    ) -> list[DatedEvent]:
+        """Append the events that `missing` returns for the stream's history; return them.
+
+        The reservation finds the stream of an earlier import. A version conflict means that another import of the page
+        runs at the same time, so the history is read again.
+        """
         stream_id = 0
-        events = lacking(())
-        outcome = await self._begin(kind, reservation, events)
+        events = missing(())
+        outcome = await self._create(kind, reservation, events)
         while not isinstance(outcome, Appended):
             if not isinstance(outcome, Reserved | VersionConflict):
                 raise TypeError(f"{reservation}: {outcome}")
@@ -172,43 +190,53 @@ class Importer:
                 stream_id = outcome.stream_id
             async with self._database.connection() as connection:
                 history = await store.read_stream(connection, self._tenant_id, kind, stream_id)
-            events = lacking(history)
+            events = missing(history)
             if not events:
                 self._result.unchanged += 1
                 return []
-            outcome = await self._appender.append(self._append(kind, stream_id, history[-1].version, events, None))
+            outcome = await self._appender.append(self._to_append(kind, stream_id, history[-1].version, events, None))
         self._result.events += len(events)
         return events
 
-    async def _begin(self, kind: str, reservation: str, events: Sequence[Dated]) -> store.Outcome:
-        return await self._appender.append(self._append(kind, 0, 0, events, reservation))
+    async def _create(self, kind: str, reservation: str, events: Sequence[DatedEvent]) -> store.Outcome:
+        return await self._appender.append(self._to_append(kind, 0, 0, events, reservation))
 
-    def _append(
-        self, kind: str, stream_id: int, version: int, events: Sequence[Dated], reservation: str | None
+    def _to_append(
+        self, kind: str, stream_id: int, version: int, events: Sequence[DatedEvent], reservation: str | None
     ) -> Append:
         return Append(
             tenant_id=self._tenant_id,
             kind=kind,
             stream_id=stream_id,
             expected_version=version,
-            events=[NewEvent(event, IMPORTED, moment) for event, moment in events],
+            events=[NewEvent(event, IMPORTED, occurred_at) for event, occurred_at in events],
             reservation=reservation,
         )
 
-    def _linked(self, what: str, links: Iterable[ComponentLink], services: dict[str, int]) -> tuple[int, ...]:
-        known = []
+    def _linked_services(
+        self, name: str, links: Iterable[ComponentLink], service_ids: dict[str, int]
+    ) -> tuple[int, ...]:
+        found = []
         for link in links:
-            if link.id in services:
-                known.append(services[link.id])
+            if link.id in service_ids:
+                found.append(service_ids[link.id])
             else:
-                self._skip(f"component {link.id} ({link.name}) of {what}", "not among the file's components")
-        return normal_ids(known)
+                self._skip(f"component {link.id} ({link.name}) of {name}", "not among the file's components")
+        return normal_ids(found)
 
-    def _count(self, what: str, updates: Iterable[IncidentUpdate | MaintenanceUpdate], added: list[Dated]) -> None:
-        self._result.updates += sum(isinstance(e, IncidentUpdated | MaintenanceUpdated) for e, _ in added)
+    def _count_updates(
+        self, name: str, updates: Iterable[IncidentUpdate | MaintenanceUpdate], added: list[DatedEvent]
+    ) -> None:
+        self._result.updates += sum(isinstance(event, IncidentUpdated | MaintenanceUpdated) for event, _ in added)
         for update in updates:
             if not has_text(update):
-                self._skip(f"update {update.id} of {what}", "it has no text; its status was taken")
+                self._skip(f"update {update.id} of {name}", "it has no text; only its status was imported")
 
-    def _skip(self, what: str, why: str) -> None:
-        self._result.skipped.append(Skipped(what, why))
+    def _skip(self, record: str, reason: str) -> None:
+        self._result.skipped.append(SkippedRecord(record, reason))
+
+
+def _history_start(export: StatuspageExport) -> datetime:
+    """Return the earliest time of a record. Components without a time of their own existed then."""
+    times = [r.created_at for r in export.incidents] + [r.created_at for r in export.scheduled_maintenances]
+    return min(times, default=datetime.now(UTC))

@@ -1,4 +1,4 @@
-"""What a page's records mean as events: what the ledger lacks of each, given what it has."""
+"""Translate the records of a page into the events that the ledger lacks, given the events that it has."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -36,16 +36,23 @@ SEVERITIES = {"none": "informational", "minor": "degraded", "major": "partial_ou
 
 IMPORTED = Meta(Actor("importer"), silent=True)
 
-Dated = tuple[AnyEvent, datetime]
+# An event and its `occurred_at`.
+DatedEvent = tuple[AnyEvent, datetime]
 
 
 def incident_events(
     record: IncidentRecord, service_ids: tuple[int, ...], history: Sequence[RecordedEvent] = ()
-) -> list[Dated]:
-    """Return what the ledger lacks of an incident, given what it has of it."""
-    events: list[Dated] = []
+) -> list[DatedEvent]:
+    """Return the missing events of an incident in order.
+
+    Args:
+        record: The incident in the file.
+        service_ids: The affected services.
+        history: The events of an earlier import, and of people since.
+    """
+    events: list[DatedEvent] = []
     updates = _in_order(record.incident_updates)
-    began = min([record.started_at or record.created_at, record.created_at, *(_when(u) for u in updates[:1])])
+    opened_at = min([record.started_at or record.created_at, record.created_at, *(_when(u) for u in updates[:1])])
     state = incident.DECIDER.fold(cast("IncidentEvent", recorded.event) for recorded in history)
     if state is None:
         opened = IncidentOpened(
@@ -55,47 +62,47 @@ def incident_events(
             service_ids=service_ids,
             source=record.id,
         )
-        events.append((opened, began))
+        events.append((opened, opened_at))
         state = incident.evolve(None, opened)
     taken = [(recorded.event, recorded.occurred_at) for recorded in history if recorded.meta.actor == IMPORTED.actor]
     status = state.status
-    moment = began
-    for moment, wanted, moves, update in _steps(record, updates, began):
+    moment = opened_at
+    for moment, target, moves, update in _steps(record, updates, opened_at):
         if update is not None and update.id in state.sources:
             continue
-        # What has no text leaves no id behind: it was taken where the moves that it makes were.
+        # An update without text leaves no id in the ledger. The moves that it makes show that it was imported.
         if (update is None or not has_text(update)) and all((move, moment) in taken for move in moves):
             continue
-        events += [(event, moment) for event in _moved(status, wanted)]
-        status = wanted
+        events += [(event, moment) for event in _moves(status, target)]
+        status = target
         if update is not None and has_text(update):
             events.append((IncidentUpdated(message=update.body, status=status, source=update.id), moment))
-    # An entry that was put in between leaves the incident where it is now, not where it was then.
+    # An update inserted before imported ones must not change the present status.
     if events and status != (now := _incident_status(record.status)):
-        events += [(event, moment) for event in _moved(status, now)]
+        events += [(event, moment) for event in _moves(status, now)]
     return events
 
 
 def _steps(
-    record: IncidentRecord, updates: Sequence[Any], began: datetime
+    record: IncidentRecord, updates: Sequence[Any], opened_at: datetime
 ) -> list[tuple[datetime, str, list[AnyEvent], Any]]:
-    """Return (moment, status, how it gets there from the one before, entry) for each entry, oldest first.
+    """Return (time, status, moves to that status, update) for each update, oldest first.
 
-    Where the entries do not lead to the status that the record has now, one more step without an entry does.
+    If the updates do not lead to the present status of the record, one more step without an update does.
     """
     steps: list[tuple[datetime, str, list[AnyEvent], Any]] = []
     status = "investigating"
-    moment = began
+    moment = opened_at
     for update in updates:
-        wanted = _incident_status(update.status)
+        target = _incident_status(update.status)
         moment = _when(update)
-        steps.append((moment, wanted, _moved(status, wanted), update))
-        status = wanted
+        steps.append((moment, target, _moves(status, target), update))
+        status = target
     now = _incident_status(record.status)
     if status != now:
         if now == "resolved" and record.resolved_at is not None:
             moment = max(moment, record.resolved_at)
-        steps.append((moment, now, _moved(status, now), None))
+        steps.append((moment, now, _moves(status, now), None))
     return steps
 
 
@@ -104,25 +111,31 @@ def _incident_status(status: str) -> str:
 
 
 def has_text(update: IncidentUpdate | MaintenanceUpdate) -> bool:
-    """Tell whether an update makes an entry of the timeline."""
+    """Return whether an update has a text. Others only change the status."""
     return bool(update.body and update.body.strip())
 
 
-def _moved(current: str, wanted: str) -> list[AnyEvent]:
-    if current == wanted:
+def _moves(current: str, target: str) -> list[AnyEvent]:
+    if current == target:
         return []
-    if wanted == "resolved":
+    if target == "resolved":
         return [IncidentResolved()]
     if current != "resolved":
-        return [IncidentStatusChanged(status=wanted)]
-    return [IncidentReopened(), *([] if wanted == "investigating" else [IncidentStatusChanged(status=wanted)])]
+        return [IncidentStatusChanged(status=target)]
+    return [IncidentReopened(), *([] if target == "investigating" else [IncidentStatusChanged(status=target)])]
 
 
 def maintenance_events(
     record: MaintenanceRecord, service_ids: tuple[int, ...], history: Sequence[RecordedEvent] = ()
-) -> list[Dated]:
-    """Return what the ledger lacks of a window, given what it has of it."""
-    events: list[Dated] = []
+) -> list[DatedEvent]:
+    """Return the missing events of a maintenance window in order.
+
+    Args:
+        record: The window in the file.
+        service_ids: The affected services.
+        history: The events of an earlier import, and of people since.
+    """
+    events: list[DatedEvent] = []
     updates = _in_order(record.incident_updates)
     state = maintenance.DECIDER.fold(cast("MaintenanceEvent", recorded.event) for recorded in history)
     if state is None:
@@ -146,18 +159,18 @@ def maintenance_events(
         status = _window_status(status, moves)
         if has_text(update):
             events.append((MaintenanceUpdated(message=update.body, status=status, source=update.id), moment))
-    # What the entries do not say went as planned: left open, the scheduler would move it, and tell of it, today.
+    # Moves without an update happened as planned. Without them the scheduler would start the old window today.
     planned = {MaintenanceStarted.TYPE: record.scheduled_for, MaintenanceCompleted.TYPE: record.scheduled_until}
     events += [(event, planned[event.TYPE]) for event in _window_moves(status, record.status)]
     return events
 
 
-def _window_moves(current: str, wanted: str) -> list[AnyEvent]:
+def _window_moves(current: str, target: str) -> list[AnyEvent]:
     moves: list[AnyEvent] = []
-    if wanted != "scheduled" and current == "scheduled":
+    if target != "scheduled" and current == "scheduled":
         moves.append(MaintenanceStarted())
         current = "active"
-    if wanted == "completed" and current == "active":
+    if target == "completed" and current == "active":
         moves.append(MaintenanceCompleted())
     return moves
 
@@ -169,7 +182,7 @@ def _window_status(current: str, moves: Sequence[AnyEvent]) -> str:
 
 
 def _in_order(updates: Sequence[IncidentUpdate] | Sequence[MaintenanceUpdate]) -> list[Any]:
-    """Return updates oldest first; those of one moment in the order they were written, the file's reversed."""
+    """Return updates oldest first; updates of equal time in the order of writing, which the file reverses."""
     oldest_first: list[Any] = list(reversed(updates))
     oldest_first.sort(key=_when)
     return oldest_first
@@ -179,14 +192,14 @@ def _when(update: IncidentUpdate | MaintenanceUpdate) -> datetime:
     return update.display_at or update.created_at
 
 
-def slugs(components: Iterable[Component]) -> dict[str, str]:
-    """Return a slug for each component id; components of one name are told apart by their ids."""
+def assign_slugs(components: Iterable[Component]) -> dict[str, str]:
+    """Return a unique slug for each component id. The ids distinguish components of equal name."""
     taken: set[str] = set()
     found: dict[str, str] = {}
     for component in components:
-        words = re.sub(r"[^a-z0-9]+", "-", component.name.lower()).strip("-")
+        name = re.sub(r"[^a-z0-9]+", "-", component.name.lower()).strip("-")
         unique = re.sub(r"[^a-z0-9]+", "-", component.id.lower()).strip("-")
-        slug = words[:63].strip("-") or unique[:63].strip("-") or "service"
+        slug = name[:63].strip("-") or unique[:63].strip("-") or "service"
         if slug in taken:
             slug = f"{slug[:40].strip('-')}-{unique[:22]}".strip("-")
         stem, numbers = slug[:56].strip("-"), count(2)

@@ -15,7 +15,7 @@ def file(real_history):
 
 @pytest.fixture
 async def page(settings, real_history):
-    """The tenant that the history was loaded into, a client of it, and what loading came to."""
+    """Import the real history; return the core, the tenant, its client and the result."""
     async with core(settings) as parts, serving(settings, parts) as url, aiohttp.ClientSession() as session:
         tenant = await make_tenant(parts, "page")
         result = await load(parts, tenant.id, real_history)

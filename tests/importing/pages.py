@@ -1,4 +1,4 @@
-"""A small page to import, made by hand, and ways to look at what came of it."""
+"""Make small pages to import, and read the imported events."""
 
 import json
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from typing import Any
 from opsentry.bootstrap import Core
 from opsentry.domain.decider import Event
 from opsentry.events.codec import Actor, ActorKind, Meta, RecordedEvent
-from opsentry.importing import statuspage
-from opsentry.importing.importer import Importer, Result
-from opsentry.importing.translation import Dated
+from opsentry.importing.importer import Importer, ImportResult
+from opsentry.importing.statuspage import read_export
+from opsentry.importing.translation import DatedEvent
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 _ids = count(1)
@@ -27,7 +27,7 @@ def update(id_: str, status: str, minutes: float, body: str | None = "words") ->
 
 
 def incident(id_: str, *updates: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """An incident whose `updates` are given oldest first; a file has them newest first."""
+    """Return an incident with `updates` given oldest first; a file has them newest first."""
     status = updates[-1]["status"] if updates else "investigating"
     return {
         "id": id_,
@@ -41,7 +41,7 @@ def incident(id_: str, *updates: dict[str, Any], **fields: Any) -> dict[str, Any
 
 
 def window(id_: str, *updates: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """A window from 60 to 120 minutes, like `incident`."""
+    """Return a window from minute 60 to 120 with `updates` given oldest first."""
     status = updates[-1]["status"] if updates else "scheduled"
     return {
         "id": id_,
@@ -68,7 +68,7 @@ def page(**sections: Any) -> dict[str, Any]:
 
 
 def small_page() -> dict[str, Any]:
-    """Three components, two incidents, one window: 3 + 6 + 6 + 6 events, 3 + 3 + 3 entries."""
+    """Return three components, two incidents and one window: 3 + 6 + 6 + 6 events, 3 + 3 + 3 updates."""
     return page(
         components=[component("c1", "Main API"), component("c2", "Web"), component("c3", "Jobs", description="Batch")],
         incidents=[
@@ -112,27 +112,27 @@ def write(folder: Path, content: Any) -> Path:
     return path
 
 
-async def load(parts: Core, tenant_id: int, path: Path) -> Result:
+async def load(parts: Core, tenant_id: int, path: Path) -> ImportResult:
     importer = Importer(parts.database, parts.appender, parts.projector, tenant_id)
-    return await importer.load(statuspage.read(path), lambda: None)
+    return await importer.load(read_export(path), lambda: None)
 
 
 async def ledger(connection: Any, tenant_id: int, kind: str | None = None) -> list[Any]:
-    """The rows of a tenant's ledger, of one kind of stream if given."""
+    """Return the rows of a tenant's ledger, of one kind of stream if given."""
     rows = await connection.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY position", tenant_id)
     return [row for row in rows if kind is None or row["stream_kind"] == kind]
 
 
-def recorded(events: Sequence[Dated], kind: str, by: ActorKind = "importer") -> list[RecordedEvent]:
-    """The events as the ledger would give them back."""
+def recorded(events: Sequence[DatedEvent], kind: str, by: ActorKind = "importer") -> list[RecordedEvent]:
+    """Return the events as if read from the ledger."""
     return [
         RecordedEvent(1, number, kind, 1, number, event, moment, NOON, Meta(Actor(by), silent=True))
         for number, (event, moment) in enumerate(events, 1)
     ]
 
 
-def told(events: Sequence[Dated]) -> list[tuple[str, float]]:
-    """Events as (what it is, minutes after noon)."""
+def timeline(events: Sequence[DatedEvent]) -> list[tuple[str, float]]:
+    """Return each event as (type and text, minutes after noon)."""
     return [(_name(event), (moment - NOON) / timedelta(minutes=1)) for event, moment in events]
 
 

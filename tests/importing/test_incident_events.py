@@ -7,24 +7,24 @@ from opsentry.domain import incident as domain
 from opsentry.domain.incident import IncidentOpened, IncidentReopened, IncidentResolved, IncidentStatusChanged
 from opsentry.importing.statuspage import IncidentRecord
 from opsentry.importing.translation import incident_events
-from tests.importing.pages import NOON, at, incident, recorded, told, update
+from tests.importing.pages import NOON, at, incident, recorded, timeline, update
 
 
 def record(*updates, **fields):
     return msgspec.convert(incident("i1", *updates, **fields), IncidentRecord)
 
 
-def fold(events) -> Any:
+def state_after(events) -> Any:
     return domain.DECIDER.fold(event for event, _ in events)
 
 
-def again(first, second):
-    """What a second file adds to what the first one brought."""
+def added_by(first, second):
+    """Return the events that a second import adds to those of the first."""
     history = recorded(incident_events(first, ()), domain.KIND)
-    return told(incident_events(second, (), history))
+    return timeline(incident_events(second, (), history))
 
 
-def test_entries_become_events_with_their_own_times():
+def test_updates_become_events_with_their_own_times():
     events = incident_events(
         record(
             update("a", "investigating", 1, "A"),
@@ -34,7 +34,7 @@ def test_entries_become_events_with_their_own_times():
         ),
         (7,),
     )
-    assert told(events) == [
+    assert timeline(events) == [
         ("incident.opened", 0),
         ("incident.updated A", 1),
         ("incident.status_changed identified", 2),
@@ -49,29 +49,29 @@ def test_entries_become_events_with_their_own_times():
     assert (opened.title, opened.service_ids, opened.visibility, opened.source) == ("Incident i1", (7,), "public", "i1")
 
 
-def test_an_incident_begins_at_the_earliest_time_that_the_file_knows():
-    assert told(incident_events(record(started_at=at(-5)), ()))[0] == ("incident.opened", -5)
-    assert told(incident_events(record(started_at=at(5)), ()))[0] == ("incident.opened", 0)
-    assert told(incident_events(record(update("a", "investigating", -9)), ()))[0] == ("incident.opened", -9)
+def test_an_incident_opens_at_its_earliest_time_in_the_file():
+    assert timeline(incident_events(record(started_at=at(-5)), ()))[0] == ("incident.opened", -5)
+    assert timeline(incident_events(record(started_at=at(5)), ()))[0] == ("incident.opened", 0)
+    assert timeline(incident_events(record(update("a", "investigating", -9)), ()))[0] == ("incident.opened", -9)
 
 
-def test_the_time_that_readers_saw_counts_where_there_is_one():
+def test_the_displayed_time_wins_over_the_time_of_creation():
     shown = update("a", "investigating", 30, "A") | {"display_at": at(3)}
-    assert told(incident_events(record(shown), ()))[1] == ("incident.updated A", 3)
+    assert timeline(incident_events(record(shown), ()))[1] == ("incident.updated A", 3)
 
 
-def test_entries_are_put_in_order_of_time_whatever_the_file_says():
+def test_updates_are_sorted_by_time():
     events = incident_events(
         record(update("b", "investigating", 5, "later"), update("a", "investigating", 2, "sooner")), ()
     )
-    assert [name for name, _ in told(events)] == [
+    assert [name for name, _ in timeline(events)] == [
         "incident.opened",
         "incident.updated sooner",
         "incident.updated later",
     ]
 
 
-def test_entries_of_one_moment_keep_the_order_in_which_they_were_written():
+def test_updates_of_equal_time_keep_the_order_of_writing():
     events = incident_events(
         record(
             update("a", "investigating", 3, "first"),
@@ -80,7 +80,7 @@ def test_entries_of_one_moment_keep_the_order_in_which_they_were_written():
         ),
         (),
     )
-    assert [name for name, _ in told(events)] == [
+    assert [name for name, _ in timeline(events)] == [
         "incident.opened",
         "incident.updated first",
         "incident.updated second",
@@ -105,11 +105,11 @@ def test_impact_becomes_severity(impact, severity):
     assert opened.severity == severity
 
 
-def test_a_postmortem_leaves_it_resolved():
+def test_a_postmortem_keeps_the_incident_resolved():
     events = incident_events(
         record(update("a", "resolved", 1, "over"), update("b", "postmortem", 99, "why"), resolved_at=at(1)), ()
     )
-    assert told(events) == [
+    assert timeline(events) == [
         ("incident.opened", 0),
         ("incident.resolved", 1),
         ("incident.updated over", 1),
@@ -118,58 +118,58 @@ def test_a_postmortem_leaves_it_resolved():
 
 
 @pytest.mark.parametrize("status", ["identified", "monitoring"])
-def test_what_goes_on_after_it_was_resolved_is_a_reopening_first(status):
+def test_an_update_after_the_resolution_reopens_first(status):
     events = incident_events(record(update("a", "resolved", 1, "over"), update("b", status, 2, "not over")), ())
-    assert told(events)[3:] == [
+    assert timeline(events)[3:] == [
         ("incident.reopened", 2),
         (f"incident.status_changed {status}", 2),
         ("incident.updated not over", 2),
     ]
 
 
-def test_investigating_after_it_was_resolved_is_a_reopening_and_nothing_else():
+def test_investigating_after_the_resolution_is_only_a_reopening():
     events = incident_events(record(update("a", "resolved", 1, "over"), update("b", "investigating", 2, "again")), ())
-    assert told(events)[3:] == [("incident.reopened", 2), ("incident.updated again", 2)]
+    assert timeline(events)[3:] == [("incident.reopened", 2), ("incident.updated again", 2)]
 
 
-def test_an_incident_that_is_resolved_without_saying_so_is_resolved_when_the_file_says():
+def test_a_resolution_without_an_update_happens_at_resolved_at():
     events = incident_events(record(update("a", "monitoring", 3, "M"), status="resolved", resolved_at=at(8)), ())
-    assert told(events)[-1] == ("incident.resolved", 8)
+    assert timeline(events)[-1] == ("incident.resolved", 8)
 
 
-def test_one_that_was_reopened_stays_open_although_it_was_resolved_once():
+def test_a_reopened_incident_stays_open_despite_resolved_at():
     events = incident_events(
         record(update("a", "resolved", 3, "over"), update("b", "monitoring", 5, "not over"), resolved_at=at(3)), ()
     )
-    assert fold(events).status == "monitoring"
+    assert state_after(events).status == "monitoring"
 
 
-def test_every_state_of_a_file_is_reached_by_moves_that_the_domain_allows():
+def test_every_status_is_reached_by_allowed_transitions():
     statuses = ("investigating", "identified", "monitoring", "resolved", "postmortem")
     for first in statuses:
         for second in statuses:
             events = incident_events(record(update("a", first, 1), update("b", second, 2)), ())
             for number, (event, _) in enumerate(events):
-                state = fold(events[:number])
+                state = state_after(events[:number])
                 if isinstance(event, IncidentReopened):
                     assert state.status == "resolved"
                 if isinstance(event, IncidentResolved):
                     assert state.status != "resolved"
                 if isinstance(event, IncidentStatusChanged):
                     assert state.status not in {"resolved", event.status}
-            assert fold(events).status == ("resolved" if second == "postmortem" else second)
+            assert state_after(events).status == ("resolved" if second == "postmortem" else second)
 
 
-def test_what_has_no_text_moves_it_and_says_nothing():
+def test_an_update_without_text_only_changes_the_status():
     events = incident_events(record(update("a", "identified", 1, ""), update("b", "monitoring", 2, None)), ())
-    assert told(events) == [
+    assert timeline(events) == [
         ("incident.opened", 0),
         ("incident.status_changed identified", 1),
         ("incident.status_changed monitoring", 2),
     ]
 
 
-def test_the_same_record_adds_nothing():
+def test_the_same_record_adds_no_event():
     records = [
         record(),
         record(update("a", "investigating", 1), update("b", "resolved", 2)),
@@ -180,10 +180,10 @@ def test_the_same_record_adds_nothing():
         record(update("a", "resolved", 1, "over"), update("b", "monitoring", 2, ""), update("c", "resolved", 3, "")),
     ]
     for one in records:
-        assert again(one, one) == []
+        assert added_by(one, one) == []
 
 
-def test_a_later_record_adds_the_new_entries_only():
+def test_a_later_record_adds_only_new_updates():
     first = record(update("a", "investigating", 1, "A"), update("b", "identified", 2, ""))
     second = record(
         update("a", "investigating", 1, "A"),
@@ -191,24 +191,24 @@ def test_a_later_record_adds_the_new_entries_only():
         update("c", "monitoring", 3, ""),
         update("d", "resolved", 4, "over"),
     )
-    assert again(first, second) == [
+    assert added_by(first, second) == [
         ("incident.status_changed monitoring", 3),
         ("incident.resolved", 4),
         ("incident.updated over", 4),
     ]
 
 
-def test_an_entry_that_was_put_in_between_later_leaves_it_resolved():
+def test_an_inserted_update_keeps_the_incident_resolved():
     first = record(update("a", "investigating", 1, "A"), update("c", "resolved", 4, "over"))
     second = record(
         update("a", "investigating", 1, "A"), update("b", "monitoring", 2, "B"), update("c", "resolved", 4, "over")
     )
-    added = again(first, second)
+    added = added_by(first, second)
     assert ("incident.updated B", 2) in added
     assert added[-1][0] == "incident.resolved"
 
 
-def test_what_people_did_to_it_since_is_left_alone():
+def test_a_reopening_by_people_is_kept():
     one = record(update("a", "resolved", 1, "over"), resolved_at=at(2))
     history = recorded(incident_events(one, ()), domain.KIND)
     history += recorded([(IncidentReopened(), NOON)], domain.KIND, by="token")

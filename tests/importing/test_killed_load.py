@@ -34,7 +34,7 @@ async def seen(connection, tenant_id, events):
 
 
 @pytest.mark.parametrize("events", [8, 200, 4000])
-async def test_killed_half_way_it_can_be_run_again_and_nothing_is_doubled(settings, acme, owner, tmp_path, events):
+async def test_a_killed_import_completes_on_the_next_run_without_duplicates(settings, acme, owner, tmp_path, events):
     arguments = ("import", "statuspage", str(write(tmp_path, long_page())), "--tenant", "acme", "--json")
     async with running(environment(settings), *arguments) as process:
         await seen(owner, acme.id, events)

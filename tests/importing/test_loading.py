@@ -5,7 +5,7 @@ from opsentry.domain import subscription
 from opsentry.domain.incident import DECIDER as INCIDENTS
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.importing.importer import Result, Skipped
+from opsentry.importing.importer import ImportResult, SkippedRecord
 from tests.conftest import META
 from tests.events.ledger import first_broken
 from tests.importing.pages import (
@@ -30,21 +30,21 @@ async def imported(connection, tenant_id):
     return [row for row in await ledger(connection, tenant_id) if row["stream_kind"] in KINDS]
 
 
-async def entries(api, path):
+async def updates(api, path):
     _, found, _ = await api.get(path)
     return [(entry["status"], entry["message"], entry["created_at"]) for entry in found["updates"]]
 
 
-async def test_what_stands_in_the_file_can_be_read(parts, acme, api, tmp_path):
+async def test_imported_records_are_served_by_the_api(parts, acme, api, tmp_path):
     result = await load(parts, acme.id, write(tmp_path, small_page()))
-    assert result == Result(services=3, incidents=2, maintenance=1, updates=9, events=21)
+    assert result == ImportResult(services=3, incidents=2, maintenance=1, updates=9, events=21)
     _, listed, _ = await api.get("/incidents")
     second, first = listed["incidents"]
     assert (first["title"], first["severity"], first["status"]) == ("Incident i1", "partial_outage", "resolved")
     assert (first["occurred_at"], first["resolved_at"]) == (at(0), at(9))
     assert [s["slug"] for s in first["services"]] == ["main-api", "web"]
     assert (second["severity"], second["occurred_at"], second["resolved_at"]) == ("major_outage", at(20), at(30))
-    assert await entries(api, f"/incidents/{first['id']}") == [
+    assert await updates(api, f"/incidents/{first['id']}") == [
         ("investigating", "We are looking.", at(1)),
         ("monitoring", "A fix is out.", at(5)),
         ("resolved", "It is over.", at(9)),
@@ -52,7 +52,7 @@ async def test_what_stands_in_the_file_can_be_read(parts, acme, api, tmp_path):
     _, listed, _ = await api.get("/maintenance")
     (found,) = listed["maintenance"]
     assert (found["started_at"], found["completed_at"], found["status"]) == (at(61), at(115), "completed")
-    assert [status for status, _, _ in await entries(api, f"/maintenance/{found['id']}")] == [
+    assert [status for status, _, _ in await updates(api, f"/maintenance/{found['id']}")] == [
         "scheduled",
         "active",
         "completed",
@@ -65,15 +65,15 @@ async def test_what_stands_in_the_file_can_be_read(parts, acme, api, tmp_path):
     ]
 
 
-async def test_a_second_time_adds_nothing(parts, acme, owner, tmp_path):
+async def test_a_second_import_adds_nothing(parts, acme, owner, tmp_path):
     file = write(tmp_path, small_page())
     await load(parts, acme.id, file)
     before = await ledger(owner, acme.id)
-    assert await load(parts, acme.id, file) == Result(unchanged=6)
+    assert await load(parts, acme.id, file) == ImportResult(unchanged=6)
     assert await ledger(owner, acme.id) == before
 
 
-async def test_a_later_file_of_the_page_adds_what_is_new(parts, acme, api, tmp_path):
+async def test_a_later_file_of_the_page_adds_only_new_records(parts, acme, api, tmp_path):
     content = small_page()
     content["incidents"][1]["incident_updates"] = content["incidents"][1]["incident_updates"][1:]
     content["incidents"][1]["status"] = "identified"
@@ -82,7 +82,7 @@ async def test_a_later_file_of_the_page_adds_what_is_new(parts, acme, api, tmp_p
     later["incidents"].append(incident("i3", update("x1", "investigating", 300, "New."), created_at=at(300)))
     later["components"].append(component("c4", "Mail"))
     result = await load(parts, acme.id, write(tmp_path, later))
-    assert result == Result(services=1, incidents=1, updates=2, events=5, unchanged=5)
+    assert result == ImportResult(services=1, incidents=1, updates=2, events=5, unchanged=5)
     _, listed, _ = await api.get("/incidents")
     assert [(i["title"], i["status"]) for i in listed["incidents"]] == [
         ("Incident i3", "investigating"),
@@ -91,13 +91,13 @@ async def test_a_later_file_of_the_page_adds_what_is_new(parts, acme, api, tmp_p
     ]
 
 
-async def test_the_same_ids_of_another_page_are_other_incidents(parts, acme, tmp_path):
+async def test_equal_ids_of_another_page_are_other_incidents(parts, acme, tmp_path):
     await load(parts, acme.id, write(tmp_path, small_page()))
     result = await load(parts, acme.id, write(tmp_path, small_page() | {"page": {"id": "p2"}}))
     assert (result.services, result.incidents, result.maintenance) == (0, 2, 1)
 
 
-async def test_what_is_not_taken_is_named(parts, acme, api, tmp_path):
+async def test_skipped_records_are_reported(parts, acme, api, tmp_path):
     content = page(
         components=[component("g", "Group", group=True), component("c", "API")],
         incidents=[
@@ -112,20 +112,20 @@ async def test_what_is_not_taken_is_named(parts, acme, api, tmp_path):
         scheduled_maintenances=[window("m", update("w", "scheduled", 1, None))],
     )
     result = await load(parts, acme.id, write(tmp_path, content))
-    assert sorted(result.skipped, key=lambda s: s.what) == [
-        Skipped("component g (Group)", "groups are not services"),
-        Skipped("component g (g) of incident i (Incident i)", "not among the file's components"),
-        Skipped("component gone (gone) of incident i (Incident i)", "not among the file's components"),
-        Skipped("impact of incident i (Incident i)", "maintenance is no severity; taken as informational"),
-        Skipped("update u1 of incident i (Incident i)", "it has no text; its status was taken"),
-        Skipped("update w of maintenance m (Window m)", "it has no text; its status was taken"),
+    assert sorted(result.skipped, key=lambda s: s.record) == [
+        SkippedRecord("component g (Group)", "groups are not services"),
+        SkippedRecord("component g (g) of incident i (Incident i)", "not among the file's components"),
+        SkippedRecord("component gone (gone) of incident i (Incident i)", "not among the file's components"),
+        SkippedRecord("impact of incident i (Incident i)", "maintenance is no severity; imported as informational"),
+        SkippedRecord("update u1 of incident i (Incident i)", "it has no text; only its status was imported"),
+        SkippedRecord("update w of maintenance m (Window m)", "it has no text; only its status was imported"),
     ]
     _, listed, _ = await api.get("/incidents")
     assert [[s["slug"] for s in i["services"]] for i in listed["incidents"]] == [["api"]]
     assert (await load(parts, acme.id, write(tmp_path, content))).events == 0
 
 
-async def test_a_service_begins_with_the_history_or_before(parts, acme, owner, tmp_path):
+async def test_a_service_is_registered_no_later_than_the_history_starts(parts, acme, owner, tmp_path):
     content = page(
         components=[
             component("a", "Old", created_at=at(-9000)),
@@ -139,18 +139,18 @@ async def test_a_service_begins_with_the_history_or_before(parts, acme, owner, t
     assert [row["occurred_at"].isoformat().replace("+00:00", "Z") for row in rows] == [at(-9000), at(-5), at(-5)]
 
 
-async def test_nobody_is_notified_of_history(parts, acme, owner, tmp_path):
-    wish = CreateSubscription(channel="webhook", target="https://example.com/hook", audience="internal")
-    await parts.commands.create(subscription.DECIDER, acme.id, wish, META)
+async def test_an_import_notifies_nobody(parts, acme, owner, tmp_path):
+    subscribe = CreateSubscription(channel="webhook", target="https://example.com/hook", audience="internal")
+    await parts.commands.create(subscription.DECIDER, acme.id, subscribe, META)
     await load(parts, acme.id, write(tmp_path, small_page()))
     assert await owner.fetchval("SELECT count(*) FROM outbox_intents") == 0
-    # The subscription would have been told of anything that is not history.
+    # The same subscription is notified of an incident that is not imported.
     executed = await parts.commands.create(INCIDENTS, acme.id, OpenIncident(title="Now"), META)
     await parts.projector.catch_up(acme.id, executed.position)
     assert await owner.fetchval("SELECT count(*) FROM outbox_intents") == 1
 
 
-async def test_two_at_once_write_it_once(settings, acme, owner, tmp_path):
+async def test_two_imports_at_once_add_each_record_once(settings, acme, owner, tmp_path):
     content = page(
         components=[component(f"c{n}", f"Service {n}") for n in range(20)],
         incidents=[
@@ -170,7 +170,7 @@ async def test_two_at_once_write_it_once(settings, acme, owner, tmp_path):
     assert first_broken(await ledger(owner, acme.id)) is None
 
 
-async def test_the_command_says_what_it_did(settings, acme, tmp_path):
+async def test_the_command_prints_a_summary(settings, acme, tmp_path):
     content = small_page()
     content["components"].append(component("g", "Group", group=True))
     arguments = ("import", "statuspage", str(write(tmp_path, content)), "--tenant", "acme")
@@ -178,7 +178,7 @@ async def test_the_command_says_what_it_did(settings, acme, tmp_path):
     assert (ran.code, ran.out) == (
         0,
         (
-            "not taken: component g (Group): groups are not services\n"
+            "skipped component g (Group): groups are not services\n"
             "added 21 events: 3 services, 2 incidents, 1 maintenance windows, 9 updates; 0 records were there already\n"
         ),
     )

@@ -4,14 +4,14 @@ from opsentry.domain import maintenance as domain
 from opsentry.domain.maintenance import MaintenanceCancelled, MaintenanceScheduled
 from opsentry.importing.statuspage import MaintenanceRecord
 from opsentry.importing.translation import maintenance_events
-from tests.importing.pages import NOON, at, recorded, told, update, window
+from tests.importing.pages import NOON, at, recorded, timeline, update, window
 
 
 def record(*updates, **fields):
     return msgspec.convert(window("m1", *updates, **fields), MaintenanceRecord)
 
 
-def test_entries_become_events_with_their_own_times():
+def test_updates_become_events_with_their_own_times():
     events = maintenance_events(
         record(
             update("a", "scheduled", 1, "A"),
@@ -21,7 +21,7 @@ def test_entries_become_events_with_their_own_times():
         ),
         (4, 5),
     )
-    assert told(events) == [
+    assert timeline(events) == [
         ("maintenance.scheduled", 0),
         ("maintenance.updated A", 1),
         ("maintenance.started", 62),
@@ -36,39 +36,39 @@ def test_entries_become_events_with_their_own_times():
     assert (scheduled.scheduled_end - scheduled.scheduled_start).total_seconds() == 3600
 
 
-def test_times_with_an_offset_are_the_same_moments():
+def test_times_with_an_offset_are_converted_to_utc():
     events = maintenance_events(record(scheduled_for="2024-05-01T15:00:00+02:00"), ())
     scheduled = events[0][0]
     assert isinstance(scheduled, MaintenanceScheduled)
     assert scheduled.scheduled_start.isoformat() == "2024-05-01T13:00:00+00:00"
 
 
-def test_a_window_that_is_only_completed_was_started_first():
+def test_a_completed_window_was_started_first():
     events = maintenance_events(record(update("a", "completed", 110, "done")), ())
-    assert [name for name, _ in told(events)][1:3] == ["maintenance.started", "maintenance.completed"]
+    assert [name for name, _ in timeline(events)][1:3] == ["maintenance.started", "maintenance.completed"]
 
 
-def test_a_window_that_is_over_without_saying_so_went_as_planned():
-    assert told(maintenance_events(record(status="completed"), ())) == [
+def test_a_completed_window_without_updates_happened_as_planned():
+    assert timeline(maintenance_events(record(status="completed"), ())) == [
         ("maintenance.scheduled", 0),
         ("maintenance.started", 60),
         ("maintenance.completed", 120),
     ]
 
 
-def test_a_window_still_to_come_stays_scheduled():
-    assert told(maintenance_events(record(update("a", "scheduled", 1, "soon")), ()))[1:] == [
+def test_an_upcoming_window_stays_scheduled():
+    assert timeline(maintenance_events(record(update("a", "scheduled", 1, "soon")), ()))[1:] == [
         ("maintenance.updated soon", 1)
     ]
 
 
-def test_entries_of_one_moment_keep_the_order_in_which_they_were_written():
+def test_updates_of_equal_time_keep_the_order_of_writing():
     updates = [update(name, "in_progress", 70, name) for name in ("first", "second", "third")]
-    names = [name for name, _ in told(maintenance_events(record(*updates), ()))]
+    names = [name for name, _ in timeline(maintenance_events(record(*updates), ()))]
     assert names[2:] == ["maintenance.updated first", "maintenance.updated second", "maintenance.updated third"]
 
 
-def test_the_same_record_adds_nothing():
+def test_the_same_record_adds_no_event():
     for one in (
         record(),
         record(status="completed"),
@@ -79,13 +79,16 @@ def test_the_same_record_adds_nothing():
         assert maintenance_events(one, (), history) == []
 
 
-def test_a_later_record_adds_the_new_entries_only():
+def test_a_later_record_adds_only_new_updates():
     history = recorded(maintenance_events(record(update("a", "scheduled", 1, "A")), ()), domain.KIND)
     later = record(update("a", "scheduled", 1, "A"), update("b", "in_progress", 61, "B"))
-    assert told(maintenance_events(later, (), history)) == [("maintenance.started", 61), ("maintenance.updated B", 61)]
+    assert timeline(maintenance_events(later, (), history)) == [
+        ("maintenance.started", 61),
+        ("maintenance.updated B", 61),
+    ]
 
 
-def test_a_window_that_was_cancelled_here_is_not_revived():
+def test_a_window_cancelled_by_people_stays_cancelled():
     history = recorded(maintenance_events(record(), ()), domain.KIND)
     history += recorded([(MaintenanceCancelled(), NOON)], domain.KIND, by="token")
     later = record(update("b", "completed", 118, ""), resolved_at=at(118))

@@ -2,14 +2,13 @@ import json
 
 import pytest
 
-from opsentry.importing import statuspage
-from opsentry.importing.statuspage import Malformed
+from opsentry.importing.statuspage import MalformedExport, read_export
 from tests.importing.pages import component, incident, ledger, page, small_page, update, window, write
 from tests.system.processes import environment, opsentry
 
 DUPLICATE = [update("u1", "investigating", 1), update("u1", "investigating", 2)]
 
-# What is wrong with a file, and what must be said of it.
+# Each wrong file, and the beginning of its error message.
 WRONG = {
     "not JSON": (b"{", "not well-formed JSON"),
     "empty": (b"", "not well-formed JSON"),
@@ -46,18 +45,18 @@ WRONG = {
         page(incidents=[incident("i", update("u", "resolved", 1) | {"display_at": "0001-01-01T00:00:00+14:00"})]),
         "incidents[0].incident_updates[0].display_at: is out of range",
     ),
-    "incident twice": (page(incidents=[incident("i"), incident("i")]), "incidents[1].id: i stands twice"),
+    "incident twice": (page(incidents=[incident("i"), incident("i")]), "incidents[1].id: i is a duplicate"),
     "component twice": (
         page(components=[component("c", "A"), component("c", "B")]),
-        "components[1].id: c stands twice",
+        "components[1].id: c is a duplicate",
     ),
     "window twice": (
         page(scheduled_maintenances=[window("m"), window("m")]),
-        "scheduled_maintenances[1].id: m stands twice",
+        "scheduled_maintenances[1].id: m is a duplicate",
     ),
     "entry twice": (
         page(incidents=[incident("i", *DUPLICATE)]),
-        "incidents[0].incident_updates[1].id: u1 stands twice",
+        "incidents[0].incident_updates[1].id: u1 is a duplicate",
     ),
     "end before start": (
         page(scheduled_maintenances=[window("m"), window("n", scheduled_until="2024-05-01T12:59:00Z")]),
@@ -91,25 +90,25 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_named_with_its_place(name, tmp_path):
+def test_the_error_names_the_wrong_place(name, tmp_path):
     content, says = WRONG[name]
-    with pytest.raises(Malformed) as refused:
-        statuspage.read(write(tmp_path, content))
+    with pytest.raises(MalformedExport) as refused:
+        read_export(write(tmp_path, content))
     assert str(refused.value).startswith(says)
 
 
-def test_a_file_that_is_right_is_read_whole(tmp_path):
-    export = statuspage.read(write(tmp_path, small_page()))
+def test_a_valid_file_is_read_whole(tmp_path):
+    export = read_export(write(tmp_path, small_page()))
     assert (len(export.components), len(export.incidents), len(export.scheduled_maintenances)) == (3, 2, 1)
 
 
-def test_what_is_not_known_is_ignored(tmp_path):
+def test_unknown_fields_are_ignored(tmp_path):
     content = small_page() | {"later": 1}
     content["incidents"][0]["shortlink"] = "https://example.com"
-    assert len(statuspage.read(write(tmp_path, content)).incidents) == 2
+    assert len(read_export(write(tmp_path, content)).incidents) == 2
 
 
-async def test_a_file_that_is_right_but_for_its_last_record_is_refused_whole(settings, acme, owner, tmp_path):
+async def test_one_invalid_record_refuses_the_whole_file(settings, acme, owner, tmp_path):
     content = small_page()
     content["scheduled_maintenances"][-1]["incident_updates"][0]["body"] = "\0"
     before = await ledger(owner, acme.id)
@@ -124,13 +123,13 @@ async def test_a_file_that_is_right_but_for_its_last_record_is_refused_whole(set
     assert await ledger(owner, acme.id) == before
 
 
-async def test_a_file_that_is_not_there_is_wrong_use(settings, tmp_path):
+async def test_a_missing_file_is_wrong_use(settings, tmp_path):
     ran = await opsentry(environment(settings), "import", "statuspage", str(tmp_path / "none"), "--tenant", "acme")
     assert ran.code == 2
     assert "does not exist" in ran.err
 
 
-async def test_a_tenant_that_is_not_there_is_named(settings, acme, tmp_path):
+async def test_an_unknown_tenant_is_named(settings, acme, tmp_path):
     file = write(tmp_path, small_page())
     ran = await opsentry(environment(settings), "import", "statuspage", str(file), "--tenant", "nobody")
     assert (ran.code, ran.err) == (1, "Error: no tenant has the slug nobody\n")

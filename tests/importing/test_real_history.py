@@ -1,4 +1,4 @@
-"""589 incidents and 18 windows of a real page, read back and compared with the file itself."""
+"""Import 589 incidents and 18 windows of a real page, and compare every answer with the file."""
 
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -9,7 +9,7 @@ import pytest
 
 from opsentry.domain.uptime import Period, uptime
 from opsentry.importing.statuspage import Component
-from opsentry.importing.translation import slugs
+from opsentry.importing.translation import assign_slugs
 from tests.events.ledger import first_broken
 from tests.importing.pages import ledger, load
 
@@ -21,7 +21,7 @@ def moment(text):
 
 
 def oldest_first(record):
-    """The file has entries newest first, several of one minute."""
+    """Return the updates oldest first; several may share a minute."""
     entries = record["incident_updates"][::-1]
     return sorted(entries, key=lambda u: moment(u["display_at"] or u["created_at"]))
 
@@ -35,7 +35,7 @@ async def all_of(api, section):
             return [(await api.get(f"/{section}/{one['id']}"))[1] for one in found]
 
 
-async def test_every_timeline_stands_in_its_order_with_its_original_times(file, page):
+async def test_every_timeline_keeps_its_order_and_times(file, page):
     _, _, api, result = page
     assert (result.incidents, result.maintenance, result.updates) == (589, 18, 3280)
     assert (result.services, result.skipped) == (12, [])
@@ -63,7 +63,7 @@ async def test_every_timeline_stands_in_its_order_with_its_original_times(file, 
         assert shown == expected
 
 
-async def test_incidents_keep_severity_beginning_and_end(file, page):
+async def test_incidents_keep_their_severity_and_times(file, page):
     _, _, api, _ = page
     severities = {"none": "informational", "minor": "degraded", "major": "partial_outage", "critical": "major_outage"}
     expected = sorted(
@@ -83,7 +83,7 @@ async def test_incidents_keep_severity_beginning_and_end(file, page):
     assert shown == expected
 
 
-async def test_a_second_load_adds_nothing(page, real_history, owner):
+async def test_a_second_import_adds_nothing(page, real_history, owner):
     parts, tenant, _, first = page
     before = await ledger(owner, tenant.id)
     second = await load(parts, tenant.id, real_history)
@@ -94,9 +94,9 @@ async def test_a_second_load_adds_nothing(page, real_history, owner):
 
 
 def down_per_minute(file, component_id):
-    """Tenths of downtime for each minute of the service that had any, straight from the file.
+    """Return the tenths of downtime of each minute with downtime, computed from the file.
 
-    The file's times are whole minutes, so minute by minute is exact.
+    Minutes are exact, because the file has whole minutes.
     """
     down: dict[datetime, int] = {}
     for record in file["incidents"]:
@@ -118,10 +118,10 @@ def windows():
     yield datetime(2022, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
 
 
-async def test_uptime_over_past_windows_is_what_the_file_says(file, page, owner):
+async def test_uptime_equals_the_uptime_computed_from_the_file(file, page, owner):
     _, tenant, _, _ = page
     ids = {row["slug"]: row["service_id"] for row in await owner.fetch("SELECT slug, service_id FROM services")}
-    names = slugs(msgspec.convert(file["components"], list[Component]))
+    names = assign_slugs(msgspec.convert(file["components"], list[Component]))
     below_full = 0
     for component in file["components"]:
         service_id = ids[names[component["id"]]]
@@ -139,11 +139,11 @@ async def test_uptime_over_past_windows_is_what_the_file_says(file, page, owner)
     assert below_full > 50
 
 
-async def test_explained_periods_add_up_to_the_incident_minutes_of_the_file(file, page, owner):
+async def test_explained_periods_add_up_to_the_minutes_of_the_file(file, page, owner):
     _, tenant, api, _ = page
     rows = await owner.fetch("SELECT slug, service_id FROM services WHERE tenant_id = $1", tenant.id)
     ids = {row["slug"]: row["service_id"] for row in rows}
-    names = slugs(msgspec.convert(file["components"], list[Component]))
+    names = assign_slugs(msgspec.convert(file["components"], list[Component]))
     levels = {"none": "informational", "minor": "degraded", "major": "partial_outage", "critical": "major_outage"}
     start, end = datetime(2022, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
     total = 0

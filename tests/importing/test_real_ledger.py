@@ -1,4 +1,4 @@
-"""The ledger of a real page: its history, its past, its export and proof, and a message that is forgotten."""
+"""Read the ledger of a real page: its past states, its export, its verification and a redaction."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ DATES = [datetime(year, month, day, tzinfo=UTC) for year, month, day in
          [(2022, 3, 27), (2023, 5, 9), (2024, 2, 1), (2024, 11, 19), (2025, 9, 1)]]  # fmt: skip
 
 
-async def test_what_was_open_at_five_dates_is_what_the_file_says(file, page):
+async def test_states_at_five_dates_equal_the_file(file, page):
     parts, tenant, _, _ = page
     async with parts.database.connection(30) as connection:
         recorded = await store.read_between(connection, tenant.id, 0, 10_000, [incident.KIND])
@@ -29,17 +29,17 @@ async def test_what_was_open_at_five_dates_is_what_the_file_says(file, page):
                 state = incident.DECIDER.fold(e.event for e in known_at(stream, date))  # type: ignore[misc]
                 if state is not None:
                     shown[state.title, state.status] += 1
-            told: Counter[tuple[str, str]] = Counter()
+            expected: Counter[tuple[str, str]] = Counter()
             for record in file["incidents"]:
                 entries = oldest_first(record)
                 began = min(moment(record["started_at"]), moment(record["created_at"]))
                 past = [u["status"] for u in entries if moment(u["display_at"] or u["created_at"]) <= date]
                 if began <= date or past:
-                    told[record["name"], (past or ["investigating"])[-1].replace("postmortem", "resolved")] += 1
-            assert shown == told, date
+                    expected[record["name"], (past or ["investigating"])[-1].replace("postmortem", "resolved")] += 1
+            assert shown == expected, date
 
 
-async def test_lists_as_of_five_positions_count_what_was_opened_by_then(page, owner):
+async def test_lists_as_of_five_positions_count_the_incidents_opened_by_then(page, owner):
     _, tenant, api, _ = page
     last = (await api.get("/events/head"))[1]["position"]
     for position in (1, last // 4, last // 2, 3 * last // 4, last):
@@ -51,7 +51,7 @@ async def test_lists_as_of_five_positions_count_what_was_opened_by_then(page, ow
     assert (await api.get(f"/incidents?limit=200&as_of={last}"))[1] == now
 
 
-async def test_the_export_verifies_from_the_file_alone(page, owner, tmp_path):
+async def test_the_export_verifies_without_a_database(page, owner, tmp_path):
     _, tenant, api, result = page
     head = await audit.read_ledger_head(owner, tenant.id)
     url = f"{api.base_url}/api/v1/events/export"
@@ -63,7 +63,7 @@ async def test_the_export_verifies_from_the_file_alone(page, owner, tmp_path):
     assert (verdict.violation, verdict.events) == (None, result.events + 2)
 
 
-async def test_one_message_is_forgotten_and_all_else_stays(file, page, owner, settings):
+async def test_a_redaction_erases_one_message_only(file, page, owner, settings):
     _, tenant, api, _ = page
     texts = Counter(update["body"] for record in file["incidents"] for update in record["incident_updates"])
     text = max((text for text, times in texts.items() if times == 1), key=len)

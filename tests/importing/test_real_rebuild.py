@@ -1,4 +1,4 @@
-"""The read models of a real page, derived anew from its ledger."""
+"""Rebuild the read models of a real page."""
 
 from opsentry.bootstrap import projections
 from opsentry.projections.engine.rebuild import Rebuilder
@@ -7,7 +7,7 @@ from tests.projections.histories import dump
 NAMES = sorted(projection.name for projection in projections())
 
 
-async def test_rebuilt_is_live(page, owner, monkeypatch):
+async def test_rebuilt_rows_equal_live_rows(page, owner, monkeypatch):
     parts, tenant, _, _ = page
     await parts.projector.catch_up(tenant.id, 0)
     live = await dump(owner)
