@@ -1,1 +1,1 @@
-"""`opsentry demo`: everything in one process on embedded servers, with something in it to look at."""
+"""Run everything in one process on embedded servers, with example tenants."""

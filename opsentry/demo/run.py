@@ -1,4 +1,4 @@
-"""The demo's life: servers up, schema, tenants, API and worker, until Ctrl-C; then everything down again."""
+"""Run the demo: embedded servers, schema, example tenants, API and worker, until Ctrl-C."""
 
 import asyncio
 import fcntl
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import asyncpg
 import click
 import uvloop
 
@@ -26,21 +25,27 @@ from opsentry.identity import api_tokens, operator_tokens
 from opsentry.identity.scopes import SCOPES
 from opsentry.identity.tokens import InvalidToken
 from opsentry.infrastructure.encryption import generate_key
-from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.infrastructure.provisioning import create_database, prepare_database
 from opsentry.settings import Settings
+
+MAX_PORT = 65535
 
 
 def run_demo(settings: Settings) -> None:
     """Run the demo in the folder `OPSENTRY_DEMO_DIR` on port `PORT`, until SIGINT or SIGTERM.
 
-    `OPSENTRY_DATABASE_URL` and `OPSENTRY_REDIS_URL`, where set, are used instead of embedded servers.
+    `OPSENTRY_DATABASE_URL` and `OPSENTRY_REDIS_URL` replace the embedded servers if they are set.
+
+    Raises:
+        click.ClickException: Another demo runs in the folder.
+        click.UsageError: `PORT` is no port number.
     """
     folder = Path(os.environ.get("OPSENTRY_DEMO_DIR") or ".opsentry").resolve()
     port = os.environ.get("PORT") or "8080"
-    if not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the highest port
+    if not port.isdigit() or int(port) > MAX_PORT:
         raise click.UsageError("PORT: must be a port number")
     folder.mkdir(parents=True, exist_ok=True)
-    # Like Ctrl-C from the beginning, also before the loop listens: what was started is stopped again.
+    # SIGTERM acts like Ctrl-C even before the event loop handles signals, so started servers are always stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
         lock = stack.enter_context((folder / "lock").open("w"))
@@ -52,83 +57,67 @@ def run_demo(settings: Settings) -> None:
         if "OPSENTRY_DATABASE_URL" not in os.environ:
             click.echo("starting PostgreSQL …")
             postgres = EmbeddedPostgres(folder / "postgres")
-            with _signals_later():
+            with _signals_deferred():
                 postgres.start()
                 stack.callback(postgres.stop)
             owner_url = postgres.url()
             settings = replace(settings, database_url=postgres.url(user=APP_USER))
-            uvloop.run(_create_database(postgres.url("postgres")))
+            uvloop.run(create_database(postgres.url("postgres"), DATABASE))
         if "OPSENTRY_REDIS_URL" not in os.environ:
             click.echo("starting Valkey …")
             valkey = EmbeddedValkey(folder / "valkey")
-            with _signals_later():
+            with _signals_deferred():
                 valkey.start()
                 stack.callback(valkey.stop)
             settings = replace(settings, redis_url=valkey.url)
-        uvloop.run(_migrate(owner_url))
+        uvloop.run(prepare_database(owner_url, APP_USER))
         settings = replace(
             settings,
             port=int(port) or _free_port(),
-            encryption_keys=(*settings.encryption_keys, _secret_key(folder / "secret-key")),
+            encryption_keys=(*settings.encryption_keys, _encryption_key(folder / "encryption-key")),
             webhook_allowed_networks=(
                 *settings.webhook_allowed_networks,
                 ip_network("127.0.0.0/8"),
                 ip_network("::1/128"),
             ),
         )
-        uvloop.run(_live(settings, folder))
+        uvloop.run(_serve(settings, folder))
         click.echo("\nstopping …")
     click.echo("stopped")
 
 
 @contextmanager
-def _signals_later() -> Iterator[None]:
-    """Let signals wait until what is being started has started, and can be stopped."""
-    came: list[int] = []
+def _signals_deferred() -> Iterator[None]:
+    """Defer signals until the starting server can be stopped."""
+    deferred: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    before = {number: signal.signal(number, lambda number, _: deferred.append(number)) for number in numbers}
     try:
         yield
     except Exception:
-        # Ctrl-C reaches those that start the server too.
-        if not came:
+        # Ctrl-C also reaches the child process that starts the server, which then fails.
+        if not deferred:
             raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if came:
+    if deferred:
         raise KeyboardInterrupt
 
 
-async def _create_database(url: str) -> None:
-    connection = await asyncpg.connect(url)
-    try:
-        if not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)", DATABASE):
-            await connection.execute(f"CREATE DATABASE {DATABASE}")
-    finally:
-        await connection.close()
-
-
-async def _migrate(url: str) -> None:
-    connection = await asyncpg.connect(url)
-    try:
-        await migrate(connection, migrations())
-        if not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", APP_USER):
-            await connection.execute(f"CREATE ROLE {APP_USER} LOGIN IN ROLE opsentry_app")
-    finally:
-        await connection.close()
-
-
-async def _live(settings: Settings, folder: Path) -> None:
+async def _serve(settings: Settings, folder: Path) -> None:
     stopped = asyncio.create_task(until_stopped())
     if "OPSENTRY_PUBLIC_URL" not in os.environ:
         settings = replace(settings, public_url=base_url_of(settings.host, settings.port))
-    # Where it was before, so that subscriptions that people pointed there go on arriving.
-    port = urlsplit(str(_before(folder / "demo.json").get("sink", {}).get("url", ""))).port or 0
-    async with sink(mailbox=not settings.smtp_url, port=port) as arriving, core(_told(settings, arriving)) as parts:
+    # The sink keeps its port, so that subscriptions of an earlier run still reach it.
+    port = urlsplit(str(_earlier_facts(folder / "demo.json").get("sink", {}).get("url", ""))).port or 0
+    async with (
+        sink(mailbox=not settings.smtp_url, port=port) as running_sink,
+        core(_with_sink(settings, running_sink)) as parts,
+    ):
         settings = parts.settings
         note = folder / "demo.json"
-        facts = await _prepare(parts, _before(note), arriving)
+        facts = await _prepare(parts, _earlier_facts(note), running_sink)
         async with working(parts), serving(settings, parts) as base_url:
             facts = {
                 "base_url": base_url,
@@ -140,66 +129,67 @@ async def _live(settings: Settings, folder: Path) -> None:
                 "tokens": facts["tokens"],
                 "other": facts["other"],
                 "operator": facts["operator"],
-                "sink": {"url": arriving.url, "smtp_url": arriving.smtp_url},
+                "sink": {"url": running_sink.url, "smtp_url": running_sink.smtp_url},
             }
             _write(note, json.dumps(facts, indent=2))
             _welcome(facts, note)
             await stopped
 
 
-def _told(settings: Settings, arriving: Sink) -> Settings:
-    """Return the settings with which e-mails go to the sink, if it takes them."""
-    return replace(settings, smtp_url=arriving.smtp_url or settings.smtp_url)
+def _with_sink(settings: Settings, running_sink: Sink) -> Settings:
+    """Return settings that send e-mails to the sink, if it has a mailbox."""
+    return replace(settings, smtp_url=running_sink.smtp_url or settings.smtp_url)
 
 
 def _free_port() -> int:
-    """Return a port that is free: links in e-mails need its number before anything listens there."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return a free port. Links in e-mails need its number before the server listens on it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
-def _secret_key(path: Path) -> str:
-    """Return the demo's own key to seal with, the same in every run."""
+def _encryption_key(path: Path) -> str:
+    """Return the encryption key of the demo, the same in every run."""
     if not path.exists():
         _write(path, generate_key())
     return path.read_text().strip()
 
 
-def _before(note: Path) -> dict[str, Any]:
+def _earlier_facts(note: Path) -> dict[str, Any]:
+    """Return the facts of the last run; empty if there are none."""
     try:
-        before = json.loads(note.read_text())
+        facts = json.loads(note.read_text())
     except (OSError, ValueError):
         return {}
-    return before if isinstance(before, dict) else {}
+    return facts if isinstance(facts, dict) else {}
 
 
-async def _prepare(parts: Core, before: dict[str, Any], arriving: Sink) -> dict[str, Any]:
-    """Make sure of tenants, what is in them, and tokens; those of an earlier run are kept where they still work."""
+async def _prepare(parts: Core, earlier: dict[str, Any], running_sink: Sink) -> dict[str, Any]:
+    """Create the tenants, their content and tokens that are missing. Working tokens of an earlier run stay."""
     tenant_id = await seed.tenant(parts, seed.SLUG, seed.NAME)
     await seed.seed(parts, tenant_id)
-    await subscribers.seed(parts, tenant_id, arriving)
+    await subscribers.seed(parts, tenant_id, running_sink)
     other_id = await seed.tenant(parts, seed.OTHER_SLUG, seed.OTHER_NAME)
     await seed.seed_other(parts, other_id)
     for tenant in (tenant_id, other_id):
         await parts.projector.catch_up(tenant, 0)
-    kept = before.get("tokens", {})
+    kept = earlier.get("tokens", {})
     values = {
         name: await _token(parts, tenant_id, kept.get(name), f"demo {name}", scopes)
         for name, scopes in seed.TOKENS.items()
     }
-    other_before = before.get("other", {}).get("token")
-    other = await _token(parts, other_id, other_before, "demo other", SCOPES)
+    earlier_other = earlier.get("other", {}).get("token")
+    other = await _token(parts, other_id, earlier_other, "demo other", SCOPES)
     return {
         "tenant_id": tenant_id,
         "tokens": values,
         "other": {"tenant_id": other_id, "token": other},
-        "operator": {"token": await _operator(parts, before.get("operator", {}).get("token"))},
+        "operator": {"token": await _operator(parts, earlier.get("operator", {}).get("token"))},
     }
 
 
 async def _token(parts: Core, tenant_id: int, value: object, name: str, scopes: Iterable[str]) -> str:
-    """Return `value` if it is a token that works for the tenant, else a new one."""
+    """Return `value` if it is a working token of the tenant with these scopes, else a new token."""
     if isinstance(value, str):
         try:
             token = await api_tokens.ApiTokens(parts.database).authenticate(value)
@@ -213,7 +203,7 @@ async def _token(parts: Core, tenant_id: int, value: object, name: str, scopes: 
 
 
 async def _operator(parts: Core, value: object) -> str:
-    """Return `value` if it is an operator's token that works, else a new one."""
+    """Return `value` if it is a working operator token, else a new token."""
     if isinstance(value, str):
         try:
             await operator_tokens.OperatorTokens(parts.database).authenticate(value)
@@ -226,7 +216,7 @@ async def _operator(parts: Core, value: object) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the file whole or not at all, for the owner's eyes: it holds secrets."""
+    """Write the file atomically, readable by its owner only, because it holds secrets."""
     draft = path.with_suffix(".tmp")
     draft.touch(mode=0o600)
     draft.write_text(f"{text}\n")
@@ -234,25 +224,25 @@ def _write(path: Path, text: str) -> None:
 
 
 def _welcome(facts: dict[str, Any], note: Path) -> None:
-    base_url, tokens_, arrived = facts["base_url"], facts["tokens"], facts["sink"]["url"]
+    base_url, tokens, sink_url = facts["base_url"], facts["tokens"], facts["sink"]["url"]
     click.echo(f"""
 Opsentry runs at {base_url}   (Ctrl-C stops it)
 
 Try, in another terminal:
 
   curl {base_url}/health/ready
-  export TOKEN={tokens_["full"]}
+  export TOKEN={tokens["full"]}
   curl -H "Authorization: Bearer $TOKEN" {base_url}/api/v1/services
   curl -H "Authorization: Bearer $TOKEN" {base_url}/api/v1/incidents/active
   export OPERATOR={facts["operator"]["token"]}
   curl -H "Authorization: Bearer $OPERATOR" {base_url}/ops/projections
 
-Open an incident, and see the webhook, the Slack message and the e-mail arrive at {arrived}
+Open an incident. Its webhook, Slack message and e-mail arrive at {sink_url}
 
   curl -X POST {base_url}/api/v1/incidents -H "Authorization: Bearer $TOKEN" \\
     -H "Content-Type: application/json" -d '{{"title": "Deploy failed", "severity": "degraded"}}'
 
-Subscribe by e-mail, and find the link to confirm there too: {base_url}/status/{facts["tenant_slug"]}/subscribe
+Subscribe by e-mail at {base_url}/status/{facts["tenant_slug"]}/subscribe and find the confirmation there too.
 
-All tokens, and where the servers are: {note}
+All tokens, and the addresses of the servers: {note}
 """)

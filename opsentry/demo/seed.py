@@ -1,4 +1,4 @@
-"""A small, believable tenant to try things on, and a second one to see that they do not see each other."""
+"""Seed an example tenant, and a second one that shows the isolation of tenants."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -40,7 +40,7 @@ TOKENS = {
 
 
 async def tenant(parts: Core, slug: str, name: str) -> int:
-    """Return the tenant's id; create it if need be."""
+    """Return the id of the tenant, creating it if it does not exist."""
     async with parts.database.connection(10) as connection:
         try:
             tenant_id: int = (await tenants.find_tenant(connection, slug))["tenant_id"]
@@ -50,19 +50,19 @@ async def tenant(parts: Core, slug: str, name: str) -> int:
 
 
 async def seed(parts: Core, tenant_id: int) -> None:
-    """Give the first tenant services, a resolved and an active incident, a past, an active and an upcoming window.
+    """Seed services, resolved and active incidents, and a past, an active and an upcoming window.
 
-    What is there already stays as it is; after an end half-way, what lacks is added.
+    Existing streams stay as they are, so a second run completes an interrupted one.
     """
-    story = Story(parts, tenant_id)
-    api = await story.service("main-api", "Main API", "The public REST API.", tags=("prod", "customer-facing"))
-    portal = await story.service("customer-portal", "Customer Portal", "Where customers sign in.", tags=("prod",))
-    hooks = await story.service("webhooks", "Webhooks", "Deliveries to customers' endpoints.", tags=("prod",))
-    jobs = await story.service("background-jobs", "Background Jobs", "Imports, exports, invoices.")
-    await story.service("admin-tools", "Admin Tools", "For our own staff.", visibility="internal")
+    seeder = Seeder(parts, tenant_id)
+    api = await seeder.service("main-api", "Main API", "The public REST API.", tags=("prod", "customer-facing"))
+    portal = await seeder.service("customer-portal", "Customer Portal", "Where customers sign in.", tags=("prod",))
+    hooks = await seeder.service("webhooks", "Webhooks", "Deliveries to customers' endpoints.", tags=("prod",))
+    jobs = await seeder.service("background-jobs", "Background Jobs", "Imports, exports, invoices.")
+    await seeder.service("admin-tools", "Admin Tools", "For our own staff.", visibility="internal")
 
     cause = "Stale DNS cache after failover."
-    await story.incident(
+    await seeder.incident(
         timedelta(days=6, hours=3),
         OpenIncident(
             title="API requests fail in eu-west",
@@ -76,7 +76,7 @@ async def seed(parts: Core, tenant_id: int) -> None:
         (47, ResolveIncident(root_cause=cause, postmortem="https://internal.notes/inc-2041")),
     )
 
-    await story.incident(
+    await seeder.incident(
         timedelta(days=19, hours=8),
         OpenIncident(
             title="Webhooks arrive late",
@@ -87,7 +87,7 @@ async def seed(parts: Core, tenant_id: int) -> None:
         (60, PostUpdate(status="resolved", message="The queue is empty, deliveries are on time again.")),
     )
 
-    await story.incident(
+    await seeder.incident(
         timedelta(minutes=25),
         OpenIncident(
             title="Customer Portal is slow",
@@ -97,21 +97,21 @@ async def seed(parts: Core, tenant_id: int) -> None:
         ),
     )
 
-    await story.window(timedelta(days=12), timedelta(hours=2), "Database upgrade", (api,), over=True)
-    await story.window(timedelta(minutes=20), timedelta(hours=2), "Export workers move to new hosts", (jobs,))
-    await story.window(-timedelta(days=3), timedelta(hours=2), "Database failover drill", (portal, api))
+    await seeder.window(timedelta(days=12), timedelta(hours=2), "Database upgrade", (api,), is_over=True)
+    await seeder.window(timedelta(minutes=20), timedelta(hours=2), "Export workers move to new hosts", (jobs,))
+    await seeder.window(-timedelta(days=3), timedelta(hours=2), "Database failover drill", (portal, api))
 
 
 async def seed_other(parts: Core, tenant_id: int) -> None:
-    """Give the second tenant something that the first must never see."""
-    story = Story(parts, tenant_id)
-    shop = await story.service("shop", "Globex Shop", "Checkout and catalogue.")
+    """Seed a service and an incident that the first tenant must never see."""
+    seeder = Seeder(parts, tenant_id)
+    shop = await seeder.service("shop", "Globex Shop", "Checkout and catalogue.")
     opened = OpenIncident(title="Globex checkout is down", severity="critical", service_ids=(shop,))
-    await story.incident(timedelta(hours=1), opened)
+    await seeder.incident(timedelta(hours=1), opened)
 
 
-class Story:
-    """Writes history as commands that happened in the past, each stream whole or not at all."""
+class Seeder:
+    """Append commands with times in the past, each stream in one transaction."""
 
     def __init__(self, parts: Core, tenant_id: int) -> None:
         self._appender = parts.appender
@@ -121,22 +121,25 @@ class Story:
     async def service(
         self, slug: str, name: str, description: str, *, visibility: str = "public", tags: tuple[str, ...] = ()
     ) -> int:
-        """Tell of a service that came under watch two months ago."""
+        """Register a service two months ago; return its id."""
         command = RegisterService(slug=slug, name=name, description=description, visibility=visibility, tags=tags)
         moment = self._now - timedelta(days=60)
-        return await self.tell(service.DECIDER, service.slug_reservation(slug), [(command, moment)])
+        return await self.create(service.DECIDER, service.slug_reservation(slug), [(command, moment)])
 
     async def incident(self, ago: timedelta, command: OpenIncident, *later: tuple[int, IncidentCommand]) -> int:
-        """Tell of an incident that began `ago`; `later` are minutes after that, and what was done then."""
+        """Open an incident `ago`, with later commands at minutes after that; return its id."""
         began = self._now - ago
         commands: list[tuple[IncidentCommand, datetime]] = [(command, began)]
         commands += [(change, began + timedelta(minutes=minutes)) for minutes, change in later]
-        return await self.tell(incident.DECIDER, f"demo:incident:{command.title}", commands)
+        return await self.create(incident.DECIDER, f"demo:incident:{command.title}", commands)
 
     async def window(
-        self, ago: timedelta, length: timedelta, title: str, service_ids: tuple[int, ...], *, over: bool = False
+        self, ago: timedelta, length: timedelta, title: str, service_ids: tuple[int, ...], *, is_over: bool = False
     ) -> int:
-        """Tell of a window that began `ago`, or begins then; one that is `over` was completed on time."""
+        """Schedule a window that starts `ago`, which may be negative; return its id.
+
+        A past window is started. It is also completed if it `is_over`.
+        """
         start = (self._now - ago).replace(microsecond=0)
         command = ScheduleMaintenance(
             title=title,
@@ -149,12 +152,12 @@ class Story:
         commands: list[tuple[MaintenanceCommand, datetime]] = [(command, min(start, self._now) - timedelta(days=2))]
         if start <= self._now:
             commands.append((StartMaintenance(), start))
-        if over:
+        if is_over:
             commands.append((CompleteMaintenance(), start + length))
-        return await self.tell(maintenance.DECIDER, f"demo:maintenance:{title}", commands)
+        return await self.create(maintenance.DECIDER, f"demo:maintenance:{title}", commands)
 
-    async def tell(self, decider: Decider[S, C, E], reservation: str, commands: Sequence[tuple[C, datetime]]) -> int:
-        """Return the id of the stream that holds `reservation`; create it with `commands` if there is none."""
+    async def create(self, decider: Decider[S, C, E], reservation: str, commands: Sequence[tuple[C, datetime]]) -> int:
+        """Return the id of the stream with this reservation, creating it with `commands` if there is none."""
         events: list[NewEvent] = []
         state: S | None = None
         for command, moment in commands:

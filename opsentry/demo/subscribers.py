@@ -1,9 +1,9 @@
-"""Who is told in the demo: a webhook, Slack and an e-mail address, all of them at the sink."""
+"""Seed subscriptions of the demo: a webhook, Slack and an e-mail address, which all lead to the sink."""
 
 from datetime import UTC, datetime
 
 from opsentry.bootstrap import Core
-from opsentry.demo.seed import META, Story
+from opsentry.demo.seed import META, Seeder
 from opsentry.demo.sink import Sink
 from opsentry.domain import subscription
 from opsentry.domain.decider import IllegalTransition
@@ -21,18 +21,18 @@ MAILBOX = "ops@acme.example"
 
 
 async def seed(parts: Core, tenant_id: int, sink: Sink) -> None:
-    """Give the tenant its subscriptions, once, and see that they lead to the sink of this run.
+    """Create the missing subscriptions, and point them to the sink of this run.
 
-    One that was removed stays so.
+    A removed subscription stays removed.
     """
-    box, story = SecretBox(parts.settings.encryption_keys), Story(parts, tenant_id)
+    box, seeder = SecretBox(parts.settings.encryption_keys), Seeder(parts, tenant_id)
 
-    async def told(channel: str, target: str, audience: str, encrypted_secret: str | None) -> int:
-        wanted = CreateSubscription(
+    async def create(channel: str, target: str, audience: str, encrypted_secret: str | None) -> int:
+        command = CreateSubscription(
             channel=channel, target=target, audience=audience, encrypted_secret=encrypted_secret
         )
-        claim = f"demo:subscription:{channel}"
-        return await story.tell(subscription.DECIDER, claim, [(wanted, datetime.now(UTC))])
+        reservation = f"demo:subscription:{channel}"
+        return await seeder.create(subscription.DECIDER, reservation, [(command, datetime.now(UTC))])
 
     async def change(number: int, command: SubscriptionCommand) -> Subscription | None:
         try:
@@ -42,19 +42,19 @@ async def seed(parts: Core, tenant_id: int, sink: Sink) -> None:
         return executed.state
 
     hook = f"{sink.url}/hook"
-    number = await told("webhook", hook, "internal", box.encrypt(new_secret()))
+    number = await create("webhook", hook, "internal", box.encrypt(new_secret()))
     webhook = await change(number, ChangeSubscription(target=hook))
     if webhook is not None and webhook.encrypted_secret is not None:
         try:
             secret = box.decrypt(webhook.encrypted_secret)
-        except DecryptionFailed:  # the key was another one
+        except DecryptionFailed:  # OPSENTRY_ENCRYPTION_KEYS changed
             secret = new_secret()
             await change(number, RotateSecret(encrypted_secret=box.encrypt(secret), previous_until=datetime.now(UTC)))
         sink.secrets.append(secret)
 
     slack, shown = f"{sink.url}/slack", f"{sink.url}/…"
-    number = await told("slack", shown, "internal", box.encrypt(slack))
+    number = await create("slack", shown, "internal", box.encrypt(slack))
     await change(number, ChangeSubscription(target=shown, encrypted_secret=box.encrypt(slack)))
-    # Where the operator's own relay is used, nobody else is sent anything.
+    # With a real mail relay the demo must not send to a made-up address.
     if sink.smtp_url:
-        await told("email", MAILBOX, "public", None)
+        await create("email", MAILBOX, "public", None)

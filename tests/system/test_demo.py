@@ -228,7 +228,7 @@ async def test_what_was_subscribed_follows_the_sink_and_what_was_removed_stays_s
         async with http.post(unsubscribe, data={"List-Unsubscribe": "One-Click"}) as answer:
             assert answer.status == 200
         assert (await api.get(f"/subscriptions/{mail['id']}"))[0] == 404
-        assert (tmp_path / "secret-key").stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "encryption-key").stat().st_mode & 0o777 == 0o600
         interrupt(process)
         assert await process.ended() == 0
     # Where the sink was before, somebody else listens now.
