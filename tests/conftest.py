@@ -23,11 +23,12 @@ from opsentry.domain.service import RegisterService
 from opsentry.events.codec import Actor, Meta
 from opsentry.identity import api_tokens, tenants
 from opsentry.identity.scopes import SCOPES
+from opsentry.infrastructure import single_flight
 from opsentry.infrastructure.encryption import generate_key
 from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.settings import Settings
-from tests.waiting import GENEROUS_SECONDS
+from tests.waiting import GENEROUS_SECONDS, Clock
 
 META = Meta(Actor("operator"))
 SECRET_KEY = generate_key()
@@ -157,6 +158,14 @@ def settings(
         database_timeout_ms=production.database_timeout_ms,
         readiness_timeout_ms=production.readiness_timeout_ms,
     )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of every TTL cache and batch loader, which only the test moves."""
+    clock = Clock()
+    monkeypatch.setattr(single_flight, "time", clock)
+    return clock
 
 
 @pytest.fixture

@@ -13,6 +13,17 @@ GENEROUS_SECONDS = 60.0
 _POLL_SECONDS = 0.01
 
 
+class Clock:
+    """Stand in for the module `time` in a module under test; it moves only when a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        """Return the seconds that the test has set."""
+        return self.now
+
+
 async def until(condition: Callable[[], Awaitable[T]], seconds: float = GENEROUS_SECONDS) -> T:
     """Poll `condition` and return its first true result.
 

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 
-from opsentry.infrastructure import single_flight
 from opsentry.infrastructure.single_flight import BatchLoader, TtlCache
 
 
@@ -25,26 +24,9 @@ class Source:
         return number
 
 
-class Clock:
-    """Replaces the cache's clock, and moves only when a test moves it."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-
 @pytest.fixture
 def source():
     return Source()
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(single_flight, "time", clock)
-    return clock
 
 
 def make_cache(source, **options) -> TtlCache[Any, int]:

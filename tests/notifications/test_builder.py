@@ -128,26 +128,26 @@ async def test_what_was_internal_then_or_is_now_is_withheld(fresh, tell, acme):
     assert await fresh(acme.id, "incident", number, third, "internal")
 
 
-async def test_what_becomes_internal_is_not_told_on_for_longer_than_a_second(composer, tell, parts, acme):
+async def test_what_becomes_internal_is_not_told_on_for_longer_than_a_second(composer, tell, parts, acme, clock):
     shown = await make_service(parts, acme.id, "web")
     number, (position,) = await tell(incident, opened(service_ids=(shown,)))
     assert (await composer.compose(acme.id, "incident", number, position, "public"))["service_ids"] == [shown]
     executed = await parts.commands.execute(service.DECIDER, acme.id, shown, ChangeService(visibility="internal"), META)
     await parts.projector.catch_up(acme.id, executed.position)
-    await asyncio.sleep(1)
+    clock.now += 1
     told = await composer.compose(acme.id, "incident", number, position, "public")
     assert (told["service_ids"], told["services"]) == ([], [])
     await tell(incident, ChangeIncident(visibility="internal"), stream_id=number)
-    await asyncio.sleep(1)
+    clock.now += 1
     assert await composer.compose(acme.id, "incident", number, position, "public") is None
 
 
-async def test_erased_words_are_not_told(composer, tell, acme):
+async def test_erased_words_are_not_told(composer, tell, acme, clock):
     number, (first, second) = await tell(incident, opened(), PostUpdate(message="RequestContext Kim: 555 1234"))
     assert "555" in str(await composer.compose(acme.id, "incident", number, second, "public"))
     erasure = RedactionPlan(versions=(1, 2, 3), fields=("title", "description"), restated={})
     await tell(incident, RedactIncident(erasure=erasure, reason="Asked"), stream_id=number)
-    await asyncio.sleep(1)
+    clock.now += 1
     for position in (first, second):
         told = await composer.compose(acme.id, "incident", number, position, "public")
         assert told["title"] == told["description"] == "[redacted]"
@@ -181,6 +181,7 @@ async def test_many_who_are_told_the_same_cost_one_look_up(composer, tell, acme)
     assert all(other is one for other in others)
 
 
+@pytest.mark.production_timeouts
 async def test_what_read_models_do_not_show_yet_is_told_later(fresh, tell, owner, acme):
     number, (position,) = await tell(incident, opened())
     with pytest.raises(PositionNotReached):

@@ -13,6 +13,7 @@ from opsentry.notifications.transport import smtp
 from opsentry.settings import Settings
 from tests.notifications.mail import SETTINGS, parsed
 from tests.notifications.messages import endpoint, message
+from tests.waiting import until
 
 
 class Inbox:
@@ -48,16 +49,28 @@ class Inbox:
         loop = asyncio.get_running_loop()
         tls = options.pop("implicit", None)
 
+        sessions = []
+
         def made():
             self.connections += 1
-            return SMTP(self, loop=loop, hostname="mx.example", enable_SMTPUTF8=False, **options)
+            session = SMTP(self, loop=loop, hostname="mx.example", enable_SMTPUTF8=False, **options)
+            sessions.append(session)
+            return session
 
         server = await loop.create_server(made, "127.0.0.1", port, ssl=tls)
         try:
             yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         finally:
             server.close()
-            await asyncio.sleep(0.05)  # aiosmtpd's tasks end
+            for session in sessions:
+                if session.transport is not None:
+                    session.transport.close()
+            await until(no_session)
+
+
+async def no_session():
+    """Whether every session of a relay has ended."""
+    return not any("_handle_client" in repr(task.get_coro()) for task in asyncio.all_tasks())
 
 
 @asynccontextmanager
@@ -153,7 +166,7 @@ async def test_connections_that_the_relay_has_closed_are_replaced():
     inbox = Inbox()
     async with inbox.open(timeout=0.1) as address, channel_to(f"smtp://{address}") as channel:
         assert (await channel.send(endpoint("kim@example.com"), message())).error is None
-        await asyncio.sleep(0.3)
+        await until(no_session)
         assert (await channel.send(endpoint("kim@example.com"), message())).error is None
     assert (inbox.connections, len(inbox.letters)) == (2, 2)
 
@@ -163,7 +176,7 @@ async def test_idle_connections_are_closed(monkeypatch):
     inbox = Inbox()
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
         assert (await channel.send(endpoint("kim@example.com"), message())).error is None
-        await asyncio.sleep(0.3)
+        await until(no_session)
         assert (await channel.send(endpoint("kim@example.com"), message())).error is None
     assert inbox.connections == 2
 
@@ -233,8 +246,11 @@ async def test_a_relay_that_was_left_alone_is_tried_again(monkeypatch, unused_tc
         assert (await channel.send(endpoint("kim@example.com"), message())).internal_failure
         inbox = Inbox()
         async with inbox.open(port=unused_tcp_port):
-            await asyncio.sleep(0.2)
-            assert (await channel.send(endpoint("kim@example.com"), message())).error is None
+
+            async def sent():
+                return (await channel.send(endpoint("kim@example.com"), message())).error is None
+
+            await until(sent)
     assert len(inbox.letters) == 1
 
 

@@ -212,6 +212,7 @@ async def test_a_read_does_not_wait_for_an_event_that_nobody_was_answered_yet(pa
     assert await positions(owner, acme.id) == before
 
 
+@pytest.mark.production_timeouts
 async def test_a_read_that_cannot_catch_up_in_time_says_how_far_it_is(parts, acme, holder, owner):
     await opened(parts, acme, "Down")
     await parts.projector.catch_up(acme.id, 0)
