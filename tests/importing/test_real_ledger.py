@@ -68,7 +68,7 @@ async def test_a_redaction_erases_one_message_only(file, page, owner, settings):
     texts = Counter(update["body"] for record in file["incidents"] for update in record["incident_updates"])
     text = max((text for text, times in texts.items() if times == 1), key=len)
     found = await owner.fetchrow(
-        "SELECT stream_id, position FROM events WHERE tenant_id = $1 AND words::json ->> 'message' = $2",
+        "SELECT stream_id, position FROM events WHERE tenant_id = $1 AND erasable::json ->> 'message' = $2",
         tenant.id,
         text,
     )

@@ -239,8 +239,8 @@ async def test_a_worker_frozen_in_a_copy_is_evicted(settings, parts, acme, owner
 
 LATE = """
 SELECT max(extract(epoch FROM at - recorded_at))::float8 AS seconds, array_agg(DISTINCT who) AS who
-FROM events e JOIN trail t ON t.tenant_id = e.tenant_id AND was < position AND position >= position WHERE type
-= 'incident.opened'
+FROM events e JOIN trail t ON t.tenant_id = e.tenant_id AND t.was < e.position AND t.position >= e.position
+WHERE type = 'incident.opened'
 """
 
 
