@@ -23,7 +23,7 @@ from opsentry.settings import Settings
 POINTS: dict[str, tuple[Any, str, bool]] = {
     "taking": (leases, "take", True),
     "reserved": (EndpointWorker, "serve", False),
-    "composed": (MessageBuilder, "compose", True),
+    "composed": (MessageBuilder, "build_subject", True),
     "sending": (EndpointWorker, "send", False),
     "sent": (EndpointWorker, "send", True),
     "recording": (leases, "record", True),

@@ -175,7 +175,7 @@ class EndpointWorker:
         if due.kind == subscription.KIND:
             subject = {"id": due.subscription_id, "audience": target.audience}
         else:
-            subject = await self._composer.compose(
+            subject = await self._composer.build_subject(
                 due.tenant_id, due.kind, due.stream_id, due.sequence, target.audience
             )
         if subject is None:
@@ -185,7 +185,7 @@ class EndpointWorker:
             type=message_type([change.type for change in due.changes]),
             position=due.sequence,
             changes=due.changes,
-            tenant=await self._composer.tenant(due.tenant_id),
+            tenant=await self._composer.get_tenant(due.tenant_id),
             subject_kind=due.kind,
             subject=subject,
         )

@@ -1,4 +1,7 @@
-"""What a message tells: the thing as it was then, with what its audience may see, and what kind of news that is."""
+"""Build the content of messages: the subject as of a position, and the type of news.
+
+`projections/visibility.py` decides what the public audience may see.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -13,82 +16,94 @@ from opsentry.projections import visibility
 from opsentry.projections.as_of import AsOfQueries
 from opsentry.projections.engine.projector import PositionNotReached
 
-# Many are told the same at once. Kept no longer, because what was made internal or erased must not be told on.
-_SECONDS = 1.0
-_TENANT_SECONDS = 10.0
-_KEPT = 200
-_TENANTS_KEPT = 1_000
-
-_TENANT = "SELECT slug, name FROM tenants WHERE tenant_id = $1"
+# Many subscriptions receive the same subject at once. The time is short, because a message must not contain what has
+# since been made internal or redacted.
+_SUBJECT_TTL_SECONDS = 1.0
+_TENANT_TTL_SECONDS = 10.0
+_MAX_SUBJECTS = 200
+_MAX_TENANTS = 1_000
 
 Subject: TypeAlias = Mapping[str, Any]
+_SubjectKey: TypeAlias = tuple[int, str, int, int, str]
 
 
 class MessageBuilder:
-    """Says what things looked like, to whom."""
+    """Look up the subjects and tenants of messages; equal look-ups share one answer."""
 
     def __init__(self, as_of_queries: AsOfQueries, database: Database) -> None:
         self._as_of_queries = as_of_queries
         self._database = database
-        self._subjects: TtlCache[tuple[int, str, int, int, str], Subject | None] = TtlCache(
-            lambda key: self._compose(*key), ttl_seconds=_SECONDS, max_entries=_KEPT
+        self._subjects: TtlCache[_SubjectKey, Subject | None] = TtlCache(
+            lambda key: self._build_subject(*key), ttl_seconds=_SUBJECT_TTL_SECONDS, max_entries=_MAX_SUBJECTS
         )
         self._tenants: TtlCache[int, Mapping[str, str]] = TtlCache(
-            self._tenant, ttl_seconds=_TENANT_SECONDS, max_entries=_TENANTS_KEPT
+            self._find_tenant, ttl_seconds=_TENANT_TTL_SECONDS, max_entries=_MAX_TENANTS
         )
 
-    async def tenant(self, tenant_id: int) -> Mapping[str, str]:
-        """Return the tenant's `slug` and `name`, which may be some seconds old.
+    async def get_tenant(self, tenant_id: int) -> Mapping[str, str]:
+        """Return the tenant's `slug` and `name`, at most ten seconds old.
 
         Raises:
-            TenantNotFound: There is none with this id.
-            DatabaseUnavailable: The database was lost.
+            TenantNotFound: No tenant has this id.
+            DatabaseUnavailable: The database cannot be reached.
         """
         return await self._tenants.get(tenant_id)
 
-    async def compose(self, tenant_id: int, kind: str, stream_id: int, position: int, audience: str) -> Subject | None:
-        """Return an incident or a window as it was at `position`; `None` if the audience may not see it.
+    async def build_subject(
+        self, tenant_id: int, kind: str, stream_id: int, position: int, audience: str
+    ) -> Subject | None:
+        """Return an incident or a maintenance window as of `position`, in the shape of the API.
 
-        The shape is the API's. The audience `internal` sees all. What is told the `public` was public at `position` and
-        is public now, give or take a second, and has no root cause, no postmortem, no services that are internal, and
-        of the timeline what is public, without authors.
+        The audience `public` gets the public part. A change of visibility takes effect within a second.
+
+        Args:
+            tenant_id: The tenant.
+            kind: `incident` or `maintenance`.
+            stream_id: The id of the incident or the window.
+            position: The position of the last reported event.
+            audience: `public` or `internal`.
+
+        Returns:
+            The decoded JSON, or `None` if the audience may not see the subject.
 
         Raises:
-            PositionNotReached: Read models do not show it yet.
-            DatabaseUnavailable: The database was lost.
+            PositionNotReached: The projections lack the subject or one of its services.
+            DatabaseUnavailable: The database cannot be reached.
         """
         return await self._subjects.get((tenant_id, kind, stream_id, position, audience))
 
-    async def _compose(self, tenant_id: int, kind: str, stream_id: int, position: int, audience: str) -> Subject | None:
-        at = self._as_of_queries.get_incident if kind == incident.KIND else self._as_of_queries.get_maintenance
-        one = await at(tenant_id, stream_id, position)
-        if one is None:
+    async def _build_subject(
+        self, tenant_id: int, kind: str, stream_id: int, position: int, audience: str
+    ) -> Subject | None:
+        get = self._as_of_queries.get_incident if kind == incident.KIND else self._as_of_queries.get_maintenance
+        rendered = await get(tenant_id, stream_id, position)
+        if rendered is None:
             return None
-        subject: dict[str, Any] = msgspec.json.decode(one.body)
+        subject: dict[str, Any] = msgspec.json.decode(rendered.body)
         if audience != "public":
             return subject
         linked = [service["id"] for service in subject["services"]]
         async with self._database.connection() as connection:
             now = await visibility.select_current_visibility(connection, tenant_id, kind, stream_id, linked)
         if now is None:
-            raise PositionNotReached(f"{kind} {stream_id} cannot be shown yet")
+            raise PositionNotReached(f"{kind} {stream_id} is not projected yet")
         if not (visibility.is_public(subject["visibility"]) and visibility.is_public(now.visibility)):
             return None
         if len(now.services) < len(linked):
-            # They are in the ledger, so they will come: rather late than what nobody knows to be public.
-            raise PositionNotReached(f"a service of {kind} {stream_id} cannot be shown yet")
+            # The ledger has them, so a later attempt finds them. A late message is better than one that reveals an
+            # internal service.
+            raise PositionNotReached(f"a service of {kind} {stream_id} is not projected yet")
         return visibility.public_part(subject, now.public_services())
 
-    async def _tenant(self, tenant_id: int) -> Mapping[str, str]:
-        row = await self._database.fetchrow(_TENANT, tenant_id)
-        if row is None:
-            raise tenants.TenantNotFound(f"no tenant has the id {tenant_id}")
+    async def _find_tenant(self, tenant_id: int) -> Mapping[str, str]:
+        async with self._database.connection() as connection:
+            row = await tenants.find_tenant_by_id(connection, tenant_id)
         return {"slug": row["slug"], "name": row["name"]}
 
 
 # ------------------------------------------------------------------------------------------------ types of messages
 
-# What other events are called in a message.
+# The message type of each event that has none of its own name.
 _TYPES = {
     "incident.status_changed": "incident.updated",
     "incident.visibility_changed": "incident.updated",
@@ -102,8 +117,8 @@ _TYPES = {
     "subscription.created": "subscription.confirm",
     "subscription.test_requested": "subscription.test",
 }
-# Of several events, the last of the first of these groups that any belongs to says what the message is.
-_FIRST = (
+# The most important news of several events decides the type: the last event of the first group that has any.
+_PRIORITIES = (
     {
         "incident.opened",
         "incident.resolved",
@@ -119,9 +134,13 @@ _FIRST = (
 
 
 def message_type(topics: Sequence[str]) -> str:
-    """Return the type of a message that tells events of these types, at least one, oldest first."""
+    """Return the type of a message that reports these events.
+
+    Args:
+        topics: The events' types, oldest first; at least one.
+    """
     types = [_TYPES.get(topic, topic) for topic in topics]
-    for group in _FIRST:
-        if found := [each for each in types if each in group]:
+    for group in _PRIORITIES:
+        if found := [type_ for type_ in types if type_ in group]:
             return found[-1]
     return types[-1]
