@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +12,24 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
-from opsentry.api.app import create_app
-from opsentry.api.context import Dependencies
-from opsentry.api.health import Readiness
-from opsentry.api.operator import Ops
+from opsentry.api import operator, v1
+from opsentry.api.context import Dependencies as PageDependencies
+from opsentry.application.application import Application
+from opsentry.application.operator_queries import OperatorQueries
+from opsentry.application.readiness import Readiness
 from opsentry.events.appender import Appender
 from opsentry.events.command_handler import CommandHandler
+from opsentry.events.new_command_handler import CommandHandler as NewCommandHandler
+from opsentry.http import health
+from opsentry.http.context import Dependencies
+from opsentry.http.server import create_app
 from opsentry.identity.api_tokens import ApiTokens
 from opsentry.identity.operator_tokens import OperatorTokens
 from opsentry.infrastructure.encryption import SecretBox
 from opsentry.infrastructure.postgres import Database
 from opsentry.infrastructure.rate_limit import RateLimiter
 from opsentry.infrastructure.redis import connect
+from opsentry.notifications.channel import Channel
 from opsentry.notifications.channels import Dependencies as ChannelParts
 from opsentry.notifications.channels import channels
 from opsentry.notifications.delivery.service import LEASE_SECONDS, DeliveryService
@@ -52,6 +58,9 @@ SENDER_POOL = 8
 REDIS_SHARE = 0.8
 
 
+OPERATIONS = (*health.OPERATIONS, *operator.OPERATIONS, *v1.OPERATIONS)
+
+
 def projections() -> list[Projection]:
     """Return all projections there are."""
     return [Services(), Incidents(), MaintenanceWindows(), Subscriptions(), Impact(), Outbox()]
@@ -71,19 +80,40 @@ class Core:
     appender: Appender
     commands: CommandHandler
     projector: Projector
+    application: Application
 
 
 @asynccontextmanager
 async def core(settings: Settings) -> AsyncIterator[Core]:
-    """Put the core together; at the end, let what is being written be written, then close."""
-    database = new_database(settings, settings.database_pool_size)
-    await database.open()
-    appender = Appender(database)
-    try:
-        yield Core(settings, database, appender, CommandHandler(database, appender), Projector(database, projections()))
-    finally:
-        await appender.drain()
-        await database.close()
+    """Build the parts; at the end, finish the appends under way and close."""
+    async with AsyncExitStack() as stack:
+        database = new_database(settings, settings.database_pool_size)
+        await database.open()
+        stack.push_async_callback(database.close)
+        appender = Appender(database)
+        stack.push_async_callback(appender.drain)
+        projector = Projector(database, projections())
+        application = Application(
+            database=database,
+            command_handler=NewCommandHandler(database, appender),
+            projector=projector,
+            as_of_queries=AsOfQueries(database, projector),
+            service_links=ServiceLinkLoader(projector),
+            channels=await _open_channels(stack, settings),
+            secret_box=SecretBox(settings.encryption_keys),
+        )
+        yield Core(settings, database, appender, CommandHandler(database, appender), projector, application)
+
+
+async def _open_channels(stack: AsyncExitStack, settings: Settings) -> Mapping[str, Channel]:
+    """Return the channels, which close with the stack."""
+    http = await stack.enter_async_context(
+        http_session(settings.webhook_allowed_networks, settings.max_concurrent_deliveries)
+    )
+    opened = channels(ChannelParts(settings, http))
+    for channel in opened.values():
+        stack.push_async_callback(channel.close)
+    return opened
 
 
 @asynccontextmanager
@@ -102,33 +132,29 @@ async def serving(
         asking = RateLimiter(client, settings.subscribe_rate_limit, "asking")
         for counts in (limiter, failures, asking):
             stack.push_async_callback(counts.close)
-        http = await stack.enter_async_context(
-            http_session(settings.webhook_allowed_networks, settings.max_concurrent_deliveries)
-        )
-        # They check targets here and send nothing.
-        known = channels(ChannelParts(settings, http))
-        for channel in known.values():
-            stack.push_async_callback(channel.close)
-        handling = Dependencies(
+        application = parts.application
+        api_tokens, operator_tokens = ApiTokens(parts.database), OperatorTokens(parts.database)
+        page_dependencies = PageDependencies(
             settings=settings,
             database=parts.database,
             commands=parts.commands,
             projector=parts.projector,
-            as_of_queries=AsOfQueries(parts.database, parts.projector),
-            refs=ServiceLinkLoader(parts.projector),
-            tokens=ApiTokens(parts.database),
-            operators=OperatorTokens(parts.database),
-            channels=known,
-            secret_box=SecretBox(settings.encryption_keys),
+            as_of_queries=application.as_of_queries,
+            refs=application.service_links,
+            tokens=api_tokens,
+            operators=operator_tokens,
+            channels=application.channels,
+            secret_box=application.secret_box,
             limiter=limiter,
             failures=failures,
         )
         app = create_app(
-            handling,
-            Readiness(probe, client),
-            Ops(parts.database, parts.projector.projections),
-            pages(handling, asking),
+            Dependencies(settings, application, api_tokens, operator_tokens, limiter, failures),
+            OPERATIONS,
+            pages(page_dependencies, asking),
         )
+        app[health.READINESS] = Readiness(probe, client)
+        app[operator.OPERATOR_QUERIES] = OperatorQueries(parts.database, parts.projector.projections)
         web_runner = web.AppRunner(
             app,
             access_log=None,
@@ -159,12 +185,7 @@ async def sending(parts: Core, *, lease: float = LEASE_SECONDS) -> AsyncIterator
         database = new_database(settings, SENDER_POOL)
         await database.open()
         stack.push_async_callback(database.close)
-        http = await stack.enter_async_context(
-            http_session(settings.webhook_allowed_networks, settings.max_concurrent_deliveries)
-        )
-        known = channels(ChannelParts(settings, http))
-        for channel in known.values():
-            stack.push_async_callback(channel.close)
+        known = await _open_channels(stack, settings)
         sender = DeliveryService(
             database,
             parts.commands,

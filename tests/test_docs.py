@@ -10,8 +10,9 @@ from unittest.mock import MagicMock
 import click
 import pytest
 
-from opsentry.api.app import create_app
+from opsentry.bootstrap import OPERATIONS
 from opsentry.cli.main import cli
+from opsentry.http.server import create_app
 from opsentry.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +142,7 @@ def test_the_settings_page_lists_every_setting():
 
 
 def test_the_api_page_lists_every_endpoint():
-    app = create_app(MagicMock(), MagicMock(), MagicMock(), {})
+    app = create_app(MagicMock(), OPERATIONS, {})
     served = set()
     for route in app.router.routes():
         if route.resource is not None and route.method not in {"HEAD", "*"}:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from opsentry.api.errors import BodyBroken, BodyTooLarge, BodyTooSlow
+from opsentry.http.server import REQUEST_ID
 from opsentry.infrastructure.rate_limit import client_source
 from opsentry.settings import Network
 
-MAX_BODY = 64 * 1024
+__all__ = ["MAX_BODY", "REQUEST_ID", "address", "octets"]
 
-REQUEST_ID = web.RequestKey("request_id", str)
+MAX_BODY = 64 * 1024
 
 
 def address(request: web.Request, trusted: Sequence[Network]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
@@ -44,6 +45,10 @@ class InvalidField(DomainError):
 
 class IllegalTransition(DomainError):
     """The command is well formed, but the stream's present state forbids it."""
+
+
+class StreamRemoved(DomainError):
+    """The stream existed and was removed: to a caller it does not exist."""
 
 
 S = TypeVar("S")
@@ -97,6 +102,21 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise InvalidField(field, f"must be one of {', '.join(choices)}")
     return value
+
+
+# The driver stores these two moments as infinities.
+_CALENDAR_ENDS = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
+
+
+def to_utc(field: str, moment: datetime) -> datetime:
+    """Return `moment` in UTC; raise `InvalidField` if it lies outside of the calendar or at one of its ends."""
+    try:
+        found = moment.astimezone(UTC)
+    except OverflowError:
+        raise InvalidField(field, "is out of range") from None
+    if found in _CALENDAR_ENDS:
+        raise InvalidField(field, "is out of range")
+    return found
 
 
 def normal_ids(service_ids: Iterable[int]) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 import asyncpg
 
+Record: TypeAlias = asyncpg.Record
+"""A row, read by column name."""
 Connection: TypeAlias = asyncpg.Connection  # lent by the pool as a proxy with the same methods
 
 MIGRATIONS = next(
@@ -167,6 +169,10 @@ class Database:
         """Return all rows of `query`; raises as `connection()`."""
         async with self.connection(seconds) as connection:
             return list(await connection.fetch(query, *values))
+
+    async def check_schema(self) -> None:
+        """Read one row of the list of migrations; raises as `connection()` where the database has no schema."""
+        await self.fetchrow("SELECT number FROM schema_migrations LIMIT 1")
 
 
 async def _keep(_: Connection) -> None:

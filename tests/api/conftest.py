@@ -83,6 +83,11 @@ async def head(parts, tenant_id):
         return await store.read_head_position(connection, tenant_id)
 
 
+def refused(message):
+    """The body of a 400: its message begins with the name of the field at fault."""
+    return {"error": message, "field": message.partition(":")[0]}
+
+
 async def raw(client, method, path, **options):
     """(status, octets) of an answer."""
     url = f"{client.base_url}/api/v1{path}"

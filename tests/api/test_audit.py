@@ -150,7 +150,7 @@ async def test_an_export_has_every_event_and_verifies(api, parts, acme, things, 
 
 async def test_an_export_goes_by_pieces(api, things, monkeypatch):
     _, whole = await raw(api, "GET", "/events/export")
-    monkeypatch.setattr("opsentry.api.ledger._BATCH", 3)
+    monkeypatch.setattr("opsentry.application.ledger.EXPORT_BATCH_EVENTS", 3)
     assert await raw(api, "GET", "/events/export") == (200, whole)
 
 
@@ -169,7 +169,7 @@ async def test_an_export_is_packed_for_those_who_take_that(api, things):
 
 
 async def test_a_client_that_goes_away_does_no_harm(api, things, monkeypatch):
-    monkeypatch.setattr("opsentry.api.ledger._BATCH", 1)
+    monkeypatch.setattr("opsentry.application.ledger.EXPORT_BATCH_EVENTS", 1)
     for _ in range(3):
         async with api.session.get(f"{api.base_url}/api/v1/events/export", headers=api.headers) as response:
             await response.content.readline()
@@ -179,7 +179,7 @@ async def test_a_client_that_goes_away_does_no_harm(api, things, monkeypatch):
 
 
 async def test_an_export_that_loses_the_database_breaks_off_visibly(api, things, monkeypatch):
-    monkeypatch.setattr("opsentry.api.ledger._BATCH", 2)
+    monkeypatch.setattr("opsentry.application.ledger.EXPORT_BATCH_EVENTS", 2)
     real = export.chunk
 
     async def failing(connection, tenant_id, after, until):
@@ -187,7 +187,7 @@ async def test_an_export_that_loses_the_database_breaks_off_visibly(api, things,
             raise OSError("gone")
         return await real(connection, tenant_id, after, until)
 
-    monkeypatch.setattr("opsentry.api.ledger.export.chunk", failing)
+    monkeypatch.setattr("opsentry.application.ledger.export.chunk", failing)
     with pytest.raises(aiohttp.ClientPayloadError):
         await raw(api, "GET", "/events/export")
 

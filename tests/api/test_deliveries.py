@@ -186,7 +186,7 @@ async def test_one_that_was_told_by_another_is_not_sent_by_itself(api, app_conne
     leader = uuid4()
     called = await put(5, "merged", leader=leader)
     status, answer, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
-    assert (status, answer) == (409, {"error": f"it was told by {message(leader)}: have that one sent again"})
+    assert (status, answer) == (409, {"error": f"message {message(leader)} carried it: send that one again"})
     assert (await row_of(app_connection, called))["state"] == "merged"
 
 
@@ -197,7 +197,7 @@ async def test_to_who_is_sent_nothing_nothing_is_sent_again(api, parts, acme, ap
     await parts.projector.catch_up(acme.id, executed.position)
     status, answer, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
     assert status == 409
-    assert answer["error"] == "only to an active subscription is anything sent; this one is disabled"
+    assert answer["error"] == "only an active subscription receives messages; this one is disabled"
     assert (await row_of(app_connection, called))["state"] == "delivered"
 
 

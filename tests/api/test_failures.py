@@ -10,7 +10,7 @@ import asyncpg
 import psutil
 import pytest
 
-from opsentry.api import health
+from opsentry.application import readiness
 from opsentry.bootstrap import core, serving
 from opsentry.demo.embedded import APP_USER, EmbeddedPostgres, EmbeddedValkey
 from opsentry.infrastructure.postgres import migrate, migrations
@@ -48,7 +48,7 @@ async def own_valkey(tmp_path):
 
 @pytest.fixture
 async def stack(monkeypatch, settings, own_postgres, own_valkey, http):
-    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(readiness, "CACHE_SECONDS", 0.0)
     own = replace(
         settings, database_url=own_postgres.url(user=APP_USER), redis_url=own_valkey.url, request_body_timeout_seconds=1
     )
@@ -117,7 +117,7 @@ async def test_a_frozen_database_is_said_and_its_return_is_noticed(stack, own_po
 
 @pytest.mark.production_timeouts
 async def test_a_server_starts_while_the_database_is_down(settings, own_postgres, own_valkey, http, monkeypatch):
-    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(readiness, "CACHE_SECONDS", 0.0)
     own = replace(settings, database_url=own_postgres.url(user=APP_USER), redis_url=own_valkey.url)
     async with core(own) as parts:
         tenant = await make_tenant(parts, "acme")

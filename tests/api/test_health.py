@@ -3,7 +3,7 @@ from uuid import uuid4
 
 import pytest
 
-from opsentry.api import health
+from opsentry.application import readiness
 from tests.conftest import expire_caches
 
 
@@ -71,7 +71,7 @@ async def test_an_outbox_that_stands_still_does_not_look_healthy(monkeypatch, an
     await owner.execute("UPDATE checkpoints SET position = 0, halted_at = 1 WHERE projection = 'outbox'")
     _, body, _ = await ready_again(monkeypatch, anonymous)
     assert body["checks"]["outbox"]["lag_events"] == 3
-    monkeypatch.setattr(health, "MAX_AGE_SECONDS", 0)
+    monkeypatch.setattr(readiness, "MAX_PENDING_AGE_SECONDS", 0)
     status, body, _ = await ready_again(monkeypatch, anonymous)
     assert (status, body["checks"]["outbox"]["status"]) == (503, "fail")
 
@@ -79,7 +79,7 @@ async def test_an_outbox_that_stands_still_does_not_look_healthy(monkeypatch, an
 async def test_many_probes_are_one_round_of_checks(anonymous):
     answers = {str((await anonymous.send("GET", "/health/ready"))[1]) for _ in range(5)}
     assert len(answers) == 1
-    assert health.CACHE_SECONDS <= 1
+    assert readiness.CACHE_SECONDS <= 1
 
 
 @pytest.mark.parametrize(

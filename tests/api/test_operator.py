@@ -5,7 +5,7 @@ import msgspec
 import pytest
 import structlog
 
-from opsentry.api.app import ROUTES
+from opsentry.api.v1 import OPERATIONS
 from opsentry.bootstrap import serving
 from opsentry.identity import operator_tokens, tokens
 from opsentry.infrastructure import single_flight
@@ -69,7 +69,7 @@ async def test_all_who_ask_at_about_the_same_time_share_one_query(monkeypatch, h
         return await query(*arguments)
 
     monkeypatch.setattr(management, "projection_status", slow)
-    monkeypatch.setattr("opsentry.api.operator.CACHE_SECONDS", 3600.0)
+    monkeypatch.setattr("opsentry.application.operator_queries.CACHE_SECONDS", 3600.0)
     values = [await make_operator(parts), await make_operator(parts)]
     async with serving(settings, parts) as url:
         clients = [Client(http, url, value) for value in values] * 5
@@ -129,8 +129,8 @@ async def test_every_bad_token_is_the_same_401(anonymous, parts, acme):
 
 
 async def test_an_operators_token_opens_nothing_of_a_tenants(operator, things):
-    for method, path, _, _ in ROUTES:
-        where = path.replace("{id}", "1").replace("{action}", "start").replace("{delivery_id}", f"msg_{1:032x}")
+    for method, path in ((o.method, o.path.removeprefix("/api/v1")) for o in OPERATIONS):
+        where = path.replace("{id}", "1").replace("{delivery_id}", f"msg_{1:032x}")
         assert await raw(operator, method, where) == (401, b'{"error":"%s"}' % MESSAGE.encode()), (method, path)
     assert (await operator.get("/ops/projections"))[0] == 404
 
@@ -171,7 +171,7 @@ async def test_the_log_says_which_token_asked_and_not_its_secret(operator):
         _, _, headers = await operator.send("GET", "/ops/projections")
     assert lines == [
         {
-            "event": "operator asked",
+            "event": "operator_request",
             "log_level": "info",
             "path": "/ops/projections",
             "request_id": headers["X-Request-ID"],

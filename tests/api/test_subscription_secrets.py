@@ -1,11 +1,12 @@
 """Signing secrets and targets that are secrets: told once, kept encrypted_secret, and nowhere in clear."""
 
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from opsentry.bootstrap import serving
+from opsentry.bootstrap import core, serving
 from opsentry.domain import subscription
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.infrastructure.encryption import SecretBox, generate_key
@@ -136,8 +137,14 @@ async def test_an_overlap_is_at_most_a_week(api, parts, acme, hours):
 # ---------------------------------------------------------------------------------------------------- keys
 
 
+@asynccontextmanager
+async def served_with_keys(settings, *keys):
+    async with core(replace(settings, encryption_keys=keys)) as parts, serving(parts.settings, parts) as url:
+        yield url
+
+
 async def test_without_a_key_nothing_that_needs_one_is_kept(http, settings, parts, acme):
-    async with serving(replace(settings, encryption_keys=()), parts) as url:
+    async with served_with_keys(settings) as url:
         api = Client(http, url, acme.token)
         before = await head(parts, acme.id)
         for body in (HOOK, SLACK):
@@ -154,9 +161,9 @@ async def test_another_key_goes_on_and_a_lost_one_is_said(http, settings, parts,
     headers = {"Idempotency-Key": "k"}
     _, made, _ = await api.post("/subscriptions", HOOK, headers=headers)
     _, slack, _ = await api.post("/subscriptions", SLACK)
-    async with serving(replace(settings, encryption_keys=(generate_key(), SECRET_KEY)), parts) as url:
+    async with served_with_keys(settings, generate_key(), SECRET_KEY) as url:
         assert (await Client(http, url, acme.token).post("/subscriptions", HOOK, headers=headers))[1] == made
-    async with serving(replace(settings, encryption_keys=(generate_key(),)), parts) as url:
+    async with served_with_keys(settings, generate_key()) as url:
         lost = Client(http, url, acme.token)
         status, answer, _ = await lost.post("/subscriptions", HOOK, headers=headers)
         assert status == 503

@@ -6,7 +6,7 @@ from msgspec import UNSET
 from opsentry.domain import subscription
 from opsentry.domain.subscription import ConfirmSubscription, CreateSubscription, DisableSubscription
 from opsentry.infrastructure.encryption import SecretBox
-from tests.api.conftest import HOOK, MAIL, SLACK, head, make_token, raw, recorded, types
+from tests.api.conftest import HOOK, MAIL, SLACK, head, make_token, raw, recorded, refused, types
 from tests.conftest import META, SECRET_KEY, Client, make_service
 
 SHOWN = {
@@ -114,7 +114,7 @@ async def test_services_of_another_tenant_are_unknown(api, parts, acme, globex):
         await api.post("/subscriptions", {**HOOK, "service_ids": [foreign]}),
         await api.patch(f"/subscriptions/{number}", {"service_ids": [foreign]}),
     ):
-        assert answer[:2] == (400, {"error": f"service_ids: no such service: {foreign}"})
+        assert answer[:2] == (400, refused(f"service_ids: no such service: {foreign}"))
 
 
 @pytest.mark.parametrize("body", [HOOK, SLACK, MAIL])

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import structlog
 
-from opsentry.api.app import ROUTES
+from opsentry.api.v1 import OPERATIONS
 from opsentry.bootstrap import serving
 from opsentry.identity import api_tokens, tokens
 from opsentry.infrastructure import single_flight
@@ -51,8 +51,8 @@ async def test_every_bad_token_is_the_same_401_on_every_route(http, base_url, pa
     headers += [{"X-Api-Key": acme.token}, {"Cookie": f"session={acme.token}"}]
     client = Client(http, base_url, None)
     for sent in headers:
-        for method, path, _, _ in ROUTES:
-            where = path.replace("{id}", "1").replace("{action}", "start").replace("{delivery_id}", f"msg_{1:032x}")
+        for method, path in ((o.method, o.path.removeprefix("/api/v1")) for o in OPERATIONS):
+            where = path.replace("{id}", "1").replace("{delivery_id}", f"msg_{1:032x}")
             status, body, answered = await client.send(method, f"/api/v1{where}", headers=sent)
             assert (status, body) == (401, {"error": MESSAGE}), (method, path, sent)
             assert answered["WWW-Authenticate"] == 'Bearer realm="opsentry"'
@@ -113,7 +113,7 @@ async def test_no_token_is_in_the_logs_even_where_something_breaks(monkeypatch, 
         assert (await api.get("/incidents/abc"))[0] == 404
         monkeypatch.setattr(parts.projector, "read", breaks)
         assert (await api.get("/incidents"))[0] == 500
-    assert [line["event"] for line in lines] == ["unexpected error"]
+    assert [line["event"] for line in lines] == ["request_failed"]
     printed = capsys.readouterr()
     said = f"{lines}{caplog.text}{printed.out}{printed.err}"
     assert acme.token[12:] not in said

@@ -3,12 +3,12 @@ from typing import Any
 
 import pytest
 
-from opsentry.api.uptime import MAX_PERIODS
+from opsentry.application.uptime import MAX_PERIODS
 from opsentry.domain import incident, maintenance, service
 from opsentry.domain.incident import ChangeIncident, OpenIncident, ResolveIncident
 from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, ScheduleMaintenance, StartMaintenance
 from opsentry.domain.service import RetireService
-from tests.api.conftest import raw
+from tests.api.conftest import raw, refused
 from tests.conftest import META, make_service
 
 BEGAN = datetime(2026, 3, 1, tzinfo=UTC)
@@ -201,7 +201,7 @@ async def test_more_periods_than_can_be_reckoned_at_once_are_refused(api, acme, 
     answers += [await api.get(path) for path in (*paths, f"/services/{web}/uptime/daily?days=1")]
     words = "takes in more than 20000 periods, ask for a shorter time"
     fields = ("days", "from", "from", "from", "days")
-    assert [answer[:2] for answer in answers] == [(400, {"error": f"{field}: {words}"}) for field in fields]
+    assert [answer[:2] for answer in answers] == [(400, refused(f"{field}: {words}")) for field in fields]
     assert (await api.get(f"/services/{web}/uptime?from={text(at(0))}&to={text(at(9))}"))[0] == 200
 
 
@@ -290,7 +290,7 @@ async def test_windows_that_are_none_are_refused(api, web, query, says):
 async def test_bars_of_days_have_no_window(api, web):
     for query in ("from=2026-01-01T00:00:00Z", "to=2026-01-01T00:00:00Z", "explain=true", "as_of=1"):
         status, body, _ = await api.get(f"/services/{web}/uptime/daily?{query}")
-        assert (status, body) == (400, {"error": f"{query.split('=')[0]}: cannot be asked for here"})
+        assert (status, body) == (400, refused(f"{query.split('=')[0]}: cannot be asked for here"))
 
 
 @pytest.mark.parametrize("days", ["0", "367", "x", "-1", "", "1.5", "9" * 30])

@@ -5,7 +5,7 @@ from uuid import UUID
 
 import pytest
 
-from opsentry.api import health
+from opsentry.application import readiness
 from opsentry.bootstrap import projections
 from opsentry.domain import subscription
 from opsentry.domain.incident import ResolveIncident
@@ -161,7 +161,7 @@ async def test_events_that_a_stopped_outbox_has_not_seen_are_too_many_or_too_old
     await desk.parts.projector.catch_up(desk.tenant.id, 0)
     status, outbox = await ready()
     assert (status, outbox["lag_events"]) == (200, 1)
-    monkeypatch.setattr(health, "MAX_AGE_SECONDS", 0)
+    monkeypatch.setattr(readiness, "MAX_PENDING_AGE_SECONDS", 0)
     assert (await ready())[0] == 503
     await projecting.resume(owner, ["outbox"])
     await desk.parts.projector.catch_up(desk.tenant.id, 0)

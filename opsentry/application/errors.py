@@ -1,0 +1,14 @@
+"""Refusals that belong to use cases rather than to one aggregate."""
+
+
+class NotFound(Exception):
+    """The tenant has no such resource. A resource of another tenant gives the same answer."""
+
+
+class PreconditionFailed(Exception):
+    """The resource has none of the versions that the caller expects; nothing was changed."""
+
+    def __init__(self, etag: str) -> None:
+        super().__init__("If-Match: the resource has changed; read it again and repeat the request")
+        self.etag = etag
+        """The inside of the resource's present entity tag."""

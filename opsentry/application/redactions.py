@@ -1,0 +1,64 @@
+"""Redact what people wrote about an incident or a maintenance window, for good."""
+
+from collections.abc import Collection, Sequence
+
+from opsentry.application.application import Application
+from opsentry.application.caller import Caller
+from opsentry.application.pipeline import run
+from opsentry.application.rendering import render_outcome
+from opsentry.application.results import Resource
+from opsentry.domain import incident, maintenance
+from opsentry.domain.incident import RedactIncident
+from opsentry.domain.maintenance import RedactMaintenance
+from opsentry.domain.redaction import plan
+from opsentry.events.codec import RecordedEvent, written
+from opsentry.projections import incident_view
+from opsentry.projections import maintenance as windows
+
+
+async def redact_incident(
+    app: Application,
+    caller: Caller,
+    incident_id: int,
+    *,
+    fields: Collection[str],
+    positions: Collection[int],
+    reason: str,
+) -> Resource:
+    """Erase text of an incident: every value of `fields`, and the text of the events at `positions`.
+
+    Raises:
+        MissingPermission: The caller may not read the ledger or not write incidents.
+        InvalidField: A field or position has no text, or the reason is blank.
+    Further, raises as `pipeline.run`.
+    """
+    caller.require("read:audit")
+
+    def command(_: object, history: Sequence[RecordedEvent]) -> RedactIncident:
+        return RedactIncident(
+            erasure=plan(written(history), incident.REDACTABLE_FIELDS, fields, positions), reason=reason
+        )
+
+    outcome = await run(app, caller, incident.DECIDER, command, stream_id=incident_id)
+    return await render_outcome(app, caller, outcome, incident_view.render)
+
+
+async def redact_maintenance(
+    app: Application,
+    caller: Caller,
+    maintenance_id: int,
+    *,
+    fields: Collection[str],
+    positions: Collection[int],
+    reason: str,
+) -> Resource:
+    """Erase text of a maintenance window; see `redact_incident`."""
+    caller.require("read:audit")
+
+    def command(_: object, history: Sequence[RecordedEvent]) -> RedactMaintenance:
+        return RedactMaintenance(
+            erasure=plan(written(history), maintenance.REDACTABLE_FIELDS, fields, positions), reason=reason
+        )
+
+    outcome = await run(app, caller, maintenance.DECIDER, command, stream_id=maintenance_id)
+    return await render_outcome(app, caller, outcome, windows.render)
