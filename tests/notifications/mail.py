@@ -1,4 +1,4 @@
-"""E-mails for tests of the channel `email`: settings, and the letters as a mail program reads them."""
+"""Give the tests of the channel `email` their settings, and parse emails as a mail program does."""
 
 from email import message_from_bytes, policy
 
@@ -13,13 +13,13 @@ SETTINGS = Settings(
 
 
 def parsed(raw):
-    """The e-mail as the standard library reads it; it must find nothing wrong with it."""
+    """Return the parsed email, after a check that it has no defects."""
     assert all(len(line) <= 998 for line in raw.split(b"\r\n"))
     assert raw.count(b"\n") == raw.count(b"\r\n")
     assert raw.isascii()
-    letter = message_from_bytes(raw, policy=policy.default)
-    for part in letter.walk():
+    email = message_from_bytes(raw, policy=policy.default)
+    for part in email.walk():
         assert not part.defects
         for name, value in part.items():
             assert not value.defects, name
-    return letter
+    return email

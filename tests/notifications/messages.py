@@ -1,4 +1,4 @@
-"""Messages for tests of the channels."""
+"""Build messages for the tests of the channels."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,7 +12,7 @@ TENANT = {"slug": "acme", "name": "Acme"}
 
 
 def incident(**fields: Any) -> dict[str, Any]:
-    """An incident as the API answers it to the public."""
+    """Return the public part of an incident, in the shape of the API."""
     whole = {
         "id": 17,
         "title": "Checkout is slow",
@@ -33,7 +33,7 @@ def incident(**fields: Any) -> dict[str, Any]:
 
 
 def window(**fields: Any) -> dict[str, Any]:
-    """A maintenance window as the API answers it to the public."""
+    """Return the public part of a maintenance window, in the shape of the API."""
     whole = {
         "id": 18,
         "title": "Database upgrade",
@@ -60,7 +60,7 @@ def window(**fields: Any) -> dict[str, Any]:
 
 
 def update(position: int, message: str = "We are looking into it.", **fields: Any) -> dict[str, Any]:
-    """An entry of a timeline."""
+    """Return a timeline entry."""
     return {
         "id": position,
         "status": "investigating",
@@ -71,7 +71,7 @@ def update(position: int, message: str = "We are looking into it.", **fields: An
 
 
 def message(subject: dict[str, Any] | None = None, kind: str = "incident", **fields: Any) -> Message:
-    """A message that tells of an incident, unless said otherwise."""
+    """Return a message about an incident, or about the given subject."""
     whole: dict[str, Any] = {
         "id": "msg_" + "0123456789abcdef" * 2,
         "type": "incident.opened",
@@ -86,5 +86,5 @@ def message(subject: dict[str, Any] | None = None, kind: str = "incident", **fie
 
 
 def endpoint(target: str, *secrets: str, audience: str = "public") -> Endpoint:
-    """Where a message goes."""
+    """Return an endpoint of tenant 7, subscription 8."""
     return Endpoint(7, 8, audience, target, secrets)

@@ -32,7 +32,7 @@ async def channel():
 
 
 async def raw(answer, *, hang_up=True):
-    """Serve these bytes to whoever sends a request."""
+    """Answer every request with these bytes."""
 
     async def handle(reader, appender):
         await reader.readuntil(b"\r\n\r\n")
@@ -49,7 +49,7 @@ def url_of(server):
     return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
 
 
-async def test_what_a_receiver_gets(channel):
+async def test_a_receiver_gets_a_signed_post(channel):
     seen = []
 
     async def answer(request):
@@ -72,7 +72,7 @@ async def test_what_a_receiver_gets(channel):
         Webhook(new_secret()).verify(body, headers)
 
 
-async def test_while_one_secret_replaces_another_both_are_good(channel):
+async def test_both_secrets_sign_during_a_rotation(channel):
     seen = []
 
     async def answer(request):
@@ -89,7 +89,7 @@ async def test_while_one_secret_replaces_another_both_are_good(channel):
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-async def test_any_2xx_takes_it(channel, status):
+async def test_any_2xx_is_a_success(channel, status):
     async def answer(_):
         return web.Response(status=status)
 
@@ -98,7 +98,7 @@ async def test_any_2xx_takes_it(channel, status):
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 410, 418, 429, 500, 502, 503, 504, 599])
-async def test_everything_else_is_a_failure(channel, status):
+async def test_any_other_status_is_a_failure(channel, status):
     async def answer(_):
         return web.Response(status=status, text="secret words of theirs")
 
@@ -108,7 +108,7 @@ async def test_everything_else_is_a_failure(channel, status):
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
-async def test_redirects_are_failures_and_not_followed(channel, listener, status):
+async def test_redirects_are_not_followed(channel, listener, status):
     seen = []
 
     async def answer(request):
@@ -141,7 +141,7 @@ async def test_redirects_are_failures_and_not_followed(channel, listener, status
         ("٣", None),
     ],
 )
-async def test_how_long_a_receiver_wants_to_be_left_alone(channel, header, seconds):
+async def test_retry_after_is_read_as_seconds_or_date(channel, header, seconds):
     if isinstance(header, timedelta):
         header = format_datetime(datetime.now(UTC) + header, usegmt=True)
 
@@ -154,7 +154,7 @@ async def test_how_long_a_receiver_wants_to_be_left_alone(channel, header, secon
     assert outcome.retry_after == (None if seconds is None else pytest.approx(seconds, abs=60))
 
 
-async def test_a_connection_is_used_again_after_a_short_answer_and_not_after_a_long_one(channel):
+async def test_a_connection_is_reused_after_a_short_response_only(channel):
     peers = []
 
     async def answer(request):
@@ -168,7 +168,7 @@ async def test_a_connection_is_used_again_after_a_short_answer_and_not_after_a_l
     assert peers[3] != peers[4]
 
 
-async def test_an_answer_without_end_is_not_waited_for(channel):
+async def test_an_endless_response_body_is_not_read(channel):
     async def answer(request):
         response = web.StreamResponse(headers={"Content-Encoding": "gzip"})
         await response.prepare(request)
@@ -180,13 +180,13 @@ async def test_an_answer_without_end_is_not_waited_for(channel):
 
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"])
-async def test_no_answer_is_waited_for_so_long(channel, monkeypatch, head):
+async def test_a_missing_response_times_out(channel, monkeypatch, head):
     monkeypatch.setattr("opsentry.notifications.transport.http._TIMEOUT", aiohttp.ClientTimeout(total=0.2))
     async with await raw(head, hang_up=False) as server:
         assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome("no answer within 15 s")
 
 
-async def test_a_status_counts_even_where_its_body_never_comes(channel, monkeypatch):
+async def test_a_status_counts_without_its_body(channel, monkeypatch):
     monkeypatch.setattr("opsentry.notifications.transport.http._TIMEOUT", aiohttp.ClientTimeout(total=0.3))
     async with await raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx", hang_up=False) as server:
         assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(response_status=200)
@@ -205,12 +205,12 @@ async def test_a_status_counts_even_where_its_body_never_comes(channel, monkeypa
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000 + b"\r\n", "the answer is not HTTP"),
     ],
 )
-async def test_nonsense_is_a_failure(channel, answer, error):
+async def test_a_malformed_response_is_a_failure(channel, answer, error):
     async with await raw(answer) as server:
         assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(error)
 
 
-async def test_what_cannot_be_reached_is_said_without_addresses_and_queries(unused_tcp_port):
+async def test_connection_errors_reveal_no_address_and_no_query(unused_tcp_port):
     names = Names({"inside.example": [["10.1.2.3"]]})
     async with http_session((ip_network("127.0.0.1/32"),), 10, names) as http:
         channel = webhook.make(Dependencies(SETTINGS, http))
@@ -239,7 +239,7 @@ async def test_what_cannot_be_reached_is_said_without_addresses_and_queries(unus
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
-async def test_that_this_machine_has_no_more_sockets_is_ours(channel, monkeypatch, number):
+async def test_a_lack_of_sockets_is_an_internal_failure(channel, monkeypatch, number):
     def none_left(*_):
         raise OSError(number, "no more")
 
@@ -248,7 +248,7 @@ async def test_that_this_machine_has_no_more_sockets_is_ours(channel, monkeypatc
     assert outcome == Outcome("there are too many connections just now", internal_failure=True)
 
 
-def test_targets_are_checked_and_shown_whole():
+def test_a_target_is_validated_and_displayed_whole():
     channel = webhook.make(Dependencies(Settings(), None))  # type: ignore[arg-type]
     assert (channel.name, channel.signs_messages, channel.has_secret_target) == ("webhook", True, False)
     assert (
@@ -263,7 +263,7 @@ def test_targets_are_checked_and_shown_whole():
 # ------------------------------------------------------------------------------------------------ TLS
 
 
-async def test_certificates_count(certified, monkeypatch):
+async def test_certificates_are_verified(certified, monkeypatch):
     context, file = certified
     names = Names({"receiver.example": [["127.0.0.1"]], "other.example": [["127.0.0.1"]]})
 

@@ -12,7 +12,7 @@ from opsentry.notifications.messages.webhook_payload import MAX_BYTES, Payload, 
 from tests.notifications.messages import AT, incident, message, update, window
 
 _SCHEMA = Path(webhook_payload.__file__).with_name("webhook.schema.json")
-# Texts that take little to be long, of characters that take one to six bytes in JSON.
+# Long texts from short examples, of characters that take one to six bytes in JSON.
 _LONG = st.builds(lambda text, times: (text * times)[:50_000], st.text(min_size=1, max_size=5), st.integers(1, 50_000))
 _TITLES = st.builds(lambda text, times: (text * times)[:300], st.text(min_size=1, max_size=5), st.integers(1, 300))
 _SERVICES = st.lists(_TITLES, max_size=3).flatmap(
@@ -26,22 +26,21 @@ _UPDATES = st.lists(_LONG, max_size=4).flatmap(
 )
 
 
-def told(sent):
+def encoded(sent):
+    """Return the payload as bytes and decoded, after a check that the schema describes all of it."""
     body = PayloadEncoder().encode(sent)
     assert len(body) < MAX_BYTES
     decoded = msgspec.json.decode(body, type=Payload)
-    assert msgspec.json.decode(msgspec.json.encode(decoded)) == msgspec.json.decode(
-        body
-    )  # nothing but what is described
+    assert msgspec.json.decode(msgspec.json.encode(decoded)) == msgspec.json.decode(body)
     return body, decoded
 
 
-def test_the_schema_that_is_published_is_that_of_the_structs():
+def test_the_published_schema_matches_the_structs():
     assert json.loads(_SCHEMA.read_text()) == webhook_payload.schema()
 
 
-def test_what_a_message_says():
-    body, _ = told(message(changes=[Change(41, "incident.opened", AT), Change(42, "incident.updated", AT)]))
+def test_a_payload_has_these_fields():
+    body, _ = encoded(message(changes=[Change(41, "incident.opened", AT), Change(42, "incident.updated", AT)]))
     assert list(json.loads(body).items()) == [
         ("version", 1),
         ("id", "msg_0123456789abcdef0123456789abcdef"),
@@ -52,8 +51,8 @@ def test_what_a_message_says():
         (
             "changes",
             [
-                {"position": 41, "type": "incident.opened", "at": "2026-03-01T12:30:05.123456Z"},
-                {"position": 42, "type": "incident.updated", "at": "2026-03-01T12:30:05.123456Z"},
+                {"position": 41, "type": "incident.opened", "recorded_at": "2026-03-01T12:30:05.123456Z"},
+                {"position": 42, "type": "incident.updated", "recorded_at": "2026-03-01T12:30:05.123456Z"},
             ],
         ),
         ("data", {"incident": incident()}),
@@ -62,26 +61,26 @@ def test_what_a_message_says():
 
 def test_times_are_in_utc():
     there = timezone(timedelta(hours=5, minutes=30))
-    _, sent = told(message(changes=[Change(42, "incident.opened", AT.astimezone(there))]))
-    assert sent.timestamp.utcoffset() == sent.changes[0].at.utcoffset() == timedelta(0)
+    _, sent = encoded(message(changes=[Change(42, "incident.opened", AT.astimezone(there))]))
+    assert sent.timestamp.utcoffset() == sent.changes[0].recorded_at.utcoffset() == timedelta(0)
     assert sent.timestamp == AT
 
 
-def test_each_kind_of_thing_is_described_by_the_schema():
+def test_the_schema_describes_each_kind_of_subject():
     internal = {"visibility": "internal", "root_cause": None, "postmortem": "It was DNS."}
     written = update(5, is_public=False, author="Kim")
-    assert told(message(incident(**internal, updates=[written])))[1].data.incident.postmortem == "It was DNS."
-    assert told(message(window(), "maintenance"))[1].data.maintenance.title == "Database upgrade"
-    told(message(window(visibility="internal", updates=[written]), "maintenance"))
-    assert told(message({"id": 5, "channel": "webhook"}, "subscription"))[1].data.subscription == {
+    assert encoded(message(incident(**internal, updates=[written])))[1].data.incident.postmortem == "It was DNS."
+    assert encoded(message(window(), "maintenance"))[1].data.maintenance.title == "Database upgrade"
+    encoded(message(window(visibility="internal", updates=[written]), "maintenance"))
+    assert encoded(message({"id": 5, "channel": "webhook"}, "subscription"))[1].data.subscription == {
         "id": 5,
         "channel": "webhook",
     }
 
 
-def test_the_oldest_entries_go_first_and_as_few_as_need_be():
+def test_a_long_payload_omits_as_few_of_the_oldest_entries_as_possible():
     updates = [update(n, f"{n} " + "words " * 100) for n in range(100)]
-    body, sent = told(message(incident(updates=updates)))
+    body, sent = encoded(message(incident(updates=updates)))
     kept = sent.data.incident.updates
     assert [entry.id for entry in kept] == list(range(100 - len(kept), 100))
     assert sent.data.incident.updates_omitted == 100 - len(kept)
@@ -89,9 +88,9 @@ def test_the_oldest_entries_go_first_and_as_few_as_need_be():
     assert len(body) > MAX_BYTES - 1_500
 
 
-def test_long_texts_end_in_a_sign_that_they_were_shortened():
+def test_long_texts_are_shortened_and_named():
     subject = incident(description="a" * 50_000, updates=[update(n, "b" * 50_000) for n in range(3)])
-    _, sent = told(message(subject))
+    _, sent = encoded(message(subject))
     assert sent.data.incident.shortened == ["description", "updates.message"]
     assert sent.data.incident.description.endswith("a…")
     assert [entry.id for entry in sent.data.incident.updates] == [2]
@@ -100,22 +99,22 @@ def test_long_texts_end_in_a_sign_that_they_were_shortened():
     assert sent.data.incident.title == "Checkout is slow"
 
 
-def test_long_lists_are_cut_and_say_so():
+def test_long_lists_are_cut_and_counted():
     services = [{"id": n, "slug": f"s{n}", "name": "n" * 300} for n in range(500)]
-    _, sent = told(message(incident(services=services, service_ids=list(range(500)))))
+    _, sent = encoded(message(incident(services=services, service_ids=list(range(500)))))
     shown = sent.data.incident
     assert 0 < len(shown.services) == 500 - shown.services_omitted
     assert [service.id for service in shown.services] == list(range(len(shown.services)))
     assert len(shown.service_ids) == 500 - shown.service_ids_omitted
 
 
-def test_the_newest_fifty_changes_are_told():
+def test_only_the_newest_fifty_changes_are_reported():
     changes = [Change(n, "incident.updated", AT) for n in range(200)]
-    _, sent = told(message(changes=changes))
+    _, sent = encoded(message(changes=changes))
     assert [change.position for change in sent.changes] == list(range(150, 200))
 
 
-def test_what_many_are_told_is_encoded_once_and_never_mixed_up():
+def test_the_cache_never_mixes_up_messages():
     encoder = PayloadEncoder()
     one, other = incident(title="One"), incident(title="Other")
     for sent in (
@@ -136,7 +135,9 @@ def test_what_many_are_told_is_encoded_once_and_never_mixed_up():
 
 @settings(max_examples=150, deadline=None)
 @given(_TITLES, _LONG, _LONG, _LONG, _SERVICES, _UPDATES, st.integers(1, 100), _TITLES)
-def test_a_body_is_never_too_long(title, description, root_cause, postmortem, services, updates, changes, name):
+def test_a_payload_never_exceeds_the_limit(
+    title, description, root_cause, postmortem, services, updates, changes, name
+):
     subject = incident(
         title=title,
         description=description,
@@ -146,7 +147,7 @@ def test_a_body_is_never_too_long(title, description, root_cause, postmortem, se
         service_ids=[10**18 + service["id"] for service in services],
         updates=updates,
     )
-    told(
+    encoded(
         message(
             subject,
             changes=[Change(10**18 + n, "incident.severity_changed", AT) for n in range(changes)],

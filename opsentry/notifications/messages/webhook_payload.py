@@ -43,7 +43,7 @@ class ChangeRef(msgspec.Struct):
 
     position: int
     type: str
-    at: Timestamp
+    recorded_at: Timestamp
 
 
 class ServiceLink(msgspec.Struct):
