@@ -4,10 +4,11 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import structlog
 from aiohttp import web
@@ -17,8 +18,12 @@ from opsentry.api.context import Dependencies as PageDependencies
 from opsentry.application.application import Application
 from opsentry.application.operator_queries import OperatorQueries
 from opsentry.application.readiness import Readiness
+from opsentry.domain import subscription
+from opsentry.domain.decider import IllegalTransition
+from opsentry.domain.subscription import DisableSubscription, SubscriptionEvent
 from opsentry.events.appender import Appender
-from opsentry.events.command_handler import CommandHandler
+from opsentry.events.codec import Actor, Meta, RecordedEvent
+from opsentry.events.command_handler import CommandHandler, StreamNotFound
 from opsentry.events.new_command_handler import CommandHandler as NewCommandHandler
 from opsentry.http import health
 from opsentry.http.context import Dependencies
@@ -47,6 +52,8 @@ from opsentry.projections.subscriptions import Subscriptions
 from opsentry.public.routes import pages
 from opsentry.settings import Settings
 from opsentry.worker.worker import Worker
+
+_log = structlog.get_logger()
 
 KEEPALIVE_SECONDS = 75
 # After an answer to a body that is not read to its end, so long may the client go on sending before it is cut off.
@@ -176,6 +183,40 @@ def base_url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class LedgerSubscriptionDisabler:
+    """Disable subscriptions for the sender, by a command that the tenant's ledger records."""
+
+    def __init__(self, commands: CommandHandler) -> None:
+        self._commands = commands
+
+    async def disable(
+        self, tenant_id: int, subscription_id: int, *, reason: str, target: str, encrypted_secret: str | None
+    ) -> bool:
+        """Disable a subscription; see `SubscriptionDisabler`."""
+
+        def command(history: Sequence[RecordedEvent]) -> DisableSubscription:
+            state = subscription.DECIDER.fold(cast("SubscriptionEvent", recorded.event) for recorded in history)
+            if state is not None and (state.target, state.encrypted_secret) != (target, encrypted_secret):
+                raise _EndpointReplaced
+            return DisableSubscription(reason=reason)
+
+        try:
+            result = await self._commands.execute(
+                subscription.DECIDER, tenant_id, subscription_id, command, Meta(Actor("sender"))
+            )
+        except (IllegalTransition, StreamNotFound):  # the subscription was removed meanwhile
+            return True
+        except _EndpointReplaced:
+            return False
+        if result.appended:
+            _log.info("endpoint_disabled", tenant_id=tenant_id, subscription_id=subscription_id, reason=reason)
+        return result.state.status not in {"active", "pending"}
+
+
+class _EndpointReplaced(Exception):
+    """The subscription has another endpoint than the one that failed."""
+
+
 @asynccontextmanager
 async def sending(parts: Core, *, lease: float = LEASE_SECONDS) -> AsyncIterator[None]:
     """Send what is due; at the end, let what is under way end. `lease` is in seconds, see `DeliveryService`."""
@@ -188,13 +229,13 @@ async def sending(parts: Core, *, lease: float = LEASE_SECONDS) -> AsyncIterator
         known = await _open_channels(stack, settings)
         sender = DeliveryService(
             database,
-            parts.commands,
+            LedgerSubscriptionDisabler(parts.commands),
             MessageBuilder(AsOfQueries(database, parts.projector), database),
             known,
             SecretBox(settings.encryption_keys),
-            sockets=settings.max_concurrent_deliveries,
-            burst=settings.coalesce_seconds,
-            lease=lease,
+            max_concurrent_deliveries=settings.max_concurrent_deliveries,
+            coalesce_seconds=settings.coalesce_seconds,
+            lease_seconds=lease,
         )
         sender.start()
         stack.push_async_callback(sender.stop)

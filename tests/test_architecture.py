@@ -32,7 +32,6 @@ PENDING = {
         "opsentry.domain.maintenance",
         "opsentry.domain.subscription",
         "opsentry.events.verification",
-        "opsentry.notifications.delivery.leases",
         "opsentry.projections.impact",
         "opsentry.projections.incidents",
         "opsentry.projections.maintenance",

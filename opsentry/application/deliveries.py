@@ -53,7 +53,7 @@ async def list_deliveries(
         PositionNotReached, DatabaseUnavailable: It cannot be read.
     """
     row = await _subscription(app, caller, subscription_id)
-    intent_id = None if before is None else history.intent_id(before)
+    intent_id = None if before is None else history.parse_message_id(before)
     found = None
     if before is None or intent_id is not None:
         async with app.database.connection() as connection:
@@ -88,8 +88,8 @@ async def redeliver(app: Application, caller: Caller, subscription_id: int, deli
     change = history.redeliver if is_active else history.get_delivery
     async with app.database.transaction() as connection:
         found = _found(await change(connection, caller.tenant_id, subscription_id, intent_id), row)
-    if found.delivery.state == "merged":
-        raise IllegalTransition(f"message {found.delivery.merged_into} carried it: send that one again")
+    if found.delivery.state == "coalesced":
+        raise IllegalTransition(f"message {found.delivery.coalesced_into} carried it: send that one again")
     if not is_active:
         raise IllegalTransition(f"only an active subscription receives messages; this one is {row['status']}")
     return found
@@ -110,7 +110,7 @@ async def _subscription(app: Application, caller: Caller, subscription_id: int) 
 
 
 def _intent_id(delivery_id: str) -> UUID:
-    found = history.intent_id(delivery_id)
+    found = history.parse_message_id(delivery_id)
     if found is None:
         raise NotFound
     return found

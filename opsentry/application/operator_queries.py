@@ -24,7 +24,7 @@ class OperatorQueries:
         self._database = database
         self._queries: Mapping[str, OperatorQuery] = {
             "projections": lambda connection: management.projection_status(connection, projections),
-            "outbox": lambda connection: sending.status(connection, limit=MAX_ROWS),
+            "outbox": lambda connection: sending.sending_status(connection, limit=MAX_ROWS),
             "halted": lambda connection: management.halted(connection, limit=MAX_ROWS),
         }
         self._rows: TtlCache[str, Sequence[Mapping[str, Any]]] = TtlCache(

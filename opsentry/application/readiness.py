@@ -84,17 +84,17 @@ class Readiness:
 
     async def _check_outbox(self) -> dict[str, float]:
         async with self._database.transaction() as connection:
-            row = await management.backlog(connection, MAX_PENDING + 1)
+            backlog = await management.measure_backlog(connection, MAX_PENDING + 1)
         details = {
-            "pending": row["pending"],
-            "oldest_pending_seconds": round(row["pending_seconds"] or 0.0, 3),
-            "lag_events": row["unseen"],
-            "lag_seconds": round(row["unseen_seconds"] or 0.0, 3),
-            "halted": row["halted"],
+            "pending": backlog.due,
+            "oldest_pending_seconds": round(backlog.oldest_due_seconds or 0.0, 3),
+            "lag_events": backlog.unseen_events,
+            "lag_seconds": round(backlog.oldest_unseen_seconds or 0.0, 3),
+            "halted": backlog.halted_tenants,
             # Deliveries that wait for their time, or for an operator, never fail the check.
-            "waiting": max(0, row["waiting"] - row["due"]),
-            "parked_deliveries": row["parked_deliveries"],
-            "paused": row["paused"],
+            "scheduled": max(0, backlog.pending_deliveries - backlog.due_deliveries),
+            "exhausted_deliveries": backlog.exhausted_deliveries,
+            "paused": backlog.is_paused,
         }
         if details["pending"] + details["lag_events"] > MAX_PENDING:
             raise Unhealthy(f"more than {MAX_PENDING} notifications wait", **details)

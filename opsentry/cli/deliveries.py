@@ -38,20 +38,20 @@ def status(slug: str | None, *, json_output: bool) -> None:
     """Show pending and failed deliveries of each tenant that has any."""
 
     async def work(connection: Connection) -> Sequence[Any]:
-        return await management.status(connection, await optional_tenant_id(connection, slug))
+        return await management.sending_status(connection, await optional_tenant_id(connection, slug))
 
     rows = run(transaction(work))
     columns = [
         "slug",
         "due",
         "oldest_due_seconds",
-        "waiting",
+        "scheduled",
         "next_attempt_at",
-        "untaken",
+        "outbox_backlog",
         "leased",
         "failing",
     ]
-    show(rows, [*columns, "probed", "parked", "paused", "settled"], json_output=json_output)
+    show(rows, [*columns, "probed", "exhausted", "paused", "outbox_cursor"], json_output=json_output)
 
 
 @deliveries_group.command(name="list")
@@ -69,7 +69,7 @@ def list_deliveries(
     _check_subscription(slug, subscription_id)
 
     async def work(connection: Connection) -> Sequence[Any]:
-        return await management.listing(
+        return await management.list_all_deliveries(
             connection,
             await optional_tenant_id(connection, slug),
             subscription_id=subscription_id,
@@ -78,7 +78,18 @@ def list_deliveries(
         )
 
     rows = run(transaction(work))
-    columns = ["id", "slug", "subscription_id", "topic", "position", "state", "tried", "due_at", "answer", "error"]
+    columns = [
+        "id",
+        "slug",
+        "subscription_id",
+        "topic",
+        "position",
+        "state",
+        "attempts_total",
+        "next_attempt_at",
+        "response_status",
+        "error",
+    ]
     more = ["channel", "stream_kind", "stream_id", "created_at"] if json_output else []
     show(rows, [*columns, *more], json_output=json_output)
 
@@ -92,8 +103,8 @@ def list_deliveries(
     "--state",
     "states",
     multiple=True,
-    type=click.Choice(management.RETRIED),
-    default=("parked",),
+    type=click.Choice(management.RETRYABLE_STATES),
+    default=("exhausted",),
     show_default=True,
     help="State that --all matches; repeatable.",
 )
@@ -111,8 +122,10 @@ def retry(
     _check_subscription(slug, subscription_id)
     chosen = _chosen(ids, everything=everything)
 
-    allowed = management.RETRIED if chosen else states
-    moved = run(_move(management.retry, slug, management.Chosen(allowed, chosen, None, subscription_id)))
+    allowed = management.RETRYABLE_STATES if chosen else states
+    moved = run(
+        _move(management.retry_deliveries, slug, management.DeliverySelection(allowed, chosen, None, subscription_id))
+    )
     _report(moved, "retried", chosen, json_output=json_output)
 
 
@@ -138,7 +151,13 @@ def cancel(
     if everything and not yes:
         click.confirm("Cancel all matching deliveries?", abort=True, err=True)
 
-    moved = run(_move(management.drop, slug, management.Chosen(management.DROPPED, chosen, None, subscription_id)))
+    moved = run(
+        _move(
+            management.cancel_deliveries,
+            slug,
+            management.DeliverySelection(management.CANCELLABLE_STATES, chosen, None, subscription_id),
+        )
+    )
     _report(moved, "cancelled", chosen, json_output=json_output)
 
 
@@ -151,7 +170,7 @@ def _chosen(ids: Sequence[str], *, everything: bool) -> list[UUID] | None:
     """Return the intents of the message `ids`, or `None` for all that match."""
     if bool(ids) == everything:
         raise click.UsageError("name deliveries by their ids, or use --all")
-    found = [history.intent_id(each) for each in ids]
+    found = [history.parse_message_id(each) for each in ids]
     if bad := [each for each, intent in zip(ids, found, strict=True) if intent is None]:
         raise click.UsageError(f"{', '.join(bad)}: must be msg_ and 32 hex digits")
     return None if everything else [intent for intent in found if intent is not None]
@@ -167,7 +186,7 @@ def _report(moved: int, done: str, chosen: Sequence[UUID] | None, *, json_output
         raise SystemExit(1)
 
 
-async def _move(move: Callable[..., Awaitable[int]], slug: str | None, chosen: management.Chosen) -> int:
+async def _move(move: Callable[..., Awaitable[int]], slug: str | None, chosen: management.DeliverySelection) -> int:
     async with opened(settings()) as database:
         async with database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
             tenant_id = await optional_tenant_id(connection, slug)

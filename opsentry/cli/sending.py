@@ -21,7 +21,7 @@ def sending_group() -> None:
 @as_json
 def pause(slug: str | None, *, json_output: bool) -> None:
     """Stop sending for one tenant or for all. Attempts in flight end; readiness does not change."""
-    _switch(management.pause, slug, "paused", "was paused already", json_output=json_output)
+    _switch(management.pause_sending, slug, "paused", "was paused already", json_output=json_output)
 
 
 @sending_group.command(name="resume")
@@ -29,7 +29,7 @@ def pause(slug: str | None, *, json_output: bool) -> None:
 @as_json
 def resume(slug: str | None, *, json_output: bool) -> None:
     """Send pending deliveries again."""
-    _switch(management.resume, slug, "resumed", "was not paused", json_output=json_output)
+    _switch(management.resume_sending, slug, "resumed", "was not paused", json_output=json_output)
 
 
 def _switch(
@@ -43,7 +43,7 @@ def _switch(
     async def work(connection: Connection) -> tuple[bool, list[str]]:
         tenant_id = await optional_tenant_id(connection, slug)
         changed = await change(connection, management.ALL_TENANTS if tenant_id is None else tenant_id)
-        return changed, await management.paused(connection)
+        return changed, await management.paused_tenants(connection)
 
     changed, paused = run(transaction(work))
     if json_output:

@@ -10,8 +10,8 @@ from tests.conftest import META
 
 AT = datetime(2026, 6, 1, 2, tzinfo=UTC)
 SHOWN = {
-    "id", "type", "sequence", "kind", "subject_id", "state", "created_at", "next_attempt_at", "attempts", "settled_at",
-    "merged_into",
+    "id", "type", "position", "subject_kind", "subject_id", "state", "created_at", "next_attempt_at", "attempts",
+    "finalized_at", "coalesced_into",
 }  # fmt: skip
 NOT_FOUND = (404, b'{"error":"not found"}')
 
@@ -31,11 +31,12 @@ def put(app_connection, acme, number):
     """Puts a delivery of the subscription into the ledger; returns what it is called."""
 
     async def put(position, state="delivered", **more):
-        waits = state == "waiting"
+        waits = state == "pending"
         row = {
             "tenant_id": acme.id, "intent_id": uuid4(), "subscription_id": number, "stream_kind": "incident",
             "stream_id": 7, "position": position, "channel": "webhook", "topic": "incident.opened", "created_at": AT,
-            "state": state, "due_at": AT if waits else None, "settled_at": None if waits else AT + timedelta(seconds=9),
+            "state": state, "next_attempt_at": AT if waits else None,
+            "finalized_at": None if waits else AT + timedelta(seconds=9),
             **more,
         }  # fmt: skip
         places = ", ".join(f"${n}" for n in range(1, len(row) + 1))
@@ -62,7 +63,7 @@ async def endpoint(connection):
 
 async def test_a_delivery_tells_what_came_of_it(api, app_connection, acme, number, put):
     leader = uuid4()
-    called = await put(5, "delivered", leader=leader)
+    called = await put(5, "delivered", coalesced_into=leader)
     for n, answer, error in ((2, 204, None), (1, 500, "the endpoint answered 500")):
         await app_connection.execute(
             "INSERT INTO delivery_attempts VALUES ($1, $2, $3, $4, $5, $6, $7)",
@@ -73,8 +74,8 @@ async def test_a_delivery_tells_what_came_of_it(api, app_connection, acme, numbe
     assert found == {
         "id": called,
         "type": "incident.opened",
-        "sequence": 5,
-        "kind": "incident",
+        "position": 5,
+        "subject_kind": "incident",
         "subject_id": 7,
         "state": "delivered",
         "created_at": "2026-06-01T02:00:00Z",
@@ -82,15 +83,21 @@ async def test_a_delivery_tells_what_came_of_it(api, app_connection, acme, numbe
         "attempts": [
             {
                 "number": 1,
-                "at": "2026-06-01T02:00:01Z",
-                "milliseconds": 10,
-                "answer": 500,
+                "attempted_at": "2026-06-01T02:00:01Z",
+                "duration_ms": 10,
+                "response_status": 500,
                 "error": "the endpoint answered 500",
             },
-            {"number": 2, "at": "2026-06-01T02:00:02Z", "milliseconds": 20, "answer": 204, "error": None},
+            {
+                "number": 2,
+                "attempted_at": "2026-06-01T02:00:02Z",
+                "duration_ms": 20,
+                "response_status": 204,
+                "error": None,
+            },
         ],
-        "settled_at": "2026-06-01T02:00:09Z",
-        "merged_into": message(leader),
+        "finalized_at": "2026-06-01T02:00:09Z",
+        "coalesced_into": message(leader),
     }
     assert set(found) == SHOWN
     assert (await api.get(f"/subscriptions/{number}/deliveries"))[1]["deliveries"] == [found]
@@ -114,13 +121,13 @@ async def test_pages_go_from_the_newest_to_the_oldest(api, put, number):
 
 
 async def test_pages_are_filtered_by_state(api, put, number):
-    called = {state: await put(position, state) for position, state in enumerate(("waiting", "delivered", "parked"))}
+    called = {state: await put(position, state) for position, state in enumerate(("pending", "delivered", "exhausted"))}
     path = f"/subscriptions/{number}/deliveries"
     for state, one in called.items():
         _, page, _ = await api.get(f"{path}?state={state}")
         assert [item["id"] for item in page["deliveries"]] == [one]
-    assert (await api.get(f"{path}?state=dropped"))[1]["deliveries"] == []
-    assert (await api.get(f"{path}?state=sent"))[1]["error"].startswith("state: must be one of waiting, ")
+    assert (await api.get(f"{path}?state=cancelled"))[1]["deliveries"] == []
+    assert (await api.get(f"{path}?state=sent"))[1]["error"].startswith("state: must be one of pending, ")
 
 
 @pytest.mark.parametrize("before", ["", "x", "msg_", "msg_1", "5", f"msg_{1:032x}", f"MSG_{1:032X}", f"{1:032x}"])
@@ -143,8 +150,8 @@ async def test_missing_malformed_and_others_deliveries_are_the_same_404(api, oth
     _, second, _ = await api.post("/subscriptions", HOOK)
     await app_connection.execute(
         "INSERT INTO deliveries SELECT 999, intent_id, subscription_id, stream_kind, stream_id,"
-        " position, channel, topic,"
-        " created_at, state, due_at, until_position, leader, attempts, tried, answer, error, settled_at FROM deliveries"
+        " position, channel, topic, created_at, state, next_attempt_at, last_position, coalesced_into,"
+        " attempts_in_round, attempts_total, response_status, error, finalized_at FROM deliveries"
     )
     for method, more in (("GET", ""), ("POST", "/redeliver")):
         for bad in ("1", "x", called[4:], called.upper(), f"{called}0", called[:-1], f"msg_{1:032x}", "%00", "msg_%ff"):
@@ -154,40 +161,42 @@ async def test_missing_malformed_and_others_deliveries_are_the_same_404(api, oth
         assert await raw(api, method, f"/subscriptions/0/deliveries/{called}{more}") == NOT_FOUND
     (theirs,) = await app_connection.fetch("SELECT state FROM deliveries WHERE tenant_id = 999")
     assert theirs["state"] == "delivered"
-    assert (await endpoint(app_connection))["due_at"] is None
+    assert (await endpoint(app_connection))["available_at"] is None
 
 
 # ---------------------------------------------------------------------------------------------------- send again
 
 
-@pytest.mark.parametrize("state", ["delivered", "suppressed", "withheld", "parked", "dropped", "disabled"])
+@pytest.mark.parametrize("state", ["delivered", "suppressed", "withheld", "exhausted", "cancelled", "disabled"])
 async def test_what_came_to_its_end_is_sent_again(api, app_connection, put, number, state):
-    called = await put(5, state, attempts=4, tried=9, answer=500, error="the endpoint answered 500")
+    called = await put(
+        5, state, attempts_in_round=4, attempts_total=9, response_status=500, error="the endpoint answered 500"
+    )
     path = f"/subscriptions/{number}/deliveries/{called}"
     status, found, _ = await api.post(f"{path}/redeliver")
-    assert (status, found["state"], found["settled_at"]) == (202, "waiting", None)
+    assert (status, found["state"], found["finalized_at"]) == (202, "pending", None)
     assert datetime.fromisoformat(found["next_attempt_at"]) <= datetime.now(UTC)
     assert (await api.get(path))[1] == found
     row = await row_of(app_connection, called)
-    assert (row["attempts"], row["tried"], row["answer"], row["error"]) == (0, 9, None, None)
-    assert abs((await endpoint(app_connection))["due_at"] - row["due_at"]) < timedelta(seconds=1)
+    assert (row["attempts_in_round"], row["attempts_total"], row["response_status"], row["error"]) == (0, 9, None, None)
+    assert abs((await endpoint(app_connection))["available_at"] - row["next_attempt_at"]) < timedelta(seconds=1)
     assert (await api.post(f"{path}/redeliver"))[:2] == (202, found)
 
 
 async def test_one_that_waits_goes_on_waiting(api, app_connection, put, number):
-    called = await put(5, "waiting", attempts=3, due_at=datetime(2036, 1, 1, tzinfo=UTC))
+    called = await put(5, "pending", attempts_in_round=3, next_attempt_at=datetime(2036, 1, 1, tzinfo=UTC))
     status, found, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
     assert (status, found["next_attempt_at"]) == (202, "2036-01-01T00:00:00Z")
-    assert (await row_of(app_connection, called))["attempts"] == 3
-    assert (await endpoint(app_connection))["due_at"] is None
+    assert (await row_of(app_connection, called))["attempts_in_round"] == 3
+    assert (await endpoint(app_connection))["available_at"] is None
 
 
 async def test_one_that_was_told_by_another_is_not_sent_by_itself(api, app_connection, put, number):
     leader = uuid4()
-    called = await put(5, "merged", leader=leader)
+    called = await put(5, "coalesced", coalesced_into=leader)
     status, answer, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
     assert (status, answer) == (409, {"error": f"message {message(leader)} carried it: send that one again"})
-    assert (await row_of(app_connection, called))["state"] == "merged"
+    assert (await row_of(app_connection, called))["state"] == "coalesced"
 
 
 async def test_to_who_is_sent_nothing_nothing_is_sent_again(api, parts, acme, app_connection, put, number):
@@ -202,16 +211,16 @@ async def test_to_who_is_sent_nothing_nothing_is_sent_again(api, parts, acme, ap
 
 
 async def test_one_waits_behind_an_older_one_of_the_same_thing(api, put, number):
-    await put(4, "waiting")
-    await put(3, "waiting", stream_id=8)
-    behind, free = await put(5, "parked"), await put(2, "parked", stream_id=8)
+    await put(4, "pending")
+    await put(3, "pending", stream_id=8)
+    behind, free = await put(5, "exhausted"), await put(2, "exhausted", stream_id=8)
     path = f"/subscriptions/{number}/deliveries"
     assert (await api.post(f"{path}/{behind}/redeliver"))[1]["next_attempt_at"] is None
     assert (await api.post(f"{path}/{free}/redeliver"))[1]["next_attempt_at"] is not None
 
 
 @pytest.mark.parametrize(
-    ("due_at", "leased", "moves"),
+    ("available_at", "leased", "moves"),
     [
         (None, False, True),
         (datetime(2036, 1, 1, tzinfo=UTC), False, True),
@@ -219,19 +228,22 @@ async def test_one_waits_behind_an_older_one_of_the_same_thing(api, put, number)
         (datetime(2036, 1, 1, tzinfo=UTC), True, False),
     ],
 )
-async def test_whoever_sends_there_is_told_to_look(api, app_connection, acme, put, number, due_at, leased, moves):
+async def test_whoever_sends_there_is_told_to_look(api, app_connection, acme, put, number, available_at, leased, moves):
     called = await put(5)
     await app_connection.execute(
-        "UPDATE endpoints SET due_at = $3, lease = $4, failures = 3 WHERE tenant_id = $1 AND subscription_id = $2",
-        acme.id, number, due_at, uuid4() if leased else None,
+        "UPDATE endpoints SET available_at = $3, lease = $4, consecutive_failures = 3"
+        " WHERE tenant_id = $1 AND subscription_id = $2",
+        acme.id, number, available_at, uuid4() if leased else None,
     )  # fmt: skip
     await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
     found = await endpoint(app_connection)
     if moves:
-        assert abs(found["due_at"] - (await row_of(app_connection, called))["due_at"]) < timedelta(seconds=1)
+        assert abs(found["available_at"] - (await row_of(app_connection, called))["next_attempt_at"]) < timedelta(
+            seconds=1
+        )
     else:
-        assert found["due_at"] == due_at
-    assert found["failures"] == 3
+        assert found["available_at"] == available_at
+    assert found["consecutive_failures"] == 3
 
 
 @pytest.mark.parametrize(
@@ -246,11 +258,11 @@ async def test_another_target_is_tried_at_once_whatever_the_one_before_did(
     api, app_connection, acme, number, change, anew
 ):
     await app_connection.execute(
-        "INSERT INTO endpoints (tenant_id, subscription_id, channel, due_at, failures, failing_since)"
+        "INSERT INTO endpoints (tenant_id, subscription_id, channel, available_at, consecutive_failures, failing_since)"
         " VALUES ($1, $2, 'webhook', now() + interval '5 minutes', 12, now() - interval '2 days')",
         acme.id, number,
     )  # fmt: skip
     assert (await api.patch(f"/subscriptions/{number}", change))[0] == 200
     found = await endpoint(app_connection)
-    assert (found["failures"], found["failing_since"] is None) == ((0, True) if anew else (12, False))
-    assert (found["due_at"] <= datetime.now(UTC)) == anew
+    assert (found["consecutive_failures"], found["failing_since"] is None) == ((0, True) if anew else (12, False))
+    assert (found["available_at"] <= datetime.now(UTC)) == anew

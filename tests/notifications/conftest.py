@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from opsentry.bootstrap import LedgerSubscriptionDisabler
 from opsentry.infrastructure.encryption import SecretBox
 from opsentry.notifications.delivery.service import DeliveryService
 from opsentry.notifications.messages.builder import MessageBuilder
@@ -153,7 +154,12 @@ def sending(parts, channel):
         composer = MessageBuilder(AsOfQueries(parts.database, parts.projector), parts.database)
         known = {each.name: each for each in channels or [channel]}
         sender = DeliveryService(
-            parts.database, parts.commands, composer, known, SecretBox(()), **{"burst": 0.0, **options}
+            parts.database,
+            LedgerSubscriptionDisabler(parts.commands),
+            composer,
+            known,
+            SecretBox(()),
+            **{"coalesce_seconds": 0.0, **options},
         )
         sender.start()
         yield sender
@@ -172,8 +178,8 @@ def settled(desk):
     async def desk_is_quiet():
         await desk.parts.projector.catch_up(desk.tenant.id, 0)
         return not await desk.parts.database.fetch(
-            "SELECT tenant_id FROM outbox_fresh UNION ALL"
-            " SELECT tenant_id FROM endpoints WHERE due_at <= now() OR lease IS NOT NULL"
+            "SELECT tenant_id FROM outbox_backlog UNION ALL"
+            " SELECT tenant_id FROM endpoints WHERE available_at <= now() OR lease IS NOT NULL"
         )
 
     return wait

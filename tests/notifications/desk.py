@@ -6,14 +6,17 @@ from uuid import uuid4
 from opsentry.domain import incident, subscription
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.notifications.delivery import enqueue, leases
-from opsentry.notifications.delivery.leases import Due, LeasedEndpoint, Release, Result, Work
+from opsentry.notifications.delivery import enqueue, leases, results
+from opsentry.notifications.delivery.leases import DueDelivery, LeasedEndpoint
+from opsentry.notifications.delivery.results import DeliveryResult, EndpointResults, Release
+from opsentry.notifications.delivery.retry_policy import EndpointHealth
 from tests.conftest import META
 
 DELIVERIES = "SELECT * FROM deliveries WHERE tenant_id = $1 ORDER BY position, subscription_id"
-# An age makes that what is due after a burst is due now.
+# Ages deliveries, so that one that waits for further changes is due now.
 AGE = """
-UPDATE deliveries SET due_at = due_at - $1 * interval '1 second', created_at = created_at - $1 * interval '1 second'
+UPDATE deliveries SET next_attempt_at = next_attempt_at - $1 * interval '1 second',
+    created_at = created_at - $1 * interval '1 second'
 """
 
 
@@ -48,14 +51,14 @@ class Desk:
 
     async def claim(self, seconds=60.0, at_most=10, passing_over=(), *, each=10, **options):
         async with self.parts.database.transaction(10) as connection:
-            options = {"seconds": seconds, "at_most": at_most, "passing_over": passing_over, **options}
-            claimed = await leases.claim(connection, uuid4(), "webhook", **options)
-            due = await leases.take(connection, [(one, each) for one in claimed], self.burst)
+            options = {"lease_seconds": seconds, "limit": at_most, "skipped_tenants": passing_over, **options}
+            claimed = await leases.lease_endpoints(connection, uuid4(), "webhook", **options)
+            due = await leases.take_deliveries(connection, [(one, each) for one in claimed], self.burst)
         return claimed, due
 
-    async def record(self, *work: Work):
+    async def record(self, *work: EndpointResults):
         async with self.parts.database.transaction(10) as connection:
-            return await leases.record(connection, work, self.burst)
+            return await results.record_results(connection, work, self.burst)
 
     async def rows(self):
         return await self.parts.database.fetch(DELIVERIES, self.tenant.id)
@@ -64,6 +67,6 @@ class Desk:
         return [row["state"] for row in await self.rows()]
 
 
-def delivered(endpoint: LeasedEndpoint, *dues: Due, release=True) -> Work:
-    results = [Result(due, "delivered", None, 200, None, 3) for due in dues]
-    return Work(endpoint, results, Release(0, 2) if release else None)
+def delivered(endpoint: LeasedEndpoint, *due: DueDelivery, release=True) -> EndpointResults:
+    done = [DeliveryResult(each, "delivered", None, 200, None, 3) for each in due]
+    return EndpointResults(endpoint, done, Release(EndpointHealth(0, 2)) if release else None)

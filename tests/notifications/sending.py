@@ -58,10 +58,12 @@ class Scripted:
 async def hurry(owner, seconds):
     """Let time pass for what waits."""
     await owner.execute(
-        "UPDATE deliveries SET due_at = due_at - $1 * interval '1 second' WHERE due_at IS NOT NULL", seconds
+        "UPDATE deliveries SET next_attempt_at = next_attempt_at - $1 * interval '1 second'"
+        " WHERE next_attempt_at IS NOT NULL",
+        seconds,
     )
     await owner.execute(
-        "UPDATE endpoints SET due_at = due_at - $1 * interval '1 second',"
+        "UPDATE endpoints SET available_at = available_at - $1 * interval '1 second',"
         " failing_since = failing_since - $1 * interval '1 second'",
         seconds,
     )

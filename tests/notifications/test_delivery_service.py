@@ -35,11 +35,13 @@ async def test_a_failure_is_tried_again_after_the_steps_of_the_ladder_and_then_p
         for step in range(8):
             await settled()
             (row,) = await desk.rows()
-            assert (row["attempts"], row["error"], row["answer"]) == (step + 1, "answered 500", 500)
-            if row["state"] == "waiting":
-                waits.append(await owner.fetchval("SELECT extract(epoch FROM due_at - now())::float8 FROM deliveries"))
+            assert (row["attempts_in_round"], row["error"], row["response_status"]) == (step + 1, "answered 500", 500)
+            if row["state"] == "pending":
+                waits.append(
+                    await owner.fetchval("SELECT extract(epoch FROM next_attempt_at - now())::float8 FROM deliveries")
+                )
                 await hurry(owner, 50_000)
-    assert row["state"] == "parked"
+    assert row["state"] == "exhausted"
     for wait, ladder in zip(waits, (5, 300, 1800, 7200, 18000, 36000, 36000), strict=True):
         assert ladder * 0.8 - 5 <= wait <= ladder * 1.2
     assert len({message.id for message in channel.to("https://example.com/x")}) == 1
@@ -56,7 +58,7 @@ async def test_retry_after_is_honoured_and_the_endpoint_left_alone(desk, channel
     async with sending():
         await settled()
     assert len(channel.sent) == 1
-    wait = await owner.fetchval("SELECT extract(epoch FROM due_at - now())::float8 FROM endpoints")
+    wait = await owner.fetchval("SELECT extract(epoch FROM available_at - now())::float8 FROM endpoints")
     assert 990 < wait <= 1000
 
 
@@ -131,9 +133,9 @@ async def test_what_fails_for_a_reason_of_ours_says_nothing_of_the_endpoint(desk
             await settled()
             await hurry(owner, 100)
         await settled()
-        assert await owner.fetchval("SELECT failures FROM endpoints") == 0
+        assert await owner.fetchval("SELECT consecutive_failures FROM endpoints") == 0
         (row,) = await desk.rows()
-        assert (row["state"], row["attempts"], row["error"]) == ("waiting", 0, "the mail relay is down")
+        assert (row["state"], row["attempts_in_round"], row["error"]) == ("pending", 0, "the mail relay is down")
         # Attempts say what *they* did.
         assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 0
         channel.answers["https://example.com/x"] = OK
@@ -151,11 +153,11 @@ async def test_an_endpoint_is_trusted_with_more_as_it_answers_well_and_with_one_
     async with sending():
         await settled()
         assert channel.widest["https://example.com/x"] == 8
-        assert await owner.fetchval("SELECT width FROM endpoints") == 8
+        assert await owner.fetchval("SELECT concurrency FROM endpoints") == 8
         channel.answers["https://example.com/x"] = BROKEN
         await desk.open()
         await settled()
-    assert await owner.fetchval("SELECT width FROM endpoints") == 1
+    assert await owner.fetchval("SELECT concurrency FROM endpoints") == 1
 
 
 async def test_endpoints_that_hang_leave_room_for_the_others(desk, channel, sending, settled):
@@ -165,7 +167,7 @@ async def test_endpoints_that_hang_leave_room_for_the_others(desk, channel, send
         channel.answers[f"https://example.com/hangs/{number}"] = hanging
     for number in range(20):
         await desk.subscribe(target=f"https://example.com/well/{number}")
-    async with sending(sockets=100):
+    async with sending(max_concurrent_deliveries=100):
         await desk.open()
         await desk.parts.projector.catch_up(desk.tenant.id, 0)
         async with asyncio.timeout(20):
@@ -185,7 +187,7 @@ async def test_a_tenant_with_very_many_endpoints_leaves_room_for_another(desk, g
         await desk.subscribe(target=f"https://example.com/hangs/{number}")
         channel.answers[f"https://example.com/hangs/{number}"] = hanging
     await other.subscribe(target="https://example.com/other")
-    async with sending(sockets=32):
+    async with sending(max_concurrent_deliveries=32):
         await desk.open()
         await desk.parts.projector.catch_up(desk.tenant.id, 0)
         await until(lambda: asyncio.sleep(0, len(channel.sent) >= 8))
@@ -226,11 +228,12 @@ async def test_secrets_that_no_key_opens_hold_their_messages_back_and_nobody_els
     await desk.subscribe(target="https://example.com/open")
     for _ in range(20):
         await desk.open()
-    async with sending(sockets=4):
+    async with sending(max_concurrent_deliveries=4):
         await settled()
     assert len(channel.sent) == 20
     rows = await owner.fetch(
-        "SELECT DISTINCT state, attempts, error FROM deliveries WHERE state <> 'delivered' AND tried = 0"
+        "SELECT DISTINCT state, attempts_in_round, error FROM deliveries"
+        " WHERE state <> 'delivered' AND attempts_total = 0"
     )
-    assert {(row["state"], row["attempts"]) for row in rows} == {("waiting", 0)}
+    assert {(row["state"], row["attempts_in_round"]) for row in rows} == {("pending", 0)}
     assert any("OPSENTRY_ENCRYPTION_KEYS" in (row["error"] or "") for row in rows)

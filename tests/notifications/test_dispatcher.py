@@ -7,7 +7,7 @@ import pytest
 
 from opsentry.domain import subscription
 from opsentry.notifications.channel import Outcome
-from opsentry.notifications.delivery import dispatcher, enqueue, leases
+from opsentry.notifications.delivery import dispatcher, enqueue, recorder, results
 from opsentry.notifications.delivery.dispatcher import Dispatcher
 from tests.conftest import META
 from tests.notifications.desk import Desk
@@ -28,7 +28,7 @@ async def test_a_channel_that_hangs_holds_up_no_other(desk, channel, sending, se
         mail.answers[f"kim{number}@example.com"] = hanging
     for number in range(8):
         await desk.subscribe(target=f"https://example.com/{number}")
-    async with sending([mail, channel], sockets=8):
+    async with sending([mail, channel], max_concurrent_deliveries=8):
         await desk.open()
         await desk.parts.projector.catch_up(desk.tenant.id, 0)
         await until(lambda: has(len(mail.sent) == 3, len(channel.sent) == 8))
@@ -46,7 +46,7 @@ async def test_what_another_channel_is_to_send_is_left_alone(desk, channel, send
     async with sending():
         await desk.parts.projector.catch_up(desk.tenant.id, 0)
         await until(lambda: has(channel.sent))
-    assert sorted(await desk.states()) == ["delivered", "waiting"]
+    assert sorted(await desk.states()) == ["delivered", "pending"]
     assert await owner.fetchval("SELECT count(*) FROM endpoints WHERE lease IS NOT NULL") == 0
 
 
@@ -89,7 +89,7 @@ async def test_stopping_begins_nothing_more_and_records_what_came_though_somethi
     assert len(channel.sent) == 2
     rows = await desk.rows()
     assert sum(row["state"] == "delivered" for row in rows) == 1
-    assert {row["state"] for row in rows if row["subscription_id"] == hanging} == {"waiting"}
+    assert {row["state"] for row in rows if row["subscription_id"] == hanging} == {"pending"}
 
 
 async def test_what_cannot_be_recorded_holds_up_nothing_else(desk, channel, sending, owner):
@@ -97,7 +97,7 @@ async def test_what_cannot_be_recorded_holds_up_nothing_else(desk, channel, send
     await desk.subscribe()
     # Nothing that PostgreSQL takes for text.
     channel.answers["https://example.com/odd"] = Outcome("answered \0", 500)
-    async with sending(sockets=2):
+    async with sending(max_concurrent_deliveries=2):
         for _ in range(5):
             await desk.open()
         await desk.take_over()
@@ -106,9 +106,9 @@ async def test_what_cannot_be_recorded_holds_up_nothing_else(desk, channel, send
     # Sent again later, not again and again.
     sent = [message.id for message in channel.to("https://example.com/odd")]
     assert len(sent) == len(set(sent))
-    assert await owner.fetchval("SELECT max(due_at) > now() + interval '30 seconds' FROM endpoints")
+    assert await owner.fetchval("SELECT max(available_at) > now() + interval '30 seconds' FROM endpoints")
     odd = [row for row in await desk.rows() if row["state"] != "delivered"]
-    assert [(row["state"], row["tried"]) for row in odd] == [("waiting", 0)] * 5
+    assert [(row["state"], row["attempts_total"]) for row in odd] == [("pending", 0)] * 5
 
 
 async def test_disabling_waits_for_its_tenant_and_nobody_waits_for_that(desk, globex, channel, sending, owner):
@@ -118,7 +118,7 @@ async def test_disabling_waits_for_its_tenant_and_nobody_waits_for_that(desk, gl
     channel.answers[X] = BROKEN
     await desk.open()
     await desk.take_over()
-    await owner.execute("UPDATE endpoints SET failures = 12, failing_since = now() - interval '6 days'")
+    await owner.execute("UPDATE endpoints SET consecutive_failures = 12, failing_since = now() - interval '6 days'")
     async with sending():
         async with owner.transaction():
             await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", desk.tenant.id)
@@ -148,7 +148,7 @@ async def _ended(desk):
 
 
 async def test_a_loop_that_fails_begins_again(desk, channel, sending, settled, monkeypatch):
-    claim = Dispatcher._claim
+    claim = Dispatcher._lease
     failed: list[int] = []
 
     async def failing(self):
@@ -157,7 +157,7 @@ async def test_a_loop_that_fails_begins_again(desk, channel, sending, settled, m
             raise ZeroDivisionError
         return await claim(self)
 
-    monkeypatch.setattr(Dispatcher, "_claim", failing)
+    monkeypatch.setattr(Dispatcher, "_lease", failing)
     await desk.subscribe()
     await desk.open()
     async with sending():
@@ -206,7 +206,7 @@ async def test_a_channel_that_fails_by_a_defect_ends_nobodys_turn(desk, channel,
     async with sending():
         await settled()
         (row,) = await desk.rows()
-        assert (row["state"], row["attempts"], row["error"]) == ("waiting", 1, "could not be sent")
+        assert (row["state"], row["attempts_in_round"], row["error"]) == ("pending", 1, "the message could not be sent")
         channel.answers[X] = OK
         await hurry(owner, 400)
         await settled()
@@ -216,7 +216,7 @@ async def test_a_channel_that_fails_by_a_defect_ends_nobodys_turn(desk, channel,
 async def test_a_database_that_refuses_for_the_moment_makes_nothing_be_sent_again(
     desk, channel, sending, settled, monkeypatch
 ):
-    record = leases.record
+    record = results.record_results
     refused: list[int] = []
 
     async def refusing(*arguments):
@@ -225,10 +225,10 @@ async def test_a_database_that_refuses_for_the_moment_makes_nothing_be_sent_agai
             raise asyncpg.QueryCanceledError("canceling statement due to statement timeout")
         return await record(*arguments)
 
-    monkeypatch.setattr(leases, "record", refusing)
+    monkeypatch.setattr(results, "record_results", refusing)
     await desk.subscribe()
     await desk.open()
-    async with sending(lease=1000.0):
+    async with sending(lease_seconds=1000.0):
         await settled()
     assert (len(refused), len(channel.sent)) == (3, 1)
     assert await desk.states() == ["delivered"]
@@ -239,7 +239,7 @@ async def test_few_sockets_are_enough_for_who_answers_well(desk, globex, channel
     await desk.subscribe()
     for _ in range(3):
         await desk.open()
-    async with sending(sockets=4):
+    async with sending(max_concurrent_deliveries=4):
         await settled()  # it has shown that it answers well
         for each, target in ((desk, "https://example.com/hangs"), (other, "https://example.com/too")):
             await each.subscribe(target=target)
@@ -275,15 +275,15 @@ async def test_a_tenant_whose_intents_cannot_be_taken_over_holds_up_no_other(
 
 
 async def test_very_many_endpoints_that_are_off_are_ended_some_at_a_time(desk, sending, channel, owner, monkeypatch):
-    monkeypatch.setattr(dispatcher, "_RECORDED", 20)
-    monkeypatch.setattr(leases, "_ENDED_AT_ONCE", 40)
-    record, sizes = leases.record, []
+    monkeypatch.setattr(recorder, "MAX_BATCH", 20)
+    monkeypatch.setattr(results, "_DISABLE_BATCH", 40)
+    record, sizes = results.record_results, []
 
     async def noting(connection, work, burst):
         sizes.append(len(work))
         return await record(connection, work, burst)
 
-    monkeypatch.setattr(leases, "record", noting)
+    monkeypatch.setattr(results, "record_results", noting)
     numbers = [await desk.subscribe(target=f"https://example.com/{number}") for number in range(100)]
     for _ in range(5):
         await desk.open()

@@ -14,7 +14,7 @@ async def test_intents_are_taken_over_once_and_are_due(desk, owner):
     assert await desk.take_over() == 1
     assert await desk.take_over() == 0
     assert await desk.take_over([desk.tenant.id]) == 0
-    assert await owner.fetchval("SELECT count(*) FROM outbox_fresh") == 0
+    assert await owner.fetchval("SELECT count(*) FROM outbox_backlog") == 0
     (row,) = await desk.rows()
     intent = await owner.fetchrow("SELECT * FROM outbox_intents")
     assert (row["intent_id"], row["position"], row["topic"]) == (
@@ -23,15 +23,20 @@ async def test_intents_are_taken_over_once_and_are_due(desk, owner):
         "incident.opened",
     )
     head = await owner.fetchval("SELECT position FROM ledger_heads WHERE tenant_id = $1", desk.tenant.id)
-    assert await owner.fetchval("SELECT position FROM outbox_settled") == head
+    assert await owner.fetchval("SELECT position FROM outbox_cursors") == head
     (endpoint,), (due,) = await desk.claim()
-    assert (due.intent_id, due.sequence, due.attempts) == (intent["intent_id"], intent["position"], 0)
+    assert (due.intent_id, due.position, due.attempts_in_round) == (intent["intent_id"], intent["position"], 0)
     assert await desk.claim() == ([], [])
     await desk.record(delivered(endpoint, due))
     assert await desk.states() == ["delivered"]
     (attempt,) = await owner.fetch("SELECT * FROM delivery_attempts")
-    assert (attempt["number"], attempt["answer"], attempt["error"], attempt["milliseconds"]) == (1, 200, None, 3)
-    assert await owner.fetchval("SELECT due_at FROM endpoints") is None
+    assert (attempt["number"], attempt["response_status"], attempt["error"], attempt["duration_ms"]) == (
+        1,
+        200,
+        None,
+        3,
+    )
+    assert await owner.fetchval("SELECT available_at FROM endpoints") is None
 
 
 async def test_a_rebuild_and_a_new_rule_make_nothing_be_sent_again(desk, owner):
@@ -65,11 +70,11 @@ async def test_forgetting_what_ended_long_ago_makes_nothing_be_sent_again(desk, 
     (endpoint,), dues = await desk.claim()
     await desk.record(delivered(endpoint, *dues))
     await owner.execute(
-        "UPDATE deliveries SET settled_at = settled_at - interval '91 days' WHERE settled_at IS NOT NULL"
+        "UPDATE deliveries SET finalized_at = finalized_at - interval '91 days' WHERE finalized_at IS NOT NULL"
     )
     async with desk.parts.database.transaction(10) as connection:
         assert await enqueue.prune_deliveries(connection, 90, 100) == 1
-    assert await desk.states() == ["waiting"]
+    assert await desk.states() == ["pending"]
     assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 0
     rebuilder = Rebuilder(desk.parts.database, projections())
     await owner.execute("UPDATE checkpoints SET generation = -1")
@@ -77,7 +82,7 @@ async def test_forgetting_what_ended_long_ago_makes_nothing_be_sent_again(desk, 
     await desk.take_over()
     _, (due,) = await desk.claim()
     assert due.changes[0].type == "incident.updated"
-    assert await desk.states() == ["waiting"]
+    assert await desk.states() == ["pending"]
 
 
 async def test_a_tenant_with_very_many_is_taken_over_some_at_a_time(desk, owner):
@@ -86,9 +91,9 @@ async def test_a_tenant_with_very_many_is_taken_over_some_at_a_time(desk, owner)
     for _ in range(5):
         await desk.open()
     counts, reached = [], []
-    while await desk.take_over(at_most=4):
+    while await desk.take_over(limit=4):
         counts.append(len(await desk.rows()))
-        reached.append(await owner.fetchval("SELECT position FROM outbox_settled"))
+        reached.append(await owner.fetchval("SELECT position FROM outbox_cursors"))
     assert counts == [4, 8, 12, 15]
     # Up to where everybody is told: of one event at the end of the first part two of three were, then one was.
     opened = [
@@ -97,7 +102,7 @@ async def test_a_tenant_with_very_many_is_taken_over_some_at_a_time(desk, owner)
     ]
     head = await owner.fetchval("SELECT max(position) FROM events")
     assert reached == [opened[1] - 1, opened[2] - 1, opened[4] - 1, head]
-    assert await owner.fetchval("SELECT count(*) FROM outbox_fresh") == 0
+    assert await owner.fetchval("SELECT count(*) FROM outbox_backlog") == 0
     assert len({(row["position"], row["subscription_id"]) for row in await desk.rows()}) == 15
 
 
@@ -105,12 +110,12 @@ async def test_parts_of_an_event_that_were_taken_over_are_not_again_after_a_rebu
     for _ in range(3):
         await desk.subscribe()
     await desk.open()
-    assert await desk.take_over(at_most=2) == 2
+    assert await desk.take_over(limit=2) == 2
     await owner.execute("UPDATE checkpoints SET generation = -1")
     await Rebuilder(desk.parts.database, projections()).rebuild(desk.tenant.id)
-    assert await desk.take_over(at_most=2) == 1
-    assert await desk.take_over(at_most=2) == 0
-    assert await desk.states() == ["waiting"] * 3
+    assert await desk.take_over(limit=2) == 1
+    assert await desk.take_over(limit=2) == 0
+    assert await desk.states() == ["pending"] * 3
 
 
 async def test_what_another_message_tells_is_kept_as_long_as_that(desk, owner):
@@ -120,9 +125,9 @@ async def test_what_another_message_tells_is_kept_as_long_as_that(desk, owner):
     await desk.tell(one, PostUpdate(message="m"))
     await desk.take_over()
     await owner.execute(AGE, 100.0)
-    await owner.execute("UPDATE endpoints SET due_at = now()")
+    await owner.execute("UPDATE endpoints SET available_at = now()")
     (endpoint,), (due,) = await desk.claim()
-    await owner.execute("UPDATE deliveries SET settled_at = now() - interval '91 days' WHERE state = 'merged'")
+    await owner.execute("UPDATE deliveries SET finalized_at = now() - interval '91 days' WHERE state = 'coalesced'")
 
     async def prune():
         async with desk.parts.database.transaction(10) as connection:
@@ -130,7 +135,7 @@ async def test_what_another_message_tells_is_kept_as_long_as_that(desk, owner):
 
     assert await prune() == 0
     await desk.record(delivered(endpoint, due))
-    await owner.execute("UPDATE deliveries SET settled_at = now() - interval '91 days' WHERE state = 'delivered'")
+    await owner.execute("UPDATE deliveries SET finalized_at = now() - interval '91 days' WHERE state = 'delivered'")
     assert (await prune(), await prune()) == (1, 1)
     assert await desk.rows() == []
 

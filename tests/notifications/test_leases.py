@@ -5,8 +5,9 @@ from uuid import uuid4
 
 from opsentry.domain import subscription
 from opsentry.domain.incident import PostUpdate, ResolveIncident
-from opsentry.notifications.delivery import history, leases
-from opsentry.notifications.delivery.leases import RETRY_SECONDS, Release, Result, Work
+from opsentry.notifications.delivery import history, leases, results
+from opsentry.notifications.delivery.results import DeliveryResult, EndpointResults, Release
+from opsentry.notifications.delivery.retry_policy import RETRY_SECONDS, EndpointHealth
 from tests.conftest import META
 from tests.notifications.desk import AGE, Desk, delivered
 
@@ -21,7 +22,7 @@ async def test_only_the_oldest_of_a_lane_is_due_and_its_end_makes_the_next_due(d
     while (claimed := await desk.claim())[0]:
         endpoints, dues = claimed
         assert len({(due.subscription_id, due.stream_id) for due in dues}) == len(dues)
-        told += [(due.subscription_id, due.stream_id, due.sequence) for due in dues]
+        told += [(due.subscription_id, due.stream_id, due.position) for due in dues]
         await desk.record(
             *(delivered(e, *(d for d in dues if d.subscription_id == e.subscription_id)) for e in endpoints)
         )
@@ -41,10 +42,10 @@ async def test_one_that_waits_for_its_retry_holds_up_its_lane_only(desk):
     failed = next(due for due in dues if due.stream_id == one)
     fine = next(due for due in dues if due.stream_id == other)
     await desk.record(
-        Work(endpoint, [Result(failed, "waiting", 300.0, 500, "answered 500", 5)]),
+        EndpointResults(endpoint, [DeliveryResult(failed, "pending", 300.0, 500, "answered 500", 5)]),
         delivered(endpoint, fine),
     )
-    assert await desk.states() == ["waiting", "delivered", "waiting"]
+    assert await desk.states() == ["pending", "delivered", "pending"]
     assert await desk.claim() == ([], [])
     await desk.tell(other, ResolveIncident())
     await desk.take_over()
@@ -52,7 +53,9 @@ async def test_one_that_waits_for_its_retry_holds_up_its_lane_only(desk):
     assert due.stream_id == other
     await desk.record(delivered(endpoint, due))
     rows = await desk.rows()
-    assert [(row["attempts"], row["due_at"] is not None) for row in rows if row["stream_id"] == one] == [
+    assert [
+        (row["attempts_in_round"], row["next_attempt_at"] is not None) for row in rows if row["stream_id"] == one
+    ] == [
         (1, True),
         (0, False),
     ]
@@ -64,9 +67,13 @@ async def test_what_ends_in_failure_lets_the_next_one_go(desk):
     await desk.tell(one, ResolveIncident())
     await desk.take_over()
     (endpoint,), (due,) = await desk.claim()
-    await desk.record(Work(endpoint, [Result(due, "parked", None, 500, "answered 500", 5)], Release(1, 1)))
+    await desk.record(
+        EndpointResults(
+            endpoint, [DeliveryResult(due, "exhausted", None, 500, "answered 500", 5)], Release(EndpointHealth(1, 1))
+        )
+    )
     (endpoint,), (due,) = await desk.claim()
-    assert endpoint.failures == 1
+    assert endpoint.health.consecutive_failures == 1
     assert due.changes[0].type == "incident.resolved"
 
 
@@ -79,21 +86,21 @@ async def test_changes_within_the_burst_become_one_message_and_stay_it(parts, ac
     await desk.tell(one, PostUpdate(message="m"))
     await desk.take_over()
     await owner.execute(AGE, 31.0)
-    await owner.execute("UPDATE endpoints SET due_at = now() - interval '1 second'")
+    await owner.execute("UPDATE endpoints SET available_at = now() - interval '1 second'")
     _, (due,) = await desk.claim(seconds=0.0)
     assert [change.type for change in due.changes] == ["incident.opened", "incident.updated", "incident.updated"]
-    assert await desk.states() == ["waiting", "merged", "merged"]
+    assert await desk.states() == ["pending", "coalesced", "coalesced"]
     # A later one, even if it seems to fall within, is told by itself: the message must not become another one.
     await desk.tell(one, PostUpdate(message="late"))
     await desk.take_over()
     await owner.execute(
-        "UPDATE deliveries SET created_at = created_at - interval '30 seconds' WHERE settled_at IS NULL"
+        "UPDATE deliveries SET created_at = created_at - interval '30 seconds' WHERE finalized_at IS NULL"
     )
     (endpoint,), (again,) = await desk.claim()
     assert again.intent_id == due.intent_id
     assert [change.position for change in again.changes] == [change.position for change in due.changes]
     await desk.record(delivered(endpoint, again))
-    assert await desk.states() == ["delivered", "merged", "merged", "waiting"]
+    assert await desk.states() == ["delivered", "coalesced", "coalesced", "pending"]
 
 
 async def test_who_lost_the_lease_records_nothing(desk):
@@ -104,7 +111,7 @@ async def test_who_lost_the_lease_records_nothing(desk):
     (other,), (same,) = await desk.claim()
     assert same == due
     await desk.record(delivered(slow, due))
-    assert await desk.states() == ["waiting"]
+    assert await desk.states() == ["pending"]
     await desk.record(delivered(other, same))
     assert await desk.states() == ["delivered"]
 
@@ -114,11 +121,11 @@ async def test_an_attempt_is_recorded_once_though_it_is_said_twice(desk, owner):
     await desk.open()
     await desk.take_over()
     (endpoint,), (due,) = await desk.claim()
-    failed = Work(endpoint, [Result(due, "waiting", 5.0, 500, "answered 500", 3)])
+    failed = EndpointResults(endpoint, [DeliveryResult(due, "pending", 5.0, 500, "answered 500", 3)])
     await desk.record(failed)
     await desk.record(failed)
     (row,) = await desk.rows()
-    assert (row["attempts"], row["tried"]) == (1, 1)
+    assert (row["attempts_in_round"], row["attempts_total"]) == (1, 1)
     assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 1
 
 
@@ -139,7 +146,7 @@ async def test_tenants_with_their_share_and_unproven_endpoints_are_passed_over(d
         await each.subscribe()
         await each.open()
         await each.take_over()
-    assert await desk.claim(proven=True) == ([], [])
+    assert await desk.claim(proven_only=True) == ([], [])
     (endpoint,), _ = await desk.claim(passing_over=[desk.tenant.id])
     assert endpoint.tenant_id == globex.id
 
@@ -149,9 +156,9 @@ async def test_pausing_holds_back_one_tenant_or_all(desk, owner):
     await desk.open()
     await desk.take_over()
     for tenant_id in (desk.tenant.id, 0):
-        await owner.execute("INSERT INTO outbox_paused (tenant_id) VALUES ($1)", tenant_id)
+        await owner.execute("INSERT INTO sending_pauses (tenant_id) VALUES ($1)", tenant_id)
         assert await desk.claim() == ([], [])
-        await owner.execute("DELETE FROM outbox_paused")
+        await owner.execute("DELETE FROM sending_pauses")
     assert len((await desk.claim())[1]) == 1
 
 
@@ -161,24 +168,26 @@ async def test_an_endpoint_that_fails_for_days_is_told_apart_and_turning_it_off_
     await desk.tell(one, ResolveIncident())
     await desk.take_over()
     (endpoint,), (due,) = await desk.claim()
-    failed = Result(due, "waiting", RETRY_SECONDS[0], None, "no answer", 15_000)
-    assert await desk.record(Work(endpoint, [failed], Release(10, 1, hold=0.0))) == []
-    await owner.execute("UPDATE endpoints SET failing_since = failing_since - interval '6 days', due_at = now()")
-    await owner.execute("UPDATE deliveries SET due_at = now() WHERE due_at IS NOT NULL")
+    failed = DeliveryResult(due, "pending", RETRY_SECONDS[0], None, "no answer", 15_000)
+    assert await desk.record(EndpointResults(endpoint, [failed], Release(EndpointHealth(10, 1, 0.0)))) == []
+    await owner.execute("UPDATE endpoints SET failing_since = failing_since - interval '6 days', available_at = now()")
+    await owner.execute("UPDATE deliveries SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL")
     (endpoint,), (due,) = await desk.claim()
     # Not where nothing was tried, for a reason of ours.
-    assert await desk.record(Work(endpoint, [], Release(10, 1, hold=0.0))) == []
+    assert await desk.record(EndpointResults(endpoint, [], Release(EndpointHealth(10, 1, 0.0)))) == []
     (endpoint,), (due,) = await desk.claim()
-    failed = failed._replace(due=due)
-    hopeless = await desk.record(Work(endpoint, [failed], Release(11, 1, hold=300.0, failed=True)))
+    failed = failed._replace(delivery=due)
+    hopeless = await desk.record(
+        EndpointResults(endpoint, [failed], Release(EndpointHealth(11, 1, 300.0), has_failed=True))
+    )
     assert hopeless == [endpoint]
     async with desk.parts.database.transaction(10) as connection:
-        await leases.turn_off(connection, endpoint)
+        await results.disable_pending(connection, endpoint)
     assert await desk.states() == ["disabled", "disabled"]
-    assert dict(await owner.fetchrow("SELECT failures, failing_since, due_at FROM endpoints")) == {
-        "failures": 0,
+    assert dict(await owner.fetchrow("SELECT consecutive_failures, failing_since, available_at FROM endpoints")) == {
+        "consecutive_failures": 0,
         "failing_since": None,
-        "due_at": None,
+        "available_at": None,
     }
 
 
@@ -192,7 +201,7 @@ async def test_what_comes_while_another_ends_is_never_forgotten(desk, owner):
         await desk.tell(one, PostUpdate(message="m"))
         await desk.parts.projector.catch_up(desk.tenant.id, 0)
         await asyncio.gather(desk.take_over([desk.tenant.id]), desk.record(delivered(endpoint, due)))
-    assert (await desk.states()).count("waiting") == 1
+    assert (await desk.states()).count("pending") == 1
     assert len((await desk.claim())[1]) == 1
 
 
@@ -201,7 +210,7 @@ async def test_a_session_that_stands_still_with_the_locks_is_thrown_out(desk, ow
     await desk.open()
     await desk.take_over()
     async with desk.parts.database.connection(10) as connection, connection.transaction():
-        await leases.claim(connection, uuid4(), "webhook", seconds=60, at_most=1, passing_over=[], proven=False)
+        await leases.lease_endpoints(connection, uuid4(), "webhook", lease_seconds=60, limit=1)
         assert await connection.fetchval("SHOW idle_in_transaction_session_timeout") == "3s"
 
 
@@ -213,10 +222,10 @@ async def test_what_follows_on_what_is_turned_off_goes_on(desk, owner):
     (endpoint,), dues = await desk.claim()
     await desk.tell(one, ResolveIncident())
     await desk.take_over()
-    gone = Result(next(due for due in dues if due.stream_id != one), "disabled", None, 410, "answered 410", 3)
-    await desk.record(Work(endpoint, [gone], Release(1, 1, off=True)))
-    assert await desk.states() == ["disabled", "disabled", "waiting"]
-    assert (await desk.rows())[-1]["due_at"] is not None
+    gone = DeliveryResult(next(due for due in dues if due.stream_id != one), "disabled", None, 410, "answered 410", 3)
+    await desk.record(EndpointResults(endpoint, [gone], Release(EndpointHealth(1, 1), is_disabled=True)))
+    assert await desk.states() == ["disabled", "disabled", "pending"]
+    assert (await desk.rows())[-1]["next_attempt_at"] is not None
     assert len((await desk.claim())[1]) == 1
 
 
@@ -225,24 +234,24 @@ async def test_what_comes_while_an_endpoint_is_given_up_is_looked_at(desk, owner
     await desk.open()
     await desk.take_over()
     (endpoint,), _ = await desk.claim()
-    await desk.record(Work(endpoint, [], Release(11, 1, hold=300.0)))
+    await desk.record(EndpointResults(endpoint, [], Release(EndpointHealth(11, 1, 300.0))))
     await desk.open()
     await desk.take_over()
     async with desk.parts.database.transaction(10) as connection:
-        await leases.turn_off(connection, endpoint)
-    assert await desk.states() == ["disabled", "waiting"]
+        await results.disable_pending(connection, endpoint)
+    assert await desk.states() == ["disabled", "pending"]
     assert len((await desk.claim())[1]) == 1
 
 
 async def test_very_much_that_is_turned_off_ends_some_at_a_time(desk, monkeypatch):
-    monkeypatch.setattr(leases, "_ENDED_AT_ONCE", 2)
+    monkeypatch.setattr(results, "_DISABLE_BATCH", 2)
     await desk.subscribe()
     for _ in range(5):
         await desk.open()
     await desk.take_over()
     ended = []
     while (claimed := await desk.claim())[0]:
-        await desk.record(Work(claimed[0][0], [], Release(0, 1, off=True)))
+        await desk.record(EndpointResults(claimed[0][0], [], Release(EndpointHealth(0, 1), is_disabled=True)))
         ended.append((await desk.states()).count("disabled"))
     assert ended == [2, 4, 5]
 
@@ -253,12 +262,20 @@ async def test_what_came_back_goes_before_what_is_tried_again(desk, owner):
     await desk.tell(one, PostUpdate(message="m"))
     await desk.take_over()
     (endpoint,), (first,) = await desk.claim()
-    await desk.record(Work(endpoint, [Result(first, "parked", None, 500, "answered 500", 3)], Release(0, 1)))
+    await desk.record(
+        EndpointResults(
+            endpoint, [DeliveryResult(first, "exhausted", None, 500, "answered 500", 3)], Release(EndpointHealth(0, 1))
+        )
+    )
     (endpoint,), (second,) = await desk.claim()
     async with desk.parts.database.transaction(10) as connection:
         assert await history.redeliver(connection, desk.tenant.id, number, first.intent_id)
-    await desk.record(Work(endpoint, [Result(second, "waiting", 5.0, 500, "answered 500", 3)], Release(0, 1)))
-    assert [row["due_at"] is None for row in await desk.rows()] == [False, True]
+    await desk.record(
+        EndpointResults(
+            endpoint, [DeliveryResult(second, "pending", 5.0, 500, "answered 500", 3)], Release(EndpointHealth(0, 1))
+        )
+    )
+    assert [row["next_attempt_at"] is None for row in await desk.rows()] == [False, True]
     (endpoint,), (again,) = await desk.claim()
     assert again.intent_id == first.intent_id
     await desk.record(delivered(endpoint, again))
@@ -273,8 +290,8 @@ async def test_how_it_went_says_nothing_of_a_subscription_that_was_changed_meanw
     change = subscription.ChangeSubscription(target="https://example.com/mended")
     await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, change, META)
     await desk.parts.projector.catch_up(desk.tenant.id, 0)
-    failed = Result(due, "waiting", 0.0, None, "no answer", 15_000)
-    await desk.record(Work(endpoint, [failed], Release(10, 1, hold=300.0, failed=True)))
+    failed = DeliveryResult(due, "pending", 0.0, None, "no answer", 15_000)
+    await desk.record(EndpointResults(endpoint, [failed], Release(EndpointHealth(10, 1, 300.0), has_failed=True)))
     (endpoint,), _ = await desk.claim()
-    assert (endpoint.failures, endpoint.width) == (0, 1)
+    assert (endpoint.health.consecutive_failures, endpoint.health.concurrency) == (0, 1)
     assert await owner.fetchval("SELECT failing_since FROM endpoints") is None

@@ -11,8 +11,9 @@ from opsentry.domain import subscription
 from opsentry.domain.incident import ResolveIncident
 from opsentry.domain.subscription import ChangeSubscription
 from opsentry.notifications.delivery import management
-from opsentry.notifications.delivery.leases import Release, Result, Work
-from opsentry.notifications.delivery.management import Chosen
+from opsentry.notifications.delivery.management import DeliverySelection, SendingBacklog
+from opsentry.notifications.delivery.results import DeliveryResult, EndpointResults, Release
+from opsentry.notifications.delivery.retry_policy import EndpointHealth
 from opsentry.projections.engine import management as projecting
 from tests.conftest import META, expire_caches
 from tests.notifications.desk import delivered
@@ -22,13 +23,13 @@ from tests.system.processes import environment, opsentry
 MANY = """
 INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id, position, channel,
 topic, created_at,
-    due_at, attempts)
+    next_attempt_at, attempts_in_round)
 SELECT $1, gen_random_uuid(), 1, 'incident', n, 1, 'webhook', 'incident.opened', now(),
     now() + $3 * interval '1 second', $4
 FROM generate_series(1, $2::int) AS n
 """
 ENDPOINT = """
-INSERT INTO endpoints (tenant_id, subscription_id, channel, due_at)
+INSERT INTO endpoints (tenant_id, subscription_id, channel, available_at)
 VALUES ($1, 1, 'webhook', now() + $2 * interval '1 second')
 """
 
@@ -50,7 +51,7 @@ def ready(anonymous, monkeypatch):
 def backlog(parts):
     async def ask(at_most=10):
         async with parts.database.transaction(10) as connection:
-            return await management.backlog(connection, at_most)
+            return await management.measure_backlog(connection, at_most)
 
     return ask
 
@@ -66,52 +67,44 @@ async def parked(desk):
     await desk.tell(one, ResolveIncident())
     await desk.take_over()
     (endpoint,), (due,) = await desk.claim()
-    result = Result(due, "parked", None, 500, "answered 500", 5)
-    await desk.record(Work(endpoint, [result], Release(1, 1)))
+    result = DeliveryResult(due, "exhausted", None, 500, "answered 500", 5)
+    await desk.record(EndpointResults(endpoint, [result], Release(EndpointHealth(1, 1))))
     return [row["intent_id"] for row in await desk.rows()]
 
 
-async def test_the_backlog_counts_what_waits_and_what_was_not_seen(desk, globex, backlog, owner):
+async def test_the_backlog_counts_due_deliveries_and_unseen_events(desk, globex, backlog, owner):
     for tenant in (desk.tenant, globex):
         await desk.parts.projector.catch_up(tenant.id, 0)
-    assert dict(await backlog()) == {
-        "pending": 0,
-        "due": 0,
-        "pending_seconds": None,
-        "waiting": 0,
-        "parked_deliveries": 0,
-        "paused": False,
-        "unseen": 0,
-        "unseen_seconds": None,
-        "parked": 0,
-    }
+    assert await backlog() == SendingBacklog(
+        0, 0, None, 0, 0, is_paused=False, unseen_events=0, oldest_unseen_seconds=None, halted_tenants=0
+    )
     await desk.subscribe()
     await desk.parts.projector.catch_up(desk.tenant.id, 0)
     for _ in range(3):
         await desk.open()
     lagging = await backlog()
-    assert (lagging["pending"], lagging["unseen"]) == (0, 3)
-    assert lagging["unseen_seconds"] >= 0
+    assert (lagging.due, lagging.unseen_events) == (0, 3)
+    assert lagging.oldest_unseen_seconds >= 0
     await desk.parts.projector.catch_up(desk.tenant.id, 0)
-    untaken = await backlog()
-    assert (untaken["pending"], untaken["due"], untaken["unseen"]) == (3, 0, 0)
-    assert untaken["pending_seconds"] >= 0
-    assert (await backlog(2))["pending"] == 2
+    projected = await backlog()
+    assert (projected.due, projected.due_deliveries, projected.unseen_events) == (3, 0, 0)
+    assert projected.oldest_due_seconds >= 0
+    assert (await backlog(2)).due == 2
     await desk.take_over()
-    taken = await backlog()
-    assert (taken["pending"], taken["due"], taken["waiting"]) == (3, 3, 3)
-    assert (await backlog(2))["pending"] == 2
+    enqueued = await backlog()
+    assert (enqueued.due, enqueued.due_deliveries, enqueued.pending_deliveries) == (3, 3, 3)
+    assert (await backlog(2)).due == 2
     (endpoint,), dues = await desk.claim(seconds=60.0)
     leased = await backlog()
-    assert (leased["pending"], leased["waiting"]) == (0, 3)
-    await owner.execute("UPDATE endpoints SET due_at = now() - interval '1 second'")
-    assert (await backlog())["pending"] == 3, "whoever leased it died"
+    assert (leased.due, leased.pending_deliveries) == (0, 3)
+    await owner.execute("UPDATE endpoints SET available_at = now() - interval '1 second'")
+    assert (await backlog()).due == 3, "the sender died and its lease expired"
     await desk.record(delivered(endpoint, *dues))
-    assert (await backlog())["waiting"] == 0
+    assert (await backlog()).pending_deliveries == 0
     await plant(owner, globex.id, 1, 1, data="{")
     await desk.parts.projector.catch_up(globex.id, 0)
-    stopped = await backlog()
-    assert (stopped["unseen"], stopped["parked"]) == (1, 1)
+    halted = await backlog()
+    assert (halted.unseen_events, halted.halted_tenants) == (1, 1)
 
 
 async def test_a_dead_worker_does_not_look_healthy(desk, ready, owner):
@@ -140,11 +133,11 @@ async def test_one_that_is_due_for_five_minutes_is_too_old(desk, ready, owner):
     await desk.subscribe()
     await desk.open()
     await desk.take_over()
-    for table in ("endpoints", "deliveries"):
-        await owner.execute(f"UPDATE {table} SET due_at = now() - interval '299 seconds'")
+    for table, column in (("endpoints", "available_at"), ("deliveries", "next_attempt_at")):
+        await owner.execute(f"UPDATE {table} SET {column} = now() - interval '299 seconds'")
     assert (await ready())[0] == 200
-    for table in ("endpoints", "deliveries"):
-        await owner.execute(f"UPDATE {table} SET due_at = now() - interval '301 seconds'")
+    for table, column in (("endpoints", "available_at"), ("deliveries", "next_attempt_at")):
+        await owner.execute(f"UPDATE {table} SET {column} = now() - interval '301 seconds'")
     status, outbox = await ready()
     assert status == 503
     assert outbox["oldest_pending_seconds"] > 300
@@ -172,40 +165,51 @@ async def test_what_waits_for_its_hour_is_shown_and_drains_nothing(desk, ready, 
     await owner.execute(MANY, desk.tenant.id, 5000, 3600, 3)
     await owner.execute(ENDPOINT, desk.tenant.id, 3600)
     status, outbox = await ready()
-    assert (status, outbox["waiting"], outbox["pending"]) == (200, 5000, 0)
+    assert (status, outbox["scheduled"], outbox["pending"]) == (200, 5000, 0)
     # Due, but at an endpoint that is probed later.
-    await owner.execute("UPDATE deliveries SET due_at = now() - interval '1 hour'")
+    await owner.execute("UPDATE deliveries SET next_attempt_at = now() - interval '1 hour'")
     status, outbox = await ready()
-    assert (status, outbox["waiting"], outbox["pending"]) == (200, 5000, 0)
-    await owner.execute("UPDATE endpoints SET due_at = now()")
+    assert (status, outbox["scheduled"], outbox["pending"]) == (200, 5000, 0)
+    await owner.execute("UPDATE endpoints SET available_at = now()")
     status, outbox = await ready()
     assert (status, outbox["pending"]) == (503, 1001)
     async with desk.parts.database.transaction(10) as connection:
-        await management.pause(connection, management.ALL_TENANTS)
+        await management.pause_sending(connection, management.ALL_TENANTS)
     status, outbox = await ready()
-    assert (status, outbox["pending"], outbox["paused"], outbox["waiting"]) == (200, 0, True, 5000)
+    assert (status, outbox["pending"], outbox["paused"], outbox["scheduled"]) == (200, 0, True, 5000)
 
 
 async def test_retrying_begins_anew_and_dropping_lets_the_next_go(desk, parts, owner):
     first, second = await parked(desk)
     (endpoint,), dues = await desk.claim()
     await desk.record(
-        Work(endpoint, [Result(dues[0], "waiting", 7200.0, 500, "answered 500", 5)], Release(10, 1, hold=300))
+        EndpointResults(
+            endpoint,
+            [DeliveryResult(dues[0], "pending", 7200.0, 500, "answered 500", 5)],
+            Release(EndpointHealth(10, 1, 300)),
+        )
     )
-    assert await move(parts, management.retry, Chosen(("parked",), tenant_id=desk.tenant.id)) == 1
+    assert (
+        await move(parts, management.retry_deliveries, DeliverySelection(("exhausted",), tenant_id=desk.tenant.id)) == 1
+    )
     _, (again,) = await desk.claim(seconds=0.0)
-    assert (again.intent_id, again.attempts) == (first, 0)
-    assert await move(parts, management.drop, Chosen(management.DROPPED, [first])) == 1
-    assert await move(parts, management.drop, Chosen(management.DROPPED, [UUID(int=7)])) == 0
-    assert await move(parts, management.retry, Chosen(management.RETRIED, [second])) == 1
-    assert await desk.states() == ["dropped", "waiting"]
+    assert (again.intent_id, again.attempts_in_round) == (first, 0)
+    assert (
+        await move(parts, management.cancel_deliveries, DeliverySelection(management.CANCELLABLE_STATES, [first])) == 1
+    )
+    assert (
+        await move(parts, management.cancel_deliveries, DeliverySelection(management.CANCELLABLE_STATES, [UUID(int=7)]))
+        == 0
+    )
+    assert await move(parts, management.retry_deliveries, DeliverySelection(management.RETRYABLE_STATES, [second])) == 1
+    assert await desk.states() == ["cancelled", "pending"]
     _, (other,) = await desk.claim()
     assert other.intent_id == second
 
 
 async def test_what_is_retried_goes_before_what_is_younger_of_the_same_thing(desk, parts):
     first, second = await parked(desk)
-    assert await move(parts, management.retry, Chosen(("parked",))) == 1
+    assert await move(parts, management.retry_deliveries, DeliverySelection(("exhausted",))) == 1
     _, dues = await desk.claim(seconds=0.0)
     assert [due.intent_id for due in dues] == [first]
     assert second not in {due.intent_id for due in dues}
@@ -216,18 +220,18 @@ async def test_what_is_retried_at_an_endpoint_that_is_only_probed_follows_if_the
     for _ in range(3):
         await desk.open()
     await desk.take_over()
-    await owner.execute("UPDATE endpoints SET failures = 12, due_at = now() + interval '5 minutes'")
+    await owner.execute("UPDATE endpoints SET consecutive_failures = 12, available_at = now() + interval '5 minutes'")
     assert await desk.claim() == ([], [])
-    assert await move(parts, management.retry, Chosen(("waiting",))) == 3
+    assert await move(parts, management.retry_deliveries, DeliverySelection(("pending",))) == 3
     (endpoint,), dues = await desk.claim()
-    assert (endpoint.failures, len(dues)) == (9, 3)
+    assert (endpoint.health.consecutive_failures, len(dues)) == (9, 3)
 
 
 async def test_what_ended_with_its_subscription_is_retried_once_that_is_on_again(desk, parts, owner):
     number = await desk.subscribe()
     await desk.open()
     await desk.take_over()
-    await owner.execute("UPDATE deliveries SET state = 'disabled', settled_at = now(), due_at = NULL")
+    await owner.execute("UPDATE deliveries SET state = 'disabled', finalized_at = now(), next_attempt_at = NULL")
 
     async def switch(*, enabled):
         command = ChangeSubscription(enabled=enabled)
@@ -235,17 +239,17 @@ async def test_what_ended_with_its_subscription_is_retried_once_that_is_on_again
         await parts.projector.catch_up(desk.tenant.id, done.position)
 
     await switch(enabled=False)
-    assert await move(parts, management.retry, Chosen(management.RETRIED)) == 0
+    assert await move(parts, management.retry_deliveries, DeliverySelection(management.RETRYABLE_STATES)) == 0
     await switch(enabled=True)
-    assert await move(parts, management.retry, Chosen(management.RETRIED)) == 1
+    assert await move(parts, management.retry_deliveries, DeliverySelection(management.RETRYABLE_STATES)) == 1
 
 
 async def test_very_many_are_moved_some_at_a_time(desk, parts, owner, monkeypatch):
-    monkeypatch.setattr(management, "_AT_ONCE", 7)
+    monkeypatch.setattr(management, "_MOVE_BATCH", 7)
     await owner.execute(MANY, desk.tenant.id, 50, 3600, 3)
-    assert await move(parts, management.retry, Chosen(("waiting",))) == 50
-    assert await move(parts, management.drop, Chosen(management.DROPPED)) == 50
-    assert set(await desk.states()) == {"dropped"}
+    assert await move(parts, management.retry_deliveries, DeliverySelection(("pending",))) == 50
+    assert await move(parts, management.cancel_deliveries, DeliverySelection(management.CANCELLABLE_STATES)) == 50
+    assert set(await desk.states()) == {"cancelled"}
 
 
 async def test_one_in_flight_that_is_dropped_stays_dropped(desk, parts):
@@ -253,9 +257,16 @@ async def test_one_in_flight_that_is_dropped_stays_dropped(desk, parts):
     await desk.open()
     await desk.take_over()
     (endpoint,), (due,) = await desk.claim()
-    assert await move(parts, management.drop, Chosen(management.DROPPED, tenant_id=desk.tenant.id)) == 1
+    assert (
+        await move(
+            parts,
+            management.cancel_deliveries,
+            DeliverySelection(management.CANCELLABLE_STATES, tenant_id=desk.tenant.id),
+        )
+        == 1
+    )
     await desk.record(delivered(endpoint, due))
-    assert await desk.states() == ["dropped"]
+    assert await desk.states() == ["cancelled"]
     assert await desk.claim() == ([], [])
 
 
@@ -268,14 +279,14 @@ async def test_the_command_line(desk, settings):
     first, second = await parked(desk)
     names = [f"msg_{first.hex}", f"msg_{second.hex}"]
     (row,) = json.loads((await run("deliveries", "status", "--json")).out)
-    assert (row["slug"], row["due"], row["parked"], row["paused"], row["failing"]) == ("acme", 1, 1, False, 1)
+    assert (row["slug"], row["due"], row["exhausted"], row["paused"], row["failing"]) == ("acme", 1, 1, False, 1)
     rows = json.loads((await run("deliveries", "list", "--tenant", "acme", "--json")).out)
     assert [(row["id"], row["state"], row["error"]) for row in rows] == [
-        (names[1], "waiting", None),
-        (names[0], "parked", "answered 500"),
+        (names[1], "pending", None),
+        (names[0], "exhausted", "answered 500"),
     ]
     assert [
-        row["id"] for row in json.loads((await run("deliveries", "list", "--state", "parked", "--json")).out)
+        row["id"] for row in json.loads((await run("deliveries", "list", "--state", "exhausted", "--json")).out)
     ] == names[:1]
     assert "acme" in (await run("deliveries", "status")).out
     assert (await run("deliveries", "retry", names[0])).out == "retried 1 delivery\n"
@@ -283,7 +294,7 @@ async def test_the_command_line(desk, settings):
     assert (ran.code, ran.out) == (1, "cancelled 1 delivery\n")
     ran = await run("deliveries", "cancel", "--all", "--tenant", "acme", "--yes", "--json")
     assert (ran.code, json.loads(ran.out)) == (0, {"cancelled": 1})
-    assert await desk.states() == ["dropped", "dropped"]
+    assert await desk.states() == ["cancelled", "cancelled"]
     for arguments in (
         ("retry",),
         ("retry", "x"),

@@ -7,7 +7,7 @@ from opsentry.domain import incident
 from opsentry.domain.incident import OpenIncident, PostUpdate, RedactIncident
 from opsentry.domain.redaction import HistoryEntry, plan
 from opsentry.infrastructure.postgres import DatabaseUnavailable
-from opsentry.notifications.delivery.management import backlog
+from opsentry.notifications.delivery.management import measure_backlog
 from opsentry.projections.engine import management
 from opsentry.projections.engine.projector import Projector
 from opsentry.projections.engine.rebuild import Rebuilder
@@ -91,10 +91,10 @@ async def test_a_pass_that_began_before_a_resume_hides_nothing_from_it(parts, ac
     await parts.projector.catch_up(acme.id, 0)
     monkeypatch.undo()
     assert await parts.projector.behind() == [acme.id]
-    assert (await backlog(app_connection, 10))["unseen"] == 1
+    assert (await measure_backlog(app_connection, 10)).unseen_events == 1
     await parts.projector.catch_up(acme.id, 0)
     assert await parts.projector.behind() == []
-    assert (await backlog(app_connection, 10))["unseen"] == 0
+    assert (await measure_backlog(app_connection, 10)).unseen_events == 0
 
 
 async def test_a_paused_outbox_is_in_the_backlog(parts, acme, app_connection):
@@ -103,7 +103,7 @@ async def test_a_paused_outbox_is_in_the_backlog(parts, acme, app_connection):
     await management.pause(app_connection, ["outbox"])
     await shown(parts, acme)
     assert await parts.projector.behind() == []
-    assert (await backlog(app_connection, 10))["unseen"] == 1
+    assert (await measure_backlog(app_connection, 10)).unseen_events == 1
 
 
 async def test_code_that_lacks_a_projection_does_not_hide_that_it_lags(parts, acme):

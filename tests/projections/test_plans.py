@@ -88,8 +88,8 @@ async def test_subscriptions_are_found_by_id_and_by_target(app_connection, owner
 async def test_a_page_of_deliveries_reads_the_rows_it_shows(app_connection, owner, how):
     await owner.execute(
         "INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id,"
-        " position, channel, topic,"
-        " created_at, state, settled_at) SELECT 1, gen_random_uuid(), n % 20, 'incident', n, n, 'webhook', 't', now(),"
+        " position, channel, topic, created_at, state, finalized_at)"
+        " SELECT 1, gen_random_uuid(), n % 20, 'incident', n, n, 'webhook', 't', now(),"
         " 'delivered', now() FROM generate_series(1, $1) AS n",
         5 * COUNT,
     )

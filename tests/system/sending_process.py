@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 from opsentry import bootstrap
-from opsentry.notifications.delivery import leases
+from opsentry.notifications.delivery import leases, results
 from opsentry.notifications.delivery.endpoint_worker import EndpointWorker
 from opsentry.notifications.messages.builder import MessageBuilder
 from opsentry.settings import Settings
@@ -21,12 +21,12 @@ from opsentry.settings import Settings
 # What is called there, and whether it dies before or after that was done. What is taken and recorded is not committed
 # yet when the call ends.
 POINTS: dict[str, tuple[Any, str, bool]] = {
-    "taking": (leases, "take", True),
+    "taking": (leases, "take_deliveries", True),
     "reserved": (EndpointWorker, "serve", False),
     "composed": (MessageBuilder, "build_subject", True),
-    "sending": (EndpointWorker, "send", False),
-    "sent": (EndpointWorker, "send", True),
-    "recording": (leases, "record", True),
+    "sending": (EndpointWorker, "attempt", False),
+    "sent": (EndpointWorker, "attempt", True),
+    "recording": (results, "record_results", True),
 }
 
 
@@ -43,7 +43,7 @@ def plant(point: str, nth: int) -> None:
             passed += 1
             die(passed)
         done = await do(*arguments, **options)
-        if after and (name == "record" or done):
+        if after and (name == "record_results" or done):
             passed += 1
             die(passed)
         return done

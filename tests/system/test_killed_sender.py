@@ -33,14 +33,14 @@ SOCKETS = 12
 # What was claimed by the last sender and has not come to an end: it may be under way.
 UNDER_WAY = """
 SELECT d.intent_id FROM deliveries d JOIN endpoints e USING (tenant_id, subscription_id)
-WHERE d.state = 'waiting' AND d.until_position IS NOT NULL AND e.lease IS NOT NULL AND e.lease <> ALL($1)
+WHERE d.state = 'pending' AND d.last_position IS NOT NULL AND e.lease IS NOT NULL AND e.lease <> ALL($1)
 """
 LEASES = "SELECT coalesce(array_agg(lease), '{}') FROM endpoints WHERE lease IS NOT NULL"
 SESSIONS = """
 SELECT count(*) = 0 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sender'
 """
-WAITING = "SELECT count(*) FROM deliveries WHERE state = 'waiting'"
-FRESH = "SELECT count(*) FROM outbox_fresh"
+WAITING = "SELECT count(*) FROM deliveries WHERE state = 'pending'"
+FRESH = "SELECT count(*) FROM outbox_backlog"
 
 
 @asynccontextmanager

@@ -31,9 +31,9 @@ async def test_old_final_deliveries_are_deleted_and_pending_ones_stay(parts, acm
     (endpoint,), dues = await desk.claim()
     await desk.record(delivered(endpoint, *dues[:8]))
     await owner.execute(
-        "UPDATE deliveries SET settled_at = settled_at - interval '31 days' WHERE intent_id = ANY($1)",
+        "UPDATE deliveries SET finalized_at = finalized_at - interval '31 days' WHERE intent_id = ANY($1)",
         [due.intent_id for due in dues[:7]],
     )
     await DeliveryRetention(parts.database, retention_days=30).delete_old_deliveries()
-    assert sorted(await desk.states()) == ["delivered", "waiting"]
+    assert sorted(await desk.states()) == ["delivered", "pending"]
     assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 1

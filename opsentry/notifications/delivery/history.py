@@ -1,4 +1,4 @@
-"""The ledger of deliveries as the API reads it, and the one thing that is asked for there: to send again."""
+"""Read a subscription's deliveries, as the API shows them, and send one again."""
 
 import re
 from collections.abc import Sequence
@@ -9,79 +9,102 @@ import asyncpg
 import msgspec
 
 from opsentry.infrastructure.postgres import Connection
-from opsentry.notifications.delivery import ordering
+from opsentry.notifications.delivery.ordering import configure_transaction, lock_endpoints, reschedule_now
 
-STATES = ("waiting", "delivered", "merged", "suppressed", "withheld", "parked", "dropped", "disabled")
+STATES = ("pending", "delivered", "coalesced", "suppressed", "withheld", "exhausted", "cancelled", "disabled")
 
-# What is told of one, its attempts in order.
-_SHOWN = """
-intent_id, topic, position, stream_kind, stream_id, state, created_at, due_at, settled_at, leader, ARRAY(
-    SELECT (number, at, milliseconds, answer, error) FROM delivery_attempts a
+# The columns of a `Delivery`, with its attempts in order.
+_COLUMNS = """
+intent_id, topic, position, stream_kind, stream_id, state, created_at, next_attempt_at, finalized_at, coalesced_into,
+ARRAY(
+    SELECT (number, attempted_at, duration_ms, response_status, error) FROM delivery_attempts a
     WHERE a.tenant_id = d.tenant_id AND a.intent_id = d.intent_id ORDER BY number) AS attempts
 """
 
-# A page of a subscription's, the newest first: those of the event $4 behind $5, and of events before. $3 state: NULL
-# for any.
+# A page of a subscription's deliveries, newest first, that begins behind position $4 and intent $5. $3 is a state, or
+# NULL for any.
 _PAGE = f"""
-SELECT {_SHOWN} FROM deliveries d
+SELECT {_COLUMNS} FROM deliveries d
 WHERE tenant_id = $1 AND subscription_id = $2 AND ($3::text IS NULL OR state = $3)
     AND position <= $4 AND (position < $4 OR intent_id > $5)
 ORDER BY position DESC, intent_id LIMIT $6
 """
 
-_ONE = f"SELECT {_SHOWN} FROM deliveries d WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3"
+_ONE = f"SELECT {_COLUMNS} FROM deliveries d WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3"
 
-# Back to waiting, for another round of attempts.
 _REDELIVER = """
-UPDATE deliveries SET state = 'waiting', attempts = 0, answer = NULL, error = NULL, settled_at = NULL
-WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3 AND state NOT IN ('waiting', 'merged')
+UPDATE deliveries
+SET state = 'pending', attempts_in_round = 0, response_status = NULL, error = NULL, finalized_at = NULL
+WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3 AND state NOT IN ('pending', 'coalesced')
 RETURNING stream_kind, stream_id
 """
 
-_ANEW = """
-UPDATE endpoints SET failures = 0, failing_since = NULL, width = 1, held_until = NULL,
-    due_at = least(due_at, statement_timestamp())
-WHERE tenant_id = $1 AND subscription_id = $2 AND (lease IS NULL OR due_at < statement_timestamp())
+_RESET_ENDPOINT = """
+UPDATE endpoints SET consecutive_failures = 0, failing_since = NULL, concurrency = 1, backoff_until = NULL,
+    available_at = least(available_at, statement_timestamp())
+WHERE tenant_id = $1 AND subscription_id = $2 AND (lease IS NULL OR available_at < statement_timestamp())
 """
 
-_LAST = 2**63 - 1
-_NOBODY = UUID(int=0)
+_MAX_POSITION = 2**63 - 1
+_LOWEST_INTENT_ID = UUID(int=0)
 
 
 class Attempt(msgspec.Struct):
-    """One time that it was sent. `answer` is a status of HTTP or SMTP, `error` is null where it was taken."""
+    """One attempt to send a delivery.
+
+    Attributes:
+        number: 1, 2, 3 … in all rounds.
+        attempted_at: The start of the attempt.
+        duration_ms: Its duration in milliseconds.
+        response_status: The HTTP or SMTP status of the response; `None` if there was none.
+        error: The reason of a failure; `None` for a success.
+    """
 
     number: int
-    at: datetime
-    milliseconds: int
-    answer: int | None
+    attempted_at: datetime
+    duration_ms: int
+    response_status: int | None
     error: str | None
 
 
 class Delivery(msgspec.Struct, kw_only=True):
-    """A delivery. `sequence` is the event told of, `merged_into` the message that told it where another one did."""
+    """A delivery as the API shows it.
+
+    Attributes:
+        id: `msg_` and 32 hex digits.
+        type: The type of the event.
+        position: The position of the event in the tenant's ledger.
+        subject_kind: `incident`, `maintenance` or `subscription`.
+        subject_id: The subject's id.
+        state: One of `STATES`.
+        created_at: The time at which the event was recorded.
+        next_attempt_at: The time of the next attempt; `None` in a final state, or behind an older delivery.
+        attempts: All attempts, oldest first.
+        finalized_at: The time at which it reached its final state.
+        coalesced_into: The id of the delivery that reported the event, if another one did.
+    """
 
     id: str
     type: str
-    sequence: int
-    kind: str
+    position: int
+    subject_kind: str
     subject_id: int
     state: str
     created_at: datetime
     next_attempt_at: datetime | None
     attempts: Sequence[Attempt]
-    settled_at: datetime | None
-    merged_into: str | None
+    finalized_at: datetime | None
+    coalesced_into: str | None
 
 
 def message_id(intent_id: UUID) -> str:
-    """Return what an intent is called outside: `msg_` and its 32 hex digits."""
+    """Return the public id of an intent's message: `msg_` and 32 hex digits."""
     return f"msg_{intent_id.hex}"
 
 
-def intent_id(message: str) -> UUID | None:
-    """Return the intent that is called `message` outside, `None` if nothing can be called so."""
-    return UUID(message[4:]) if re.fullmatch(r"msg_[0-9a-f]{32}", message) else None
+def parse_message_id(message_id: str) -> UUID | None:
+    """Return the intent of a public message id; `None` if the id is malformed."""
+    return UUID(message_id[4:]) if re.fullmatch(r"msg_[0-9a-f]{32}", message_id) else None
 
 
 async def list_deliveries(
@@ -93,70 +116,76 @@ async def list_deliveries(
     before: UUID | None,
     limit: int,
 ) -> tuple[Sequence[Delivery], str | None] | None:
-    """Return a subscription's deliveries, the newest first, and the id behind which there are more, if there are.
+    """Return a page of a subscription's deliveries, newest first, and the id to continue behind, if there are more.
 
     Args:
-        connection: To read with.
+        connection: The connection to read with.
         tenant_id: The tenant.
-        subscription_id: The subscription.
-        state: Only those in one of `STATES`.
-        before: Only those behind this one; the answer is `None` if the subscription has none such.
-        limit: So many at most.
+        subscription_id: The subscription, unique within the tenant.
+        state: One of `STATES`; `None` for any.
+        before: The intent of the delivery that the page follows.
+        limit: The limit of deliveries.
+
+    Returns:
+        `None` if the subscription has no delivery `before`.
     """
-    position = _LAST, _NOBODY
+    start = _MAX_POSITION, _LOWEST_INTENT_ID
     if before is not None:
         row = await connection.fetchrow(_ONE, tenant_id, subscription_id, before)
         if row is None:
             return None
-        position = row["position"], row["intent_id"]
-    rows = await connection.fetch(_PAGE, tenant_id, subscription_id, state, *position, limit + 1)
-    found = [_delivery(row) for row in rows[:limit]]
-    return found, found[-1].id if len(rows) > limit else None
+        start = row["position"], row["intent_id"]
+    rows = await connection.fetch(_PAGE, tenant_id, subscription_id, state, *start, limit + 1)
+    deliveries = [_to_delivery(row) for row in rows[:limit]]
+    return deliveries, deliveries[-1].id if len(rows) > limit else None
 
 
 async def get_delivery(
     connection: Connection, tenant_id: int, subscription_id: int, intent_id: UUID
 ) -> Delivery | None:
-    """Return a delivery, `None` if the subscription has none such."""
+    """Return a delivery; `None` if the subscription has none with this intent."""
     row: asyncpg.Record | None = await connection.fetchrow(_ONE, tenant_id, subscription_id, intent_id)
-    return None if row is None else _delivery(row)
+    return None if row is None else _to_delivery(row)
 
 
 async def redeliver(connection: Connection, tenant_id: int, subscription_id: int, intent_id: UUID) -> Delivery | None:
-    """Have a delivery that came to its end sent again; return it as it is then, `None` if there is none such.
+    """Put a final delivery back to `pending`, in the caller's transaction, and return it.
 
-    One that waits, or that another message told, stays as it is. What waits of the same thing goes in its order: older
-    ones first. In the caller's transaction.
+    A pending or coalesced delivery stays as it is. Pending deliveries of the same ordering key keep their order: older
+    ones are sent first.
+
+    Returns:
+        The delivery afterwards; `None` if the subscription has none with this intent.
     """
     endpoint = (tenant_id, subscription_id)
-    await ordering.begin(connection)
-    await ordering.lock(connection, [endpoint])
+    await configure_transaction(connection)
+    await lock_endpoints(connection, [endpoint])
     row = await connection.fetchrow(_REDELIVER, tenant_id, subscription_id, intent_id)
     if row is not None:
-        await ordering.again(connection, [(*endpoint, row["stream_kind"], row["stream_id"])])
+        await reschedule_now(connection, [(*endpoint, row["stream_kind"], row["stream_id"])])
     return await get_delivery(connection, tenant_id, subscription_id, intent_id)
 
 
 async def reset_endpoint(connection: Connection, tenant_id: int, subscription_id: int) -> None:
-    """Have a subscription's endpoint be tried now, whatever it did before: it is another one, or was mended.
+    """Reset an endpoint's health and try it now, in the caller's transaction: its target changed or was repaired.
 
-    In the caller's transaction. One that nothing was ever sent to, or that somebody is at, stays as it is.
+    A leased endpoint stays as it is, and so does a subscription that nothing was ever enqueued for.
     """
-    await ordering.begin(connection)
-    await connection.execute(_ANEW, tenant_id, subscription_id)
+    await configure_transaction(connection)
+    await connection.execute(_RESET_ENDPOINT, tenant_id, subscription_id)
 
 
-def _delivery(row: asyncpg.Record) -> Delivery:
+def _to_delivery(row: asyncpg.Record) -> Delivery:
     return Delivery(
         id=message_id(row["intent_id"]),
         type=row["topic"],
-        sequence=row["position"],
-        kind=row["stream_kind"],
+        position=row["position"],
+        subject_kind=row["stream_kind"],
         subject_id=row["stream_id"],
         state=row["state"],
         created_at=row["created_at"],
-        next_attempt_at=row["due_at"],
+        next_attempt_at=row["next_attempt_at"],
         attempts=[Attempt(*attempt) for attempt in row["attempts"]],
-        settled_at=row["settled_at"],
-        merged_into=None if row["leader"] is None else message_id(row["leader"]),
+        finalized_at=row["finalized_at"],
+        coalesced_into=None if row["coalesced_into"] is None else message_id(row["coalesced_into"]),
     )

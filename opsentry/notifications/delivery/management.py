@@ -1,65 +1,78 @@
-"""What operators do with the outbox and see of it, and what readiness asks."""
+"""Operate the sending of deliveries: measure the backlog, show its status, retry, cancel, pause and resume."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
 
 from opsentry.infrastructure.postgres import Connection, Database
-from opsentry.notifications.delivery import ordering
-from opsentry.notifications.delivery.ordering import IS_ON, PROBE_AFTER
+from opsentry.notifications.delivery.ordering import (
+    SENDING_IS_ENABLED,
+    configure_transaction,
+    lock_endpoints,
+    reschedule_now,
+)
+from opsentry.notifications.delivery.retry_policy import PROBE_AFTER_FAILURES
 
-# Counting stops here: more makes no difference to whoever looks.
-_MANY = 10_000
+ALL_TENANTS = 0
+RETRYABLE_STATES = ("exhausted", "cancelled", "disabled", "withheld", "pending")
+CANCELLABLE_STATES = ("pending", "exhausted")
 
-_PAUSED = "EXISTS (SELECT FROM outbox_paused p WHERE p.tenant_id = 0 OR p.tenant_id = {tenant})"
+# Counting stops here: a larger number tells an operator nothing more.
+_COUNT_LIMIT = 10_000
+# The limit of deliveries that one transaction retries or cancels, so that nobody waits long for their endpoints.
+_MOVE_BATCH = 500
 
-# What readiness asks, of all tenants. Due is what somebody should be sending just now: deliveries whose time has come
-# at endpoints whose time has come, and intents that no sender has taken over. How long it has waited is told by the
-# endpoint, which moves to the end of the line whenever a sender has been there; where one died there, by the delivery.
-# What waits for a retry, for a probe or for an operator is counted beside it. Each part goes by a small index and stops
-# where the answer no longer changes, so it costs the same however many tenants there are and however long they have
-# been sent to. Unseen is what the outbox projection has not seen, be it behind, parked or paused: only tenants are
-# looked at with events that some projection has not seen. LIMIT keeps tables from being joined by scans of all of them.
+# Answers readiness for all tenants. Due is work that a sender should do now: due deliveries at available endpoints, and
+# intents to enqueue. Its age counts from the endpoint's `available_at`, which every release moves to the end of the
+# line; if a lease expired, from the delivery's. Deliveries that are scheduled or exhausted are counted beside it.
+# `unseen` events are those that the outbox projection has not applied, because it lags, is halted or is paused; only
+# tenants with a projection backlog are looked at. Each part uses a small index and stops where the answer no longer
+# changes: the cost depends neither on the number of tenants nor on the history. LIMIT and OFFSET keep the planner from
+# joining whole tables.
 _BACKLOG = f"""
 WITH RECURSIVE channels AS (
-    (SELECT channel FROM endpoints WHERE due_at IS NOT NULL ORDER BY channel LIMIT 1)
+    (SELECT channel FROM endpoints WHERE available_at IS NOT NULL ORDER BY channel LIMIT 1)
     UNION ALL
     SELECT next.channel FROM channels CROSS JOIN LATERAL (
-        SELECT channel FROM endpoints WHERE channel > channels.channel AND due_at IS NOT NULL
+        SELECT channel FROM endpoints WHERE channel > channels.channel AND available_at IS NOT NULL
         ORDER BY channel LIMIT 1) AS next),
-due AS (
-    SELECT CASE WHEN e.lease IS NULL THEN greatest(e.due_at, d.due_at) ELSE d.due_at END AS since
+due_deliveries AS (
+    SELECT CASE WHEN e.lease IS NULL THEN greatest(e.available_at, d.next_attempt_at) ELSE d.next_attempt_at END
+        AS since
     FROM channels CROSS JOIN LATERAL (
-        SELECT * FROM endpoints WHERE channel = channels.channel AND due_at <= statement_timestamp()
-        ORDER BY due_at OFFSET 0) AS e
+        SELECT * FROM endpoints WHERE channel = channels.channel AND available_at <= statement_timestamp()
+        ORDER BY available_at OFFSET 0) AS e
     CROSS JOIN LATERAL (
-        SELECT due_at FROM deliveries
-        WHERE tenant_id = e.tenant_id AND subscription_id = e.subscription_id AND due_at <= statement_timestamp()
-        ORDER BY due_at LIMIT $1) AS d
-    WHERE {IS_ON.format(tenant="e.tenant_id")}
+        SELECT next_attempt_at FROM deliveries
+        WHERE tenant_id = e.tenant_id AND subscription_id = e.subscription_id
+            AND next_attempt_at <= statement_timestamp()
+        ORDER BY next_attempt_at LIMIT $1) AS d
+    WHERE {SENDING_IS_ENABLED.format(tenant="e.tenant_id")}
     LIMIT $1),
-untaken AS (
-    SELECT i.created_at AS since FROM (SELECT DISTINCT tenant_id FROM outbox_fresh) AS f
+intents AS (
+    SELECT i.created_at AS since FROM (SELECT DISTINCT tenant_id FROM outbox_backlog) AS b
     CROSS JOIN LATERAL (
         SELECT created_at FROM outbox_intents
-        WHERE tenant_id = f.tenant_id AND NOT suppressed AND position > coalesce((
-            SELECT position FROM outbox_settled s WHERE s.tenant_id = f.tenant_id LIMIT 1), 0)
+        WHERE tenant_id = b.tenant_id AND NOT suppressed AND position > coalesce((
+            SELECT position FROM outbox_cursors c WHERE c.tenant_id = b.tenant_id LIMIT 1), 0)
         ORDER BY position LIMIT $1) AS i
-    WHERE {IS_ON.format(tenant="f.tenant_id")}
+    WHERE {SENDING_IS_ENABLED.format(tenant="b.tenant_id")}
     LIMIT $1),
-pending AS (SELECT since FROM due UNION ALL SELECT since FROM untaken)
+due AS (SELECT since FROM due_deliveries UNION ALL SELECT since FROM intents)
 SELECT
-    (SELECT count(*) FROM pending) AS pending,
     (SELECT count(*) FROM due) AS due,
-    (SELECT extract(epoch FROM clock_timestamp() - min(since)) FROM pending)::float8 AS pending_seconds,
-    (SELECT count(*) FROM (SELECT FROM deliveries WHERE settled_at IS NULL LIMIT {_MANY}) AS w) AS waiting,
-    (SELECT count(*) FROM (SELECT FROM deliveries WHERE state = 'parked' LIMIT {_MANY}) AS k) AS parked_deliveries,
-    EXISTS (SELECT FROM outbox_paused) AS paused,
-    coalesce(lag.events, 0)::bigint AS unseen,
-    extract(epoch FROM clock_timestamp() - lag.since)::float8 AS unseen_seconds,
-    lag.halted
+    (SELECT count(*) FROM due_deliveries) AS due_deliveries,
+    (SELECT extract(epoch FROM clock_timestamp() - min(since)) FROM due)::float8 AS oldest_due_seconds,
+    (SELECT count(*) FROM (SELECT FROM deliveries WHERE finalized_at IS NULL LIMIT {_COUNT_LIMIT}) AS p)
+        AS pending_deliveries,
+    (SELECT count(*) FROM (SELECT FROM deliveries WHERE state = 'exhausted' LIMIT {_COUNT_LIMIT}) AS x)
+        AS exhausted_deliveries,
+    EXISTS (SELECT FROM sending_pauses) AS is_paused,
+    coalesce(lag.events, 0)::bigint AS unseen_events,
+    extract(epoch FROM clock_timestamp() - lag.since)::float8 AS oldest_unseen_seconds,
+    lag.halted AS halted_tenants
 FROM (
     SELECT sum(h.position - coalesce(c.position, 0)) AS events, min(e.recorded_at) AS since,
         count(*) FILTER (WHERE c.halted_at IS NOT NULL) AS halted
@@ -80,50 +93,51 @@ FROM (
 ) AS lag
 """
 
-# How sending stands, for each tenant that anything waits for, or is parked, or where sending is paused.
+# One row for each tenant with pending or exhausted deliveries, an outbox backlog, or paused sending.
 _STATUS = f"""
-SELECT coalesce(t.slug, '(all tenants)') AS slug, w.*, {_PAUSED.format(tenant="f.tenant_id")} AS paused,
+SELECT coalesce(t.slug, '(all tenants)') AS slug, w.*,
+    EXISTS (SELECT FROM sending_pauses p WHERE p.tenant_id = 0 OR p.tenant_id = f.tenant_id) AS paused,
     (SELECT count(*) FROM outbox_intents i WHERE i.tenant_id = f.tenant_id AND NOT i.suppressed AND i.position
-    > coalesce((
-        SELECT position FROM outbox_settled s WHERE s.tenant_id = f.tenant_id), 0)) AS untaken,
-    (SELECT count(*) FROM deliveries d WHERE d.tenant_id = f.tenant_id AND d.state = 'parked') AS parked,
+        > coalesce((SELECT position FROM outbox_cursors c WHERE c.tenant_id = f.tenant_id), 0)) AS outbox_backlog,
+    (SELECT count(*) FROM deliveries d WHERE d.tenant_id = f.tenant_id AND d.state = 'exhausted') AS exhausted,
     (SELECT count(*) FROM endpoints e WHERE e.tenant_id = f.tenant_id AND e.lease IS NOT NULL
-        AND e.due_at > statement_timestamp()) AS leased,
-    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = f.tenant_id AND e.failures > 0) AS failing,
-    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = f.tenant_id AND e.failures >= {PROBE_AFTER}) AS probed,
-    (SELECT position FROM outbox_settled s WHERE s.tenant_id = f.tenant_id) AS settled
+        AND e.available_at > statement_timestamp()) AS leased,
+    (SELECT count(*) FROM endpoints e WHERE e.tenant_id = f.tenant_id AND e.consecutive_failures > 0) AS failing,
+    (SELECT count(*) FROM endpoints e
+        WHERE e.tenant_id = f.tenant_id AND e.consecutive_failures >= {PROBE_AFTER_FAILURES}) AS probed,
+    (SELECT position FROM outbox_cursors c WHERE c.tenant_id = f.tenant_id) AS outbox_cursor
 FROM (
-    SELECT tenant_id FROM deliveries WHERE settled_at IS NULL OR state = 'parked'
-    UNION SELECT tenant_id FROM outbox_fresh
-    UNION SELECT tenant_id FROM outbox_paused) AS f
+    SELECT tenant_id FROM deliveries WHERE finalized_at IS NULL OR state = 'exhausted'
+    UNION SELECT tenant_id FROM outbox_backlog
+    UNION SELECT tenant_id FROM sending_pauses) AS f
 LEFT JOIN tenants t ON t.tenant_id = f.tenant_id
 CROSS JOIN LATERAL (
-    SELECT count(*) FILTER (WHERE d.due_at <= statement_timestamp() AND e.due_at <= statement_timestamp()) AS due,
-        count(*) FILTER (WHERE (d.due_at <= statement_timestamp() AND e.due_at <= statement_timestamp()) IS NOT TRUE)
-            AS waiting,
-        extract(epoch FROM statement_timestamp() - min(greatest(d.due_at, e.due_at)) FILTER (
-            WHERE d.due_at <= statement_timestamp() AND e.due_at <= statement_timestamp()))::float8
+    SELECT count(*) FILTER (WHERE p.is_due) AS due, count(*) FILTER (WHERE p.is_due IS NOT TRUE) AS scheduled,
+        extract(epoch FROM statement_timestamp() - min(p.attempt_at) FILTER (WHERE p.is_due))::float8
             AS oldest_due_seconds,
-        min(greatest(d.due_at, e.due_at)) FILTER (WHERE greatest(d.due_at, e.due_at) > statement_timestamp())
-            AS next_attempt_at
-    FROM deliveries d LEFT JOIN endpoints e USING (tenant_id, subscription_id)
-    WHERE d.tenant_id = f.tenant_id AND d.settled_at IS NULL) AS w
+        min(p.attempt_at) FILTER (WHERE p.attempt_at > statement_timestamp()) AS next_attempt_at
+    FROM (
+        SELECT greatest(d.next_attempt_at, e.available_at) AS attempt_at,
+            d.next_attempt_at <= statement_timestamp() AND e.available_at <= statement_timestamp() AS is_due
+        FROM deliveries d LEFT JOIN endpoints e USING (tenant_id, subscription_id)
+        WHERE d.tenant_id = f.tenant_id AND d.finalized_at IS NULL) AS p) AS w
 WHERE $1::bigint IS NULL OR f.tenant_id IN ($1, 0)
 ORDER BY t.slug LIMIT $2
 """
 
 _LIST = """
 SELECT t.slug, 'msg_' || replace(d.intent_id::text, '-', '') AS id, d.subscription_id, d.channel, d.topic,
-    d.stream_kind, d.stream_id, d.position, d.state, d.tried, d.due_at, d.answer, d.error, d.created_at
+    d.stream_kind, d.stream_id, d.position, d.state, d.attempts_total, d.next_attempt_at, d.response_status, d.error,
+    d.created_at
 FROM deliveries d JOIN tenants t ON t.tenant_id = d.tenant_id
 WHERE ($1::bigint IS NULL OR d.tenant_id = $1) AND ($2::bigint IS NULL OR d.subscription_id = $2)
     AND ($3::text[] IS NULL OR d.state = ANY($3))
 ORDER BY d.created_at DESC, d.tenant_id, d.intent_id LIMIT $4
 """
 
-# Which deliveries are meant: those with these ids, or all of a tenant, a subscription, in these states; what ended
-# because its subscription is off only once that is on again. Some at a time, those behind ($5, $6).
-_CHOSEN = """
+# The next batch of a selection, behind ($5, $6). A disabled delivery is selected only once its subscription is active
+# again.
+_SELECT = """
 SELECT tenant_id, intent_id, subscription_id, stream_kind, stream_id FROM deliveries d
 WHERE state = ANY($1) AND ($2::uuid[] IS NULL OR intent_id = ANY($2)) AND ($3::bigint IS NULL OR tenant_id = $3)
     AND ($4::bigint IS NULL OR subscription_id = $4) AND (tenant_id, intent_id) > ($5, $6)
@@ -133,72 +147,62 @@ WHERE state = ANY($1) AND ($2::uuid[] IS NULL OR intent_id = ANY($2)) AND ($3::b
 ORDER BY tenant_id, intent_id LIMIT $7
 """
 
-# Begins another round of attempts; waking its lane makes it due, unless it is behind an older one.
 _RETRY = """
-UPDATE deliveries d SET state = 'waiting', attempts = 0, settled_at = NULL, due_at = NULL
+UPDATE deliveries d SET state = 'pending', attempts_in_round = 0, finalized_at = NULL, next_attempt_at = NULL
 FROM unnest($1::bigint[], $2::uuid[]) AS row (tenant_id, intent_id)
 WHERE d.tenant_id = row.tenant_id AND d.intent_id = row.intent_id AND d.state = ANY($3)
 """
 
-_DROP = """
-UPDATE deliveries d SET state = 'dropped', due_at = NULL, settled_at = statement_timestamp(),
-    error = coalesce(d.error, 'dropped by an operator')
+_CANCEL = """
+UPDATE deliveries d SET state = 'cancelled', next_attempt_at = NULL, finalized_at = statement_timestamp(),
+    error = coalesce(d.error, 'cancelled by an operator')
 FROM unnest($1::bigint[], $2::uuid[]) AS row (tenant_id, intent_id)
 WHERE d.tenant_id = row.tenant_id AND d.intent_id = row.intent_id AND d.state = ANY($3)
 """
 
-_PAUSE = "INSERT INTO outbox_paused (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
-_RESUME = "DELETE FROM outbox_paused WHERE tenant_id = $1"
-_STILL = """
-SELECT coalesce(t.slug, '(all tenants)') AS slug FROM outbox_paused p LEFT JOIN tenants t ON t.tenant_id = p.tenant_id
+_PAUSE = "INSERT INTO sending_pauses (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING"
+_RESUME = "DELETE FROM sending_pauses WHERE tenant_id = $1"
+_PAUSED_TENANTS = """
+SELECT coalesce(t.slug, '(all tenants)') AS slug FROM sending_pauses p LEFT JOIN tenants t ON t.tenant_id = p.tenant_id
 ORDER BY p.tenant_id
 """
 
-_AT_ONCE = 500
 
-RETRIED = ("parked", "dropped", "disabled", "withheld", "waiting")
-DROPPED = ("waiting", "parked")
-ALL_TENANTS = 0
+class SendingBacklog(NamedTuple):
+    """The work that waits for senders and for the outbox projection, of all tenants.
 
-
-async def backlog(connection: Connection, at_most: int) -> asyncpg.Record:
-    """Return how much of all tenants waits to be told; in the caller's transaction.
-
-    `pending` intents that are due (counted up to `at_most`) and the age of the oldest, how many of them are `due` in
-    the ledger of deliveries, all that are `waiting` there, due or not, `parked_deliveries`, whether sending is `paused`
-    somewhere, `unseen` events and the age of the oldest, and in how many tenants the outbox projection is `parked`;
-    ages are in seconds, NULL where nothing waits.
+    Attributes:
+        due: Due deliveries and intents to enqueue, counted up to the given limit.
+        due_deliveries: The due deliveries among them.
+        oldest_due_seconds: The age of the oldest; `None` if nothing is due.
+        pending_deliveries: All pending deliveries, due or not, counted up to a limit.
+        exhausted_deliveries: Deliveries that wait for an operator, counted up to a limit.
+        is_paused: True if sending is paused for any tenant.
+        unseen_events: Events that the outbox projection has not applied.
+        oldest_unseen_seconds: The age of the oldest; `None` if there is none.
+        halted_tenants: The tenants in which the outbox projection is halted.
     """
-    await ordering.begin(connection)
-    return await connection.fetchrow(_BACKLOG, at_most)
+
+    due: int
+    due_deliveries: int
+    oldest_due_seconds: float | None
+    pending_deliveries: int
+    exhausted_deliveries: int
+    is_paused: bool
+    unseen_events: int
+    oldest_unseen_seconds: float | None
+    halted_tenants: int
 
 
-async def status(
-    connection: Connection, tenant_id: int | None = None, *, limit: int | None = None
-) -> Sequence[asyncpg.Record]:
-    """Return how sending stands, a row for each tenant that anything is to be said of, at most `limit`.
+class DeliverySelection(NamedTuple):
+    """A selection of deliveries: all that meet every condition.
 
-    `due` and `waiting` deliveries, the age of the oldest due in seconds, when the next is tried, intents that are
-    `untaken`, `parked` deliveries, endpoints that are `leased` by a sender, `failing` or only `probed`, whether it is
-    `paused`, and up to which position it is `settled` what is sent.
+    Attributes:
+        states: States of the deliveries.
+        ids: Their intents; `None` for all.
+        tenant_id: Their tenant; `None` for all.
+        subscription_id: Their subscription, which needs `tenant_id` as it is unique within the tenant; `None` for all.
     """
-    return list(await connection.fetch(_STATUS, tenant_id, limit))
-
-
-async def listing(
-    connection: Connection,
-    tenant_id: int | None,
-    *,
-    subscription_id: int | None = None,
-    states: Sequence[str] | None = None,
-    limit: int = 50,
-) -> Sequence[asyncpg.Record]:
-    """Return deliveries, the newest first."""
-    return list(await connection.fetch(_LIST, tenant_id, subscription_id, states, limit))
-
-
-class Chosen(NamedTuple):
-    """Which deliveries are meant: those with these `ids`, or all of a tenant, of a subscription, in these states."""
 
     states: Sequence[str]
     ids: Sequence[UUID] | None = None
@@ -206,57 +210,117 @@ class Chosen(NamedTuple):
     subscription_id: int | None = None
 
 
-async def retry(database: Database, chosen: Chosen, *, seconds: float) -> int:
-    """Have deliveries be tried again, now, with all attempts anew; return how many."""
-    return await _move_all(database, _RETRY, chosen, seconds)
+async def measure_backlog(connection: Connection, limit: int) -> SendingBacklog:
+    """Measure the backlog of all tenants, in the caller's transaction. Counting of due work stops at `limit`."""
+    await configure_transaction(connection)
+    return SendingBacklog(*await connection.fetchrow(_BACKLOG, limit))
 
 
-async def drop(database: Database, chosen: Chosen, *, seconds: float) -> int:
-    """Give deliveries up; what is behind them follows. Return how many."""
-    return await _move_all(database, _DROP, chosen, seconds)
+async def sending_status(
+    connection: Connection, tenant_id: int | None = None, *, limit: int | None = None
+) -> Sequence[asyncpg.Record]:
+    """Return the status of sending: one row for each tenant with anything to report, at most `limit`, by slug.
+
+    Columns: `slug` (`(all tenants)` for a pause of all), `due` and `scheduled` deliveries, `oldest_due_seconds`,
+    `next_attempt_at`, `paused`, `outbox_backlog` (intents to enqueue), `exhausted` deliveries, endpoints that are
+    `leased`, `failing` or `probed`, and `outbox_cursor`.
+    """
+    return list(await connection.fetch(_STATUS, tenant_id, limit))
 
 
-async def _move_all(database: Database, change: str, chosen: Chosen, seconds: float) -> int:
-    """Move some at a time, each in a transaction of at most `seconds`: nobody waits long for their endpoints."""
+async def list_all_deliveries(
+    connection: Connection,
+    tenant_id: int | None,
+    *,
+    subscription_id: int | None = None,
+    states: Sequence[str] | None = None,
+    limit: int = 50,
+) -> Sequence[asyncpg.Record]:
+    """Return deliveries of one tenant or all, newest first.
+
+    Raises:
+        ValueError: There is a `subscription_id` without a tenant.
+    """
+    _require_tenant(tenant_id, subscription_id)
+    return list(await connection.fetch(_LIST, tenant_id, subscription_id, states, limit))
+
+
+async def retry_deliveries(database: Database, selection: DeliverySelection, *, seconds: float) -> int:
+    """Put deliveries back to `pending` and attempt them now, with all attempts again; return their number.
+
+    Args:
+        database: The database with the deliveries.
+        selection: The deliveries, in `RETRYABLE_STATES`.
+        seconds: The limit of each transaction; there may be many.
+
+    Raises:
+        ValueError: The selection has a subscription without a tenant.
+    """
+    return await _move_all(database, _RETRY, selection, seconds)
+
+
+async def cancel_deliveries(database: Database, selection: DeliverySelection, *, seconds: float) -> int:
+    """Cancel deliveries, so that younger ones of the same ordering key follow; return their number.
+
+    Args:
+        database: The database with the deliveries.
+        selection: The deliveries, in `CANCELLABLE_STATES`.
+        seconds: The limit of each transaction; there may be many.
+
+    Raises:
+        ValueError: The selection has a subscription without a tenant.
+    """
+    return await _move_all(database, _CANCEL, selection, seconds)
+
+
+async def pause_sending(connection: Connection, tenant_id: int) -> bool:
+    """Pause sending for a tenant, or for `ALL_TENANTS`; return whether that is new. Attempts in flight end."""
+    done: str = await connection.execute(_PAUSE, tenant_id)
+    return done.endswith(" 1")
+
+
+async def resume_sending(connection: Connection, tenant_id: int) -> bool:
+    """Resume sending for a tenant, or for `ALL_TENANTS`; return whether it was paused."""
+    done: str = await connection.execute(_RESUME, tenant_id)
+    return done.endswith(" 1")
+
+
+async def paused_tenants(connection: Connection) -> list[str]:
+    """Return the slugs of tenants with paused sending, and `(all tenants)` for a pause of all."""
+    return [row["slug"] for row in await connection.fetch(_PAUSED_TENANTS)]
+
+
+def _require_tenant(tenant_id: int | None, subscription_id: int | None) -> None:
+    if subscription_id is not None and tenant_id is None:
+        raise ValueError("a subscription id is unique within its tenant only: name the tenant too")
+
+
+async def _move_all(database: Database, change: str, selection: DeliverySelection, seconds: float) -> int:
+    _require_tenant(selection.tenant_id, selection.subscription_id)
     total = 0
     last: tuple[int, UUID] | None = (0, UUID(int=0))
     while last is not None:
         async with database.transaction(seconds) as connection:
-            moved, last = await _move(connection, change, chosen, last)
+            moved, last = await _move_batch(connection, change, selection, last)
         total += moved
     return total
 
 
-async def _move(
-    connection: Connection, change: str, chosen: Chosen, after: tuple[int, UUID]
+async def _move_batch(
+    connection: Connection, change: str, selection: DeliverySelection, after: tuple[int, UUID]
 ) -> tuple[int, tuple[int, UUID] | None]:
+    """Move the batch behind `after`; return its size and its last row, `None` if it is empty."""
+    states = list(selection.states)
     rows = await connection.fetch(
-        _CHOSEN, list(chosen.states), chosen.ids, chosen.tenant_id, chosen.subscription_id, *after, _AT_ONCE
+        _SELECT, states, selection.ids, selection.tenant_id, selection.subscription_id, *after, _MOVE_BATCH
     )
     if not rows:
         return 0, None
-    await ordering.begin(connection)
-    await ordering.lock(connection, ((row["tenant_id"], row["subscription_id"]) for row in rows))
-    moved: str = await connection.execute(
-        change, [row["tenant_id"] for row in rows], [row["intent_id"] for row in rows], list(chosen.states)
+    await configure_transaction(connection)
+    await lock_endpoints(connection, ((row["tenant_id"], row["subscription_id"]) for row in rows))
+    done: str = await connection.execute(
+        change, [row["tenant_id"] for row in rows], [row["intent_id"] for row in rows], states
     )
-    moved_in = {(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in rows}
-    await ordering.again(connection, moved_in)
-    return int(moved.rpartition(" ")[2]), (rows[-1]["tenant_id"], rows[-1]["intent_id"])
-
-
-async def pause(connection: Connection, tenant_id: int) -> bool:
-    """Send nothing more to a tenant's subscriptions, or with `ALL_TENANTS` to any; return whether that is new."""
-    done: Any = await connection.execute(_PAUSE, tenant_id)
-    return str(done).endswith(" 1")
-
-
-async def resume(connection: Connection, tenant_id: int) -> bool:
-    """Send again; return whether it was paused."""
-    done: Any = await connection.execute(_RESUME, tenant_id)
-    return str(done).endswith(" 1")
-
-
-async def paused(connection: Connection) -> list[str]:
-    """Return for whom sending is paused: slugs, and `(all tenants)`."""
-    return [row["slug"] for row in await connection.fetch(_STILL)]
+    keys = {(row["tenant_id"], row["subscription_id"], row["stream_kind"], row["stream_id"]) for row in rows}
+    await reschedule_now(connection, keys)
+    return int(done.rpartition(" ")[2]), (rows[-1]["tenant_id"], rows[-1]["intent_id"])

@@ -1,124 +1,131 @@
-"""Lanes: what a subscription is told of one thing, in order.
+"""Keep the order of deliveries that share an ordering key: one subscription and one stream.
 
-Of each lane only the oldest delivery that waits is ever due, and what ends it makes the next one due. Whoever moves
-deliveries of an endpoint holds the lock of the endpoint's row: so nobody misses that another one has just ended, or has
-just come.
+Only the oldest pending delivery of an ordering key ever has a `next_attempt_at`; its end sets that of the next one.
+A transaction that changes deliveries of an endpoint holds the lock of the endpoint's row. So none misses a delivery
+that another transaction has just added or finalized.
 """
 
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from opsentry.infrastructure.postgres import Connection
+from opsentry.notifications.delivery.retry_policy import PROBE_AFTER_FAILURES
 
-# Tenant, subscription; and with a stream's kind and id.
-Key: TypeAlias = tuple[int, int]
-Lane: TypeAlias = tuple[int, int, str, int]
+EndpointKey: TypeAlias = tuple[int, int]
+"""(tenant id, subscription id)"""
+OrderingKey: TypeAlias = tuple[int, int, str, int]
+"""(tenant id, subscription id, stream kind, stream id)"""
 
-# Whether nothing is paused, not everywhere and not for a tenant; asked once, however many rows it is held against.
-IS_ON = """
-NOT EXISTS (SELECT FROM outbox_paused WHERE tenant_id = 0)
-    AND {tenant} <> ALL(ARRAY(SELECT tenant_id FROM outbox_paused))
+# True if sending is paused neither for everyone (tenant 0) nor for the tenant. Evaluated once per statement.
+SENDING_IS_ENABLED = """
+NOT EXISTS (SELECT FROM sending_pauses WHERE tenant_id = 0)
+    AND {tenant} <> ALL(ARRAY(SELECT tenant_id FROM sending_pauses))
 """
 
-# An endpoint that failed so often in a row is tried with one message at a time.
-PROBE_AFTER = 10
-
-# Whoever stands still with locks that others wait for is thrown out by the server. And all goes by indexes: plans are
-# made from statistics of another time, here often of a moment before thousands of rows came, and are kept.
-_BEGIN = """
+# The server ends a session that idles while it holds locks that others wait for. Index scans are forced: cached plans
+# rest on old statistics, often from before thousands of rows arrived.
+_CONFIGURE = """
 SELECT set_config('idle_in_transaction_session_timeout', '3s', true), set_config('enable_seqscan', 'off', true),
     set_config('enable_sort', 'off', true), set_config('jit', 'off', true)
 """
 
-# Locks endpoints in the order of the lists, which is one for all.
+# Locks endpoints in the order of the arrays. All callers sort them alike, so no two wait for each other.
 _LOCK_ENDPOINTS = """
 SELECT e.* FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id) CROSS JOIN LATERAL (
     SELECT tenant_id, subscription_id FROM endpoints
     WHERE tenant_id = row.tenant_id AND subscription_id = row.subscription_id LIMIT 1 FOR UPDATE) AS e
 """
 
-# Makes the oldest delivery of each lane due that is not: $5 seconds after its event was recorded, so that more changes
-# of the same thing can come along.
-_WAKE_LANES = """
-WITH head AS MATERIALIZED (
-    SELECT lane.tenant_id, oldest.* FROM (
+# Schedules the oldest pending delivery of each ordering key, $5 seconds after its event was recorded, so that further
+# changes of the same stream can be coalesced with it. Messages about the subscription itself never wait.
+_SCHEDULE_OLDEST = """
+WITH oldest AS MATERIALIZED (
+    SELECT key.tenant_id, first.* FROM (
         SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[])
-            AS row (tenant_id, subscription_id, stream_kind, stream_id)) AS lane
+            AS row (tenant_id, subscription_id, stream_kind, stream_id)) AS key
     CROSS JOIN LATERAL (
-        SELECT intent_id, stream_kind, created_at, due_at FROM deliveries
-        WHERE tenant_id = lane.tenant_id AND subscription_id = lane.subscription_id AND stream_kind = lane.stream_kind
-            AND stream_id = lane.stream_id AND settled_at IS NULL
-        ORDER BY created_at, position LIMIT 1) AS oldest)
-UPDATE deliveries d SET due_at = greatest(statement_timestamp(), head.created_at
-    + CASE WHEN head.stream_kind = 'subscription' THEN 0 ELSE $5 END * interval '1 second')
-FROM head WHERE head.due_at IS NULL AND d.tenant_id = head.tenant_id AND d.intent_id = head.intent_id
-    AND d.state = 'waiting'
+        SELECT intent_id, stream_kind, created_at, next_attempt_at FROM deliveries
+        WHERE tenant_id = key.tenant_id AND subscription_id = key.subscription_id AND stream_kind = key.stream_kind
+            AND stream_id = key.stream_id AND finalized_at IS NULL
+        ORDER BY created_at, position LIMIT 1) AS first)
+UPDATE deliveries d SET next_attempt_at = greatest(statement_timestamp(), oldest.created_at
+    + CASE WHEN oldest.stream_kind = 'subscription' THEN 0 ELSE $5 END * interval '1 second')
+FROM oldest WHERE oldest.next_attempt_at IS NULL AND d.tenant_id = oldest.tenant_id AND d.intent_id = oldest.intent_id
+    AND d.state = 'pending'
 """
 
-# What comes back to a lane may be older than what is due there: nothing is, until the lane is woken.
-_HUSH_LANES = """
-UPDATE deliveries d SET due_at = NULL
+# A delivery that returns to an ordering key may be older than the scheduled one. None is scheduled until the oldest is.
+_UNSCHEDULE = """
+UPDATE deliveries d SET next_attempt_at = NULL
 FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[])
-    AS row (tenant_id, subscription_id, stream_kind, stream_id)) AS lane
-WHERE d.tenant_id = lane.tenant_id AND d.subscription_id = lane.subscription_id AND d.stream_kind = lane.stream_kind
-    AND d.stream_id = lane.stream_id AND d.settled_at IS NULL AND d.due_at IS NOT NULL
+    AS row (tenant_id, subscription_id, stream_kind, stream_id)) AS key
+WHERE d.tenant_id = key.tenant_id AND d.subscription_id = key.subscription_id AND d.stream_kind = key.stream_kind
+    AND d.stream_id = key.stream_id AND d.finalized_at IS NULL AND d.next_attempt_at IS NOT NULL
 """
 
-# When the next delivery of an endpoint `e` is due.
-NEXT_DUE = """
-(SELECT d.due_at FROM deliveries d WHERE d.tenant_id = e.tenant_id AND d.subscription_id = e.subscription_id
-    AND d.due_at IS NOT NULL ORDER BY d.due_at LIMIT 1)
+# The time of the next attempt at an endpoint `e`.
+NEXT_ATTEMPT_AT = """
+(SELECT d.next_attempt_at FROM deliveries d WHERE d.tenant_id = e.tenant_id AND d.subscription_id = e.subscription_id
+    AND d.next_attempt_at IS NOT NULL ORDER BY d.next_attempt_at LIMIT 1)
 """
 
-# One that somebody is at looks again by itself, and one that is to be left alone for a while is left alone.
+# A leased endpoint is left alone: its sender looks again when it releases it. A backoff stays in force.
 _WAKE_ENDPOINTS = f"""
-UPDATE endpoints e SET due_at = least(e.due_at, greatest({NEXT_DUE}, e.held_until))
+UPDATE endpoints e SET available_at = least(e.available_at, greatest({NEXT_ATTEMPT_AT}, e.backoff_until))
 FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS woken
 WHERE e.tenant_id = woken.tenant_id AND e.subscription_id = woken.subscription_id AND e.lease IS NULL
 """
 
-# Whoever is to be tried again now is looked at now, also where an endpoint was to be left alone for a while; and where
-# one was only probed, all that is due follows if the first is taken.
-_LOOK = f"""
-UPDATE endpoints e SET due_at = least(e.due_at, statement_timestamp()), held_until = NULL,
-    failures = least(e.failures, {PROBE_AFTER - 1})
+# Ends a backoff. A probed endpoint comes one failure below the limit: if it accepts one message, the rest follows.
+_END_BACKOFF = f"""
+UPDATE endpoints e SET available_at = least(e.available_at, statement_timestamp()), backoff_until = NULL,
+    consecutive_failures = least(e.consecutive_failures, {PROBE_AFTER_FAILURES - 1})
 FROM (SELECT DISTINCT * FROM unnest($1::bigint[], $2::bigint[]) AS row (tenant_id, subscription_id)) AS row
 WHERE e.tenant_id = row.tenant_id AND e.subscription_id = row.subscription_id
-    AND (e.lease IS NULL OR e.due_at < statement_timestamp())
+    AND (e.lease IS NULL OR e.available_at < statement_timestamp())
 """
 
 
-async def begin(connection: Connection) -> None:
-    """Set what all work on deliveries needs, for the caller's transaction."""
-    await connection.execute(_BEGIN)
+async def configure_transaction(connection: Connection) -> None:
+    """Set the planner options and timeouts that work on deliveries needs, for the caller's transaction."""
+    await connection.execute(_CONFIGURE)
 
 
-async def lock(connection: Connection, endpoints: Iterable[Key]) -> None:
-    """Lock endpoints for the caller's transaction: whoever moves their deliveries does."""
+async def lock_endpoints(connection: Connection, endpoints: Iterable[EndpointKey]) -> None:
+    """Lock endpoints for the caller's transaction, as every change of their deliveries requires."""
     if keys := sorted(set(endpoints)):
-        await connection.fetch(_LOCK_ENDPOINTS, *columns(keys))
+        await connection.fetch(_LOCK_ENDPOINTS, *to_columns(keys))
 
 
-async def make_due(connection: Connection, lanes: Iterable[Lane], burst: float) -> None:
-    """Make the oldest delivery of each lane due, `burst` seconds after its event; the endpoints are locked."""
-    await connection.execute(_WAKE_LANES, *columns(lanes), burst)
+async def schedule_oldest(connection: Connection, keys: Iterable[OrderingKey], coalesce_seconds: float) -> None:
+    """Schedule the oldest pending delivery of each key, at least one, `coalesce_seconds` after its event.
+
+    The caller holds the locks of the endpoints.
+    """
+    await connection.execute(_SCHEDULE_OLDEST, *to_columns(keys), coalesce_seconds)
 
 
-async def wake(connection: Connection, lanes: Iterable[Lane], burst: float = 0.0) -> None:
-    """Make the oldest delivery of each lane due, and have its endpoint be looked at then; the endpoints are locked."""
-    if wanted := list(lanes):
-        await make_due(connection, wanted, burst)
-        await connection.execute(_WAKE_ENDPOINTS, *columns(wanted)[:2])
+async def schedule_and_wake(connection: Connection, keys: Iterable[OrderingKey], coalesce_seconds: float = 0.0) -> None:
+    """Schedule the oldest pending delivery of each key, and make its endpoint available then.
+
+    The caller holds the locks of the endpoints.
+    """
+    if scheduled := list(keys):
+        await schedule_oldest(connection, scheduled, coalesce_seconds)
+        await connection.execute(_WAKE_ENDPOINTS, *to_columns(scheduled)[:2])
 
 
-async def again(connection: Connection, lanes: Iterable[Lane]) -> None:
-    """Have lanes go on, now, with the oldest that waits, after something came back to them; endpoints are locked."""
-    if wanted := list(lanes):
-        await connection.execute(_HUSH_LANES, *columns(wanted))
-        await wake(connection, wanted)
-        await connection.execute(_LOOK, *columns({lane[:2] for lane in wanted}))
+async def reschedule_now(connection: Connection, keys: Iterable[OrderingKey]) -> None:
+    """Schedule the oldest delivery of each key now, after one returned to `pending`, and end any backoff.
+
+    The caller holds the locks of the endpoints.
+    """
+    if returned := list(keys):
+        await connection.execute(_UNSCHEDULE, *to_columns(returned))
+        await schedule_and_wake(connection, returned)
+        await connection.execute(_END_BACKOFF, *to_columns({key[:2] for key in returned}))
 
 
-def columns(rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
+def to_columns(rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
     """Return rows, at least one, as the columns that `unnest` takes."""
     return [list(column) for column in zip(*rows, strict=True)]

@@ -1,104 +1,115 @@
-"""The sender: takes what is due, sends it with no transaction open, and records what came of it.
+"""The delivery service: enqueue intents, and send due deliveries without holding a transaction open.
 
-Any number of senders share the work. One takes an *endpoint* for as long as a lease lasts, sends what is due there, and
-gives it back. What is recorded late, by a sender that stood still while another took over, is refused. A sender that
-dies leaves its leases to run out, and what was under way is sent again with the same ids.
+Any number of processes share the work. A process leases an *endpoint*, attempts its due deliveries, records the
+results and releases it. A process that paused beyond its lease cannot record any more. If a process dies, its leases
+expire, and another process repeats the attempts with the same message ids.
 
-Each channel has a dispatcher and sockets of its own: a mail relay that hangs holds up no webhook.
+Each channel has its own dispatcher and its own concurrency, so a hanging mail relay delays no webhook.
 """
 
 import asyncio
 from collections.abc import Mapping
 
-from opsentry.events.command_handler import CommandHandler
 from opsentry.infrastructure.encryption import SecretBox
 from opsentry.infrastructure.periodic import log_failure, run_forever
 from opsentry.infrastructure.postgres import Database
 from opsentry.notifications.channel import Channel
 from opsentry.notifications.delivery import enqueue
-from opsentry.notifications.delivery.dispatcher import POLL_SECONDS, TIMEOUT, Dispatcher
+from opsentry.notifications.delivery.disabling import SubscriptionDisabler
+from opsentry.notifications.delivery.dispatcher import POLL_SECONDS, Dispatcher
 from opsentry.notifications.delivery.endpoint_worker import EndpointWorker
 from opsentry.notifications.messages.builder import MessageBuilder
 
 LEASE_SECONDS = 60.0
-# The intents of so many tenants are taken over at once.
-_TENANTS = 10
+_TRANSACTION_TIMEOUT_SECONDS = 10.0
+# The limit of tenants whose intents are enqueued in one transaction.
+_TENANT_BATCH = 10
 
 
 class DeliveryService:
-    """Sends what is due, until stopped.
+    """Enqueue intents and send due deliveries until stopped.
 
     Args:
-        database: Where intents and deliveries are.
-        commands: Records that a subscription is disabled.
-        composer: Says what things looked like.
-        channels: By name.
-        sealing: Opens targets and secrets.
-        sockets: So many messages are under way at once on each channel.
-        burst: Changes of one thing within so many seconds become one message.
-        lease: For so many seconds an endpoint is taken.
+        database: The database with intents and deliveries.
+        subscriptions: Disables subscriptions whose endpoint is gone or fails for days.
+        message_builder: Builds the messages.
+        channels: The channels by name.
+        secret_box: Decrypts targets and signing secrets.
+        max_concurrent_deliveries: The limit of messages in flight on each channel.
+        coalesce_seconds: Changes of a stream within this time share one message.
+        lease_seconds: The duration of a lease of an endpoint.
     """
 
     def __init__(
         self,
         database: Database,
-        commands: CommandHandler,
-        composer: MessageBuilder,
+        subscriptions: SubscriptionDisabler,
+        message_builder: MessageBuilder,
         channels: Mapping[str, Channel],
-        sealing: SecretBox,
+        secret_box: SecretBox,
         *,
-        sockets: int = 256,
-        burst: float = 2.0,
-        lease: float = LEASE_SECONDS,
+        max_concurrent_deliveries: int = 256,
+        coalesce_seconds: float = 2.0,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self._database = database
-        self._burst = burst
+        self._coalesce_seconds = coalesce_seconds
         self._dispatchers = []
         for channel in channels.values():
-            at_once = min(sockets, channel.max_concurrency or sockets)
-            # While what came of some is recorded, as many others are sent.
-            courier = EndpointWorker(channel, composer, sealing, 2 * at_once)
+            max_concurrency = min(max_concurrent_deliveries, channel.max_concurrency or max_concurrent_deliveries)
+            # Twice as many, so that others are sent while results are being recorded.
+            worker = EndpointWorker(channel, message_builder, secret_box, 2 * max_concurrency)
             self._dispatchers.append(
-                Dispatcher(database, commands, channel, courier, sockets=at_once, burst=burst, lease=lease)
+                Dispatcher(
+                    database,
+                    subscriptions,
+                    channel,
+                    worker,
+                    max_concurrent_deliveries=max_concurrency,
+                    coalesce_seconds=coalesce_seconds,
+                    lease_seconds=lease_seconds,
+                )
             )
-        self._taking_over: asyncio.Task[None] | None = None
+        self._enqueuing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to send, on the running loop."""
-        self._taking_over = asyncio.create_task(run_forever(self._take_over_all, pause_seconds=POLL_SECONDS))
+        """Start enqueuing and sending, on the running event loop."""
+        self._enqueuing = asyncio.create_task(run_forever(self._enqueue_repeatedly, pause_seconds=POLL_SECONDS))
         for dispatcher in self._dispatchers:
             dispatcher.start()
 
     async def stop(self) -> None:
-        """Take nothing more, let what is under way end, record it, and give back what is leased; bounded in time."""
-        if self._taking_over is not None:
-            self._taking_over.cancel()
+        """Lease nothing more, let attempts end, record their results and release the endpoints, in bounded time."""
+        if self._enqueuing is not None:
+            self._enqueuing.cancel()
             stopping = (dispatcher.stop() for dispatcher in self._dispatchers)
-            await asyncio.gather(self._taking_over, *stopping, return_exceptions=True)
+            await asyncio.gather(self._enqueuing, *stopping, return_exceptions=True)
 
-    async def _take_over_all(self) -> None:
-        after = lanes = 0
-        at_once = _TENANTS
+    async def _enqueue_repeatedly(self) -> None:
+        """Go through the tenants with an outbox backlog in order of their ids, again and again."""
+        last_tenant_id = enqueued = 0
+        batch = _TENANT_BATCH
         while True:
-            async with self._database.connection(TIMEOUT) as connection:
-                found = await enqueue.tenants_with_backlog(connection, after, at_once)
-            if found:
-                try:
-                    async with self._database.transaction(TIMEOUT) as connection:
-                        lanes += await enqueue.enqueue_intents(connection, found, self._burst)
-                except Exception as error:  # noqa: BLE001 - each alone then, and past the one where it fails
-                    log_failure("enqueue", error, tenant_ids=found)
-                    if len(found) == 1:
-                        after = found[-1]
-                    at_once = 1
+            async with self._database.connection(_TRANSACTION_TIMEOUT_SECONDS) as connection:
+                tenant_ids = await enqueue.tenants_with_backlog(connection, last_tenant_id, batch)
+            if not tenant_ids:
+                # Without any progress in a whole round, other senders hold the rest.
+                if not enqueued:
                     await asyncio.sleep(POLL_SECONDS)
-                    continue
-                at_once = min(_TENANTS, 2 * at_once)
-                for dispatcher in self._dispatchers:
-                    dispatcher.look()
-                after = found[-1]
+                last_tenant_id = enqueued = 0
                 continue
-            # All were gone through. What is left, if nothing new came of it, others are at.
-            if not lanes:
+            try:
+                async with self._database.transaction(_TRANSACTION_TIMEOUT_SECONDS) as connection:
+                    enqueued += await enqueue.enqueue_intents(connection, tenant_ids, self._coalesce_seconds)
+            except Exception as error:  # noqa: BLE001 - one tenant that fails must not block the others
+                log_failure("enqueue_intents", error, tenant_ids=tenant_ids)
+                # Each by itself then, and past the one that fails.
+                if len(tenant_ids) == 1:
+                    last_tenant_id = tenant_ids[-1]
+                batch = 1
                 await asyncio.sleep(POLL_SECONDS)
-            after = lanes = 0
+                continue
+            batch = min(_TENANT_BATCH, 2 * batch)
+            last_tenant_id = tenant_ids[-1]
+            for dispatcher in self._dispatchers:
+                dispatcher.wake()
