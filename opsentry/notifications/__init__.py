@@ -1,1 +1,1 @@
-"""Sending what must be told: the ledger of deliveries, the sender, the channels, and what may be dialled."""
+"""Notify subscribers: deliveries, messages, channels and their transports."""

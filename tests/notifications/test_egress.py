@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 
 from opsentry.notifications.channel import BadTarget
-from opsentry.notifications.transport.egress import BlockedAddress, check_url, http_session, may_be_dialled
+from opsentry.notifications.transport.egress import BlockedAddress, check_url, http_session, is_allowed
 from tests.notifications.conftest import LOOPBACK, Names, answering, tried
 
 # Addresses that nobody may make us connect to, as `getaddrinfo` or a URL may have them.
@@ -103,17 +103,17 @@ def refused(got):
 
 @pytest.mark.parametrize("address", CLOSED)
 def test_what_is_not_public_is_closed(address):
-    assert not may_be_dialled(ip_address(address), ())
+    assert not is_allowed(ip_address(address), ())
 
 
 @pytest.mark.parametrize("address", OPEN)
 def test_what_is_public_is_open(address):
-    assert may_be_dialled(ip_address(address), ())
+    assert is_allowed(ip_address(address), ())
 
 
 @pytest.mark.parametrize("host", NOTATIONS)
 def test_a_closed_address_is_refused_at_once_in_any_notation(host):
-    with pytest.raises(BadTarget, match="may not be dialled: only public addresses may"):
+    with pytest.raises(BadTarget, match="is blocked: only public addresses are allowed"):
         check_url(f"https://{host}:8443/hook?a=1", ())
 
 
@@ -178,7 +178,7 @@ async def test_no_name_makes_us_connect(listener, scheme):
         for name in list(names.left):
             got = await tried(session, f"{scheme}://{name}:{listener.port}/")
             assert refused(got)
-            assert str(got).endswith("[the address of this host may not be dialled]")
+            assert str(got).endswith("[connections to this host's address are not allowed]")
     assert listener.connections == 0
 
 
@@ -191,7 +191,7 @@ async def test_a_name_with_many_addresses_is_judged_by_each(listener):
 
 async def test_what_a_name_resolves_to_when_it_is_dialled_counts(listener, monkeypatch):
     # ::1 stands for the public address that the name has when it is looked at.
-    monkeypatch.setattr("opsentry.notifications.transport.egress._NAMES_CACHED_SECONDS", -1)
+    monkeypatch.setattr("opsentry.notifications.transport.egress._DNS_CACHE_SECONDS", -1)
     names = Names({"rebinding.example": [["::1"], ["127.0.0.1"], ["::1"]]})
     async with http_session((ip_network("::1/128"),), 10, names) as session:
         url = f"http://rebinding.example:{listener.port}/"

@@ -199,8 +199,8 @@ async def test_an_address_that_is_refused_is_not_our_fault(answer):
     ("step", "answer", "outcome"),
     [
         ("MAIL", "554", Outcome("the mail relay answered 554", 554, internal_failure=True)),
-        ("DATA", "452", Outcome("the mail relay answered 452 to the letter", 452, internal_failure=True)),
-        ("DATA", "554", Outcome("the mail relay answered 554 to the letter", 554)),
+        ("DATA", "452", Outcome("the mail relay answered 452 to the message", 452, internal_failure=True)),
+        ("DATA", "554", Outcome("the mail relay answered 554 to the message", 554)),
     ],
 )
 async def test_what_else_the_relay_refuses_is_ours_unless_it_never_wants_this_letter(step, answer, outcome):
@@ -225,7 +225,7 @@ async def test_no_relay_is_ours(unused_tcp_port):
 
 
 async def test_a_relay_that_says_nothing_is_not_waited_for_and_then_left_alone(monkeypatch):
-    monkeypatch.setattr(smtp, "SECONDS", 0.2)
+    monkeypatch.setattr(smtp, "SEND_TIMEOUT_SECONDS", 0.2)
     asked = []
 
     async def silence(reader, _):
@@ -241,7 +241,7 @@ async def test_a_relay_that_says_nothing_is_not_waited_for_and_then_left_alone(m
 
 
 async def test_a_relay_that_was_left_alone_is_tried_again(monkeypatch, unused_tcp_port):
-    monkeypatch.setattr(smtp, "DOWN_SECONDS", 0.1)
+    monkeypatch.setattr(smtp, "CIRCUIT_OPEN_SECONDS", 0.1)
     async with channel_to(f"smtp://127.0.0.1:{unused_tcp_port}") as channel:
         assert (await channel.send(endpoint("kim@example.com"), message())).internal_failure
         inbox = Inbox()
@@ -273,7 +273,7 @@ async def test_it_logs_in_where_that_is_safe_and_says_so_where_the_password_is_w
     context, file = certified
     trusting = ssl.create_default_context(cafile=file)
     trusting.check_hostname = False
-    monkeypatch.setattr(smtp.SmtpPool, "_tls", trusting)
+    monkeypatch.setattr(smtp.SmtpPool, "_tls_context", trusting)
     inbox = Inbox()
     options = {"authenticator": check, "auth_required": True, "auth_require_tls": False}
     async with inbox.open(**options, tls_context=context) as address:
@@ -281,7 +281,7 @@ async def test_it_logs_in_where_that_is_safe_and_says_so_where_the_password_is_w
             assert (await channel.send(endpoint("kim@example.com"), message())).error is None
         async with channel_to(f"smtp://user%40acme:wrong@{address}") as channel:
             outcome = await channel.send(endpoint("kim@example.com"), message())
-            assert outcome == Outcome("the mail relay refuses our password", 535, internal_failure=True)
+            assert outcome == Outcome("the mail relay rejected our login", 535, internal_failure=True)
     assert asked.pop() == b"user@acme"
     asked.clear()
     async with inbox.open(**options) as address, channel_to(f"smtp://user%40acme:p%3Ass%2Fw%40rd@{address}") as channel:
@@ -301,7 +301,7 @@ async def test_tls_is_used_where_it_is_offered_and_certificates_count(certified,
             async with channel_to(url) as channel:
                 outcome = await channel.send(endpoint("kim@example.com"), message())
                 assert outcome == Outcome("no secure connection to the mail relay", internal_failure=True)
-        monkeypatch.setattr(smtp.SmtpPool, "_tls", trusting)
+        monkeypatch.setattr(smtp.SmtpPool, "_tls_context", trusting)
         for url in (f"smtp://{first}", f"smtps://{second}"):
             async with channel_to(url) as channel:
                 assert (await channel.send(endpoint("kim@example.com"), message())).error is None

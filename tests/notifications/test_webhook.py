@@ -197,12 +197,12 @@ async def test_a_status_counts_without_its_body(channel, monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        (b"", "the connection was closed without an answer"),
-        (b"HTTP/1.1 200", "the connection was closed without an answer"),
-        (b"220 mail.example.com ESMTP\r\n", "the answer is not HTTP"),
-        (b"HTTP/1.1 abc\r\n\r\n", "the answer is not HTTP"),
-        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n", "the answer is not HTTP"),
-        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000 + b"\r\n", "the answer is not HTTP"),
+        (b"", "the connection was closed without a response"),
+        (b"HTTP/1.1 200", "the connection was closed without a response"),
+        (b"220 mail.example.com ESMTP\r\n", "the response is not HTTP"),
+        (b"HTTP/1.1 abc\r\n\r\n", "the response is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n", "the response is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000 + b"\r\n", "the response is not HTTP"),
     ],
 )
 async def test_a_malformed_response_is_a_failure(channel, answer, error):
@@ -229,10 +229,10 @@ async def test_connection_errors_reveal_no_address_and_no_query(unused_tcp_port)
             said[url] = outcome.error
     assert list(said.values()) == [
         "connection refused",
-        "the name of the host cannot be resolved",
-        "the address of this host may not be dialled",
-        "the address of this host may not be dialled",
-        "the address of this host may not be dialled",
+        "the host name cannot be resolved",
+        "connections to this host's address are not allowed",
+        "connections to this host's address are not allowed",
+        "connections to this host's address are not allowed",
         "the URL cannot be used",
         "the URL cannot be used",
     ]
@@ -245,7 +245,7 @@ async def test_a_lack_of_sockets_is_an_internal_failure(channel, monkeypatch, nu
 
     monkeypatch.setattr("opsentry.notifications.transport.egress.socket.socket", none_left)
     outcome = await channel.send(endpoint("http://127.0.0.1:1/", SECRET), message())
-    assert outcome == Outcome("there are too many connections just now", internal_failure=True)
+    assert outcome == Outcome("too many open connections on our side", internal_failure=True)
 
 
 def test_a_target_is_validated_and_displayed_whole():

@@ -6,7 +6,7 @@ from opsentry.infrastructure.encryption import EncryptionKeyMissing
 from opsentry.notifications.channel import BadTarget, Channel, Endpoint, Message, Outcome
 from opsentry.notifications.channels import Dependencies
 from opsentry.notifications.messages.email import EmailRenderer
-from opsentry.notifications.transport.smtp import CONNECTIONS, SmtpPool
+from opsentry.notifications.transport.smtp import MAX_CONNECTIONS, SmtpPool
 from opsentry.settings import Settings
 
 _MAX_ADDRESS = 254
@@ -27,7 +27,7 @@ class Email:
     name = "email"
     signs_messages = False
     has_secret_target = False
-    max_concurrency: int | None = CONNECTIONS
+    max_concurrency: int | None = MAX_CONNECTIONS
 
     def __init__(self, settings: Settings) -> None:
         self._renderer = EmailRenderer(settings)

@@ -1,1 +1,1 @@
-"""Deliveries: enqueue intents, lease endpoints, send, retry, record."""
+"""Deliver messages: enqueue intents, lease endpoints, attempt deliveries, retry them and record the results."""

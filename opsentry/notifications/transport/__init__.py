@@ -1,1 +1,1 @@
-"""Connections to the outside: HTTP and SMTP, with the egress filter."""
+"""Connect to the outside, over HTTP and SMTP, through the egress filter."""

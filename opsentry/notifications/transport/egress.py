@@ -1,7 +1,7 @@
-"""What may be dialled: public addresses, and the private networks that the operator opens.
+"""The egress filter: allow connections to public addresses, and to private networks that the operator allows.
 
-A name is judged by the address that is really connected to, when it is connected to: what it resolved to before says
-nothing, because whoever owns the name may answer anything the next time.
+The filter checks the address of each connection at the moment of connecting. An earlier resolution of the name proves
+nothing: its owner may answer another address the next time (DNS rebinding).
 """
 
 import asyncio
@@ -20,18 +20,18 @@ from yarl import URL
 from opsentry.notifications.channel import BadTarget
 from opsentry.settings import Network
 
-MAX_URL = 2_000
-_MAX_HOST = 253
+MAX_URL_CHARACTERS = 2_000
+_MAX_HOST_CHARACTERS = 253
 
-_NAMES_CACHED_SECONDS = 10
-# Of a thousand hosts a second, each connection is kept for so long after its message.
-_KEPT_SECONDS = 5
-# A name may have any number of addresses, and each is tried: so many are enough.
-_ADDRESSES_TRIED = 8
+_DNS_CACHE_SECONDS = 10
+# Short, because at a thousand hosts a second each idle connection holds a file descriptor.
+_KEEPALIVE_SECONDS = 5
+# A name may have any number of addresses, and each would be tried in turn.
+_MAX_ADDRESSES_PER_NAME = 8
 
-# IANA's special-purpose registry and the multicast block, with what is globally reachable in the registry left out.
-# Listed here because `is_global` says something else in each release of Python, and calls multicast global.
-_REFUSED_4 = tuple(
+# IANA's special-purpose address registry without its globally reachable entries, and the multicast block.
+# `is_global` cannot replace this list: it differs between releases of Python and includes multicast.
+_BLOCKED_IPV4 = tuple(
     ip_network(network)
     for network in (
         "0.0.0.0/8",  # this network
@@ -51,10 +51,10 @@ _REFUSED_4 = tuple(
         "240.0.0.0/4",  # reserved, and broadcast
     )
 )
-# All of the public Internet is in here; loopback, unique local, link-local, site-local, multicast, NAT64 and addresses
-# that only hold an IPv4 address are not.
-_GLOBAL_6 = IPv6Network("2000::/3")
-_REFUSED_6 = tuple(
+# Contains the whole public Internet, but no loopback, unique local, link-local, site-local, multicast, NAT64 or
+# IPv4-compatible addresses.
+_GLOBAL_IPV6 = IPv6Network("2000::/3")
+_BLOCKED_IPV6 = tuple(
     ip_network(network)
     for network in (
         "2001::/23",  # protocol assignments, with Teredo, ORCHID and benchmarks
@@ -63,8 +63,8 @@ _REFUSED_6 = tuple(
         "3fff::/20",  # documentation
     )
 )
-# ISATAP: in any network, an interface with this name leads to the IPv4 address in the last 32 bits (RFC 5214).
-_ISATAP = (0x0000_5EFE, 0x0200_5EFE)
+# ISATAP: in any network, this interface identifier leads to the IPv4 address in the last 32 bits (RFC 5214).
+_ISATAP_IDENTIFIERS = (0x0000_5EFE, 0x0200_5EFE)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]*|[0-9]+")
@@ -72,41 +72,41 @@ _LOCALHOST = IPv4Address("127.0.0.1")
 
 
 class BlockedAddress(OSError):
-    """The address that a connection was about to be made to is not open. It is not named: it may be our secret."""
+    """The egress filter blocked a connection. The message does not name the address, which may reveal our network."""
 
     def __init__(self) -> None:
-        super().__init__(errno.EACCES, "the address of this host may not be dialled")
+        super().__init__(errno.EACCES, "connections to this host's address are not allowed")
 
 
-def may_be_dialled(address: IPv4Address | IPv6Address, webhook_allowed_networks: Sequence[Network]) -> bool:
-    """Tell whether a connection may be made to this address. One in IPv4-mapped form is judged as what it stands for.
+def is_allowed(address: IPv4Address | IPv6Address, webhook_allowed_networks: Sequence[Network]) -> bool:
+    """Return whether the egress filter allows connections to an address.
 
-    Other forms that hold an IPv4 address (NAT64, 6to4, Teredo, ISATAP, IPv4-compatible) are closed altogether, unless
-    `webhook_allowed_networks` has them as they are.
+    An IPv4-mapped IPv6 address counts as the IPv4 address. Other IPv6 addresses that embed an IPv4 address (NAT64,
+    6to4, Teredo, ISATAP, IPv4-compatible) are blocked, unless `webhook_allowed_networks` contains them literally.
     """
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     if any(address in network for network in webhook_allowed_networks):
         return True
     if isinstance(address, IPv4Address):
-        return not any(address in network for network in _REFUSED_4)
-    if address not in _GLOBAL_6 or any(address in network for network in _REFUSED_6):
+        return not any(address in network for network in _BLOCKED_IPV4)
+    if address not in _GLOBAL_IPV6 or any(address in network for network in _BLOCKED_IPV6):
         return False
-    return int(address) >> 32 & 0xFFFF_FFFF not in _ISATAP
+    return int(address) >> 32 & 0xFFFF_FFFF not in _ISATAP_IDENTIFIERS
 
 
 def check_url(url: str, webhook_allowed_networks: Sequence[Network]) -> str:
-    """Return `url` if messages can be sent there, as far as can be told without resolving its host.
+    """Return `url` if messages can be sent there, without resolving its host.
 
     Raises:
-        BadTarget: It is no usable http(s) URL, or its host is an address, in any notation, that may not be dialled.
+        BadTarget: It is no usable http(s) URL, or its host is a blocked address in any notation.
     """
-    if len(url) > MAX_URL:
-        raise BadTarget(f"must have at most {MAX_URL} characters")
+    if len(url) > MAX_URL_CHARACTERS:
+        raise BadTarget(f"must have at most {MAX_URL_CHARACTERS} characters")
     if any(character.isspace() or not character.isprintable() or character == "\\" for character in url):
         raise BadTarget("must not contain spaces, control characters or backslashes")
     try:
-        # The parser that sending uses too, so that both see the same host in it.
+        # The HTTP client uses the same parser, so both see the same host.
         parsed = URL(url)
         host, port = parsed.raw_host, parsed.port
     except ValueError:
@@ -128,21 +128,21 @@ def _check_host(host: str, webhook_allowed_networks: Sequence[Network]) -> None:
         try:
             address: IPv4Address | IPv6Address | None = ip_address(host.partition("%")[0])
         except ValueError:
-            raise BadTarget(f"{host} is no address") from None
-    elif len(host) > _MAX_HOST or not _NAME.fullmatch(host):
+            raise BadTarget(f"{host} is not a valid address") from None
+    elif len(host) > _MAX_HOST_CHARACTERS or not _NAME.fullmatch(host):
         raise BadTarget("must name a host")
     else:
-        address = _address_4(host)
+        address = _parse_ipv4(host)
     if address is None:
         return
-    if not may_be_dialled(address, webhook_allowed_networks):
-        raise BadTarget(f"{host} may not be dialled: only public addresses may")
+    if not is_allowed(address, webhook_allowed_networks):
+        raise BadTarget(f"{host} is blocked: only public addresses are allowed")
     if isinstance(address, IPv4Address) and address != _LOCALHOST and host != str(address):
         raise BadTarget(f"{host} must be written {address}")
 
 
-def _address_4(host: str) -> IPv4Address | None:
-    """Return what a host in any of the notations of `inet_aton` stands for; `None` for a name."""
+def _parse_ipv4(host: str) -> IPv4Address | None:
+    """Return the IPv4 address that a host means in any notation of `inet_aton`; `None` for a name."""
     host = host.rstrip(".")
     last = host.rpartition(".")[2].lower()
     if last == "localhost":  # always loopback (RFC 6761)
@@ -152,44 +152,43 @@ def _address_4(host: str) -> IPv4Address | None:
     try:
         return IPv4Address(socket.inet_aton(host))
     except OSError:
-        raise BadTarget(f"{host} is no address") from None
+        raise BadTarget(f"{host} is not a valid address") from None
 
 
 @asynccontextmanager
 async def http_session(
-    webhook_allowed_networks: Sequence[Network], lookups: int, resolver: AbstractResolver | None = None
+    webhook_allowed_networks: Sequence[Network], max_lookups: int, resolver: AbstractResolver | None = None
 ) -> AsyncIterator[aiohttp.ClientSession]:
-    """Lend a session that connects to nothing that may not be dialled.
+    """Open a session behind the egress filter. It uses neither proxies nor cookies.
 
-    It knows neither proxies nor cookies. Whoever asks it for something has to say that redirects are not followed.
+    Callers pass `allow_redirects=False` with each request. The number of connections is unlimited.
 
     Args:
-        webhook_allowed_networks: Private networks that are open too.
-        lookups: So many names are resolved at once, each on a thread: one whose servers never answer keeps it for some
-            20 s, and others are to go on being looked up meanwhile. Connections are as many as are asked for.
-        resolver: What names are resolved with, instead of the system.
+        webhook_allowed_networks: Private networks to allow in addition.
+        max_lookups: The limit of concurrent DNS lookups. Each occupies a thread, for about 20 s if no server answers.
+        resolver: A replacement for the system's resolver.
     """
 
-    def guarded(where: aiohttp.AddrInfoType) -> socket.socket:
-        # Asked for each address that is about to be connected to, whether it was written in the URL or resolved.
+    def create_socket(where: aiohttp.AddrInfoType) -> socket.socket:
+        # Called before each connection, whether the address was in the URL or resolved.
         family, kind, protocol, _, name = where
         try:
-            # Also refuses what is no address: the loop would resolve it when connecting.
+            # A name in place of an address is refused: the event loop would resolve it while connecting.
             address = ip_address(str(name[0]).partition("%")[0])
         except ValueError:
             raise BlockedAddress from None
-        if kind != socket.SOCK_STREAM or not may_be_dialled(address, webhook_allowed_networks):
+        if kind != socket.SOCK_STREAM or not is_allowed(address, webhook_allowed_networks):
             raise BlockedAddress
         return socket.socket(family, kind, protocol)
 
-    names = resolver or _Resolver(lookups)
+    resolver = resolver or _Resolver(max_lookups)
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
-            socket_factory=guarded,
-            resolver=names,
-            ttl_dns_cache=_NAMES_CACHED_SECONDS,
+            socket_factory=create_socket,
+            resolver=resolver,
+            ttl_dns_cache=_DNS_CACHE_SECONDS,
             limit=0,
-            keepalive_timeout=_KEPT_SECONDS,
+            keepalive_timeout=_KEEPALIVE_SECONDS,
         ),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
@@ -199,27 +198,27 @@ async def http_session(
         yield session
     finally:
         await session.close()
-        await names.close()
+        await resolver.close()
 
 
 class _Resolver(AbstractResolver):
-    """The system's resolver on threads of its own: those that loops have are few, and one slow name would hold all."""
+    """Resolve by the system, on own threads: the event loop's are few, and slow names would occupy all of them."""
 
-    def __init__(self, at_once: int) -> None:
-        self._threads = ThreadPoolExecutor(at_once, "resolve")
+    def __init__(self, max_lookups: int) -> None:
+        self._threads = ThreadPoolExecutor(max_lookups, "resolve")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """Return the host's first addresses."""
+        """Return at most `_MAX_ADDRESSES_PER_NAME` addresses of a host."""
         found = await asyncio.get_running_loop().run_in_executor(
             self._threads, lambda: socket.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
         )
         return [
             ResolveResult(hostname=host, host=str(name[0]), port=port, family=kind, proto=protocol, flags=0)
-            for kind, _, protocol, _, name in found[:_ADDRESSES_TRIED]
+            for kind, _, protocol, _, name in found[:_MAX_ADDRESSES_PER_NAME]
         ]
 
     async def close(self) -> None:
-        """Let the threads end, with what they are at."""
+        """Let the threads end after their present lookup."""
         self._threads.shutdown(wait=False, cancel_futures=True)

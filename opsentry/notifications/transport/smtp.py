@@ -1,4 +1,4 @@
-"""The mail relay: a few SMTP connections that are used again, and what it said in words."""
+"""The SMTP pool: reuse connections to the mail relay, and stop using the relay for a while once it fails."""
 
 import asyncio
 import ssl
@@ -12,77 +12,89 @@ import aiosmtplib
 
 from opsentry.notifications.channel import Outcome
 
-CONNECTIONS = 8
-SECONDS = 15
-# A relay that cannot be used is left alone for so long: who waits for it is told at once what is wrong.
-DOWN_SECONDS = 15
-_FOR_GOOD = 500
-# Relays hang up on who says nothing for some minutes.
+MAX_CONNECTIONS = 8
+SEND_TIMEOUT_SECONDS = 15
+# The circuit breaker: after a relay could not be used, sending fails at once for this time.
+CIRCUIT_OPEN_SECONDS = 15
+# A reply code from here on is permanent (RFC 5321, 4.2.1).
+_PERMANENT_REPLY = 500
+# Relays close connections that are idle for minutes.
 _IDLE_SECONDS = 30.0
 
 
 class SmtpPool:
-    """Sends through the relay at an `smtp://` URL (STARTTLS where it is offered, or a must with a password) or `smtps://`."""
+    """Send e-mails through a mail relay.
+
+    The caller limits the e-mails in flight; each uses a connection of its own.
+
+    Args:
+        url: `smtp://` or `smtps://`, with user and password if the relay needs them. `smtp://` uses STARTTLS if the
+            relay offers it, and requires it if there is a password.
+        local_name: The host name to greet with.
+    """
 
     def __init__(self, url: str, local_name: str) -> None:
         self._url = urlsplit(url)
         self._local_name = local_name
-        self._down_until = 0.0
-        self._down = ""
+        self._circuit_open_until = 0.0
+        self._circuit_reason = ""
         self._idle: list[tuple[aiosmtplib.SMTP, asyncio.TimerHandle]] = []
 
-    async def send(self, sender: str, recipient: str, letter: bytes) -> Outcome:
-        """Hand the letter over, within `SECONDS`. There are as many connections as there are letters at once."""
-        if time.monotonic() < self._down_until:
-            return Outcome(self._down, internal_failure=True)
+    async def send(self, sender: str, recipient: str, email: bytes) -> Outcome:
+        """Hand an e-mail over to the relay, within `SEND_TIMEOUT_SECONDS`.
+
+        A rejection of the recipient, or of this e-mail for good, counts against the endpoint. Any other failure is an
+        internal failure.
+        """
+        if time.monotonic() < self._circuit_open_until:
+            return Outcome(self._circuit_reason, internal_failure=True)
         try:
-            async with asyncio.timeout(SECONDS), self._connection() as connection:
-                await connection.sendmail(sender, [recipient], letter)
+            async with asyncio.timeout(SEND_TIMEOUT_SECONDS), self._connection() as connection:
+                await connection.sendmail(sender, [recipient], email)
         except aiosmtplib.SMTPRecipientsRefused as error:
             refused = error.recipients[0]
-            # Not in the relay's own words: they repeat the address, which has to be forgotten with its subscription.
+            # The relay's own words repeat the address, which must not outlive its subscription.
             return Outcome(f"the mail relay answered {refused.code} for this address", refused.code)
         except aiosmtplib.SMTPDataError as error:
-            # For good: it is about this letter, and no other one says so.
-            is_transient = error.code < _FOR_GOOD
+            is_transient = error.code < _PERMANENT_REPLY
             return Outcome(
-                f"the mail relay answered {error.code} to the letter", error.code, internal_failure=is_transient
+                f"the mail relay answered {error.code} to the message", error.code, internal_failure=is_transient
             )
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
             if isinstance(error, TimeoutError):
-                self._rest(_words(error))
-            return Outcome(_words(error), getattr(error, "code", None), internal_failure=True)
+                self._open_circuit(_describe(error))
+            return Outcome(_describe(error), getattr(error, "code", None), internal_failure=True)
         return Outcome(response_status=250)
 
-    def _rest(self, why: str) -> None:
-        """Leave the relay alone for a while."""
-        self._down, self._down_until = why, time.monotonic() + DOWN_SECONDS
-
     async def close(self) -> None:
-        """Close all connections that are idle."""
+        """Close all idle connections."""
         while self._idle:
             connection, timer = self._idle.pop()
             timer.cancel()
             connection.close()
 
+    def _open_circuit(self, reason: str) -> None:
+        self._circuit_reason = reason
+        self._circuit_open_until = time.monotonic() + CIRCUIT_OPEN_SECONDS
+
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[aiosmtplib.SMTP]:
-        connection = await self._connected()
+        connection = await self._reuse_or_connect()
         try:
             yield connection
         except aiosmtplib.SMTPRecipientsRefused:
-            self._keep(connection)  # it is the address that was refused
+            self._keep(connection)  # the address was refused, not the connection
             raise
         except BaseException:
             connection.close()
             raise
         self._keep(connection)
 
-    async def _connected(self) -> aiosmtplib.SMTP:
+    async def _reuse_or_connect(self) -> aiosmtplib.SMTP:
         while self._idle:
             connection, timer = self._idle.pop()
             timer.cancel()
-            # It may have been closed meanwhile; asked before, it is not in doubt whether a letter was taken.
+            # The relay may have closed it. A check before sending leaves no doubt whether an e-mail was accepted.
             try:
                 await connection.noop()
             except (aiosmtplib.SMTPException, OSError):
@@ -92,23 +104,26 @@ class SmtpPool:
                 raise
             else:
                 return connection
-        url, implicit = self._url, self._url.scheme == "smtps"
+        return await self._connect()
+
+    async def _connect(self) -> aiosmtplib.SMTP:
+        url, uses_implicit_tls = self._url, self._url.scheme == "smtps"
         connection = aiosmtplib.SMTP(
             hostname=url.hostname,
-            port=url.port or (465 if implicit else 25),
+            port=url.port or (465 if uses_implicit_tls else 25),
             username=None if url.username is None else unquote(url.username),
             password=None if url.password is None else unquote(url.password),
-            use_tls=implicit,
-            # A password is never sent in clear, also where somebody on the way hides that TLS is offered.
-            start_tls=None if implicit or url.password is None else True,
+            use_tls=uses_implicit_tls,
+            # A password is never sent in clear, even if somebody on the path hides the relay's offer of TLS.
+            start_tls=None if uses_implicit_tls or url.password is None else True,
             local_hostname=self._local_name,
-            timeout=SECONDS,
-            tls_context=self._tls,
+            timeout=SEND_TIMEOUT_SECONDS,
+            tls_context=self._tls_context,
         )
         try:
             await connection.connect()
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
-            self._rest(_words(error))
+            self._open_circuit(_describe(error))
             raise
         except BaseException:
             connection.close()
@@ -116,28 +131,28 @@ class SmtpPool:
         return connection
 
     @cached_property
-    def _tls(self) -> ssl.SSLContext:
-        return ssl.create_default_context()  # it reads files: once
+    def _tls_context(self) -> ssl.SSLContext:
+        return ssl.create_default_context()  # cached, because it reads files
 
     def _keep(self, connection: aiosmtplib.SMTP) -> None:
         if connection.is_connected:
-            timer = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._drop, connection)
+            timer = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._discard, connection)
             self._idle.append((connection, timer))
 
-    def _drop(self, connection: aiosmtplib.SMTP) -> None:
+    def _discard(self, connection: aiosmtplib.SMTP) -> None:
         self._idle = [idle for idle in self._idle if idle[0] is not connection]
         connection.close()
 
 
-def _words(error: Exception) -> str:
-    """Return what went wrong: without the relay's address or words, which are for the operator."""
+def _describe(error: Exception) -> str:
+    """Return the reason of a failure, without the relay's address and words: tenants see it."""
     match error:
         case aiosmtplib.SMTPAuthenticationError():
-            return "the mail relay refuses our password"
+            return "the mail relay rejected our login"
         case aiosmtplib.SMTPResponseException():
             return f"the mail relay answered {error.code}"
         case TimeoutError():
-            return f"no answer from the mail relay within {SECONDS} s"
+            return f"no answer from the mail relay within {SEND_TIMEOUT_SECONDS} s"
         case _ if isinstance(error, ssl.SSLError) or isinstance(error.__cause__, ssl.SSLError):
             return "no secure connection to the mail relay"
         case aiosmtplib.SMTPConnectError() | OSError():
