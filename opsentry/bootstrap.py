@@ -102,6 +102,7 @@ async def core(settings: Settings) -> AsyncIterator[Core]:
         projector = Projector(database, projections())
         application = Application(
             database=database,
+            appender=appender,
             command_handler=NewCommandHandler(database, appender),
             projector=projector,
             as_of_queries=AsOfQueries(database, projector),
@@ -246,9 +247,7 @@ async def sending(parts: Core, *, lease: float = LEASE_SECONDS) -> AsyncIterator
 async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[None]:
     """Run the worker's loops and send; `heartbeat` is a file to touch after each round."""
     worker = Worker(
-        parts.database,
-        parts.commands,
-        parts.projector,
+        parts.application,
         idempotency_key_ttl_hours=parts.settings.idempotency_key_ttl_hours,
         delivery_retention_days=parts.settings.delivery_retention_days,
         maintenance_reminder_minutes=parts.settings.maintenance_reminder_minutes,

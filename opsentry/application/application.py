@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from opsentry.events.appender import Appender
 from opsentry.events.new_command_handler import CommandHandler
 from opsentry.infrastructure.encryption import SecretBox
 from opsentry.infrastructure.postgres import Database
@@ -17,6 +18,7 @@ class Application:
     """The parts of one process; `bootstrap` builds them."""
 
     database: Database
+    appender: Appender
     command_handler: CommandHandler
     projector: Projector
     as_of_queries: AsOfQueries

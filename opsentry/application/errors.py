@@ -1,4 +1,8 @@
-"""Refusals that belong to use cases rather than to one aggregate."""
+"""Refusals of use cases, and those of the ledger that entry points explain."""
+
+from opsentry.events.new_command_handler import ConcurrencyConflict, IdempotencyKeyReused, NameReserved
+
+__all__ = ["ConcurrencyConflict", "IdempotencyKeyReused", "NameReserved", "NotFound", "PreconditionFailed"]
 
 
 class NotFound(Exception):

@@ -8,10 +8,12 @@ from opsentry.application.caller import Caller
 from opsentry.application.errors import NotFound
 from opsentry.application.queries import read_head
 from opsentry.domain.decider import InvalidField
-from opsentry.events import audit, export
+from opsentry.events import audit, export, store
 from opsentry.events.audit import Entry, LedgerHead
+from opsentry.events.codec import RecordedEvent
 
 EXPORT_BATCH_EVENTS = 1000
+HISTORY_PAGE_EVENTS = 1000
 
 
 class LedgerPage(NamedTuple):
@@ -20,6 +22,13 @@ class LedgerPage(NamedTuple):
     entries: Sequence[Entry]
     next_position: int | None
     head_position: int
+
+
+class StreamHistory(NamedTuple):
+    """All events of one stream: as the domain folds them, and as an auditor sees them."""
+
+    recorded: Sequence[RecordedEvent]
+    entries: Sequence[Entry]
 
 
 class LedgerExport(NamedTuple):
@@ -64,6 +73,32 @@ async def list_stream_events(
     if not found:
         raise NotFound
     return LedgerPage(entries, more, head.position)
+
+
+async def get_stream_history(
+    app: Application, caller: Caller, kind: str, stream_id: int, *, until: int | None = None
+) -> StreamHistory:
+    """Return the events of one stream up to position `until` (`None`: all); raises `NotFound`, and as `list_events`.
+
+    A stream that began after `until` has an empty history.
+    """
+    caller.require("read:audit")
+    async with app.database.connection() as connection:
+        recorded = await store.read_stream(connection, caller.tenant_id, kind, stream_id)
+        entries: list[Entry] = []
+        after: int | None = 0
+        while after is not None:
+            page, after = await audit.read_stream_page(
+                connection, caller.tenant_id, kind, stream_id, after=after, limit=HISTORY_PAGE_EVENTS
+            )
+            entries += page
+    if not recorded:
+        raise NotFound
+    # Events that were appended between the two reads are left out.
+    last = recorded[-1].position if until is None else min(until, recorded[-1].position)
+    return StreamHistory(
+        [event for event in recorded if event.position <= last], [entry for entry in entries if entry.position <= last]
+    )
 
 
 async def get_ledger_head(app: Application, caller: Caller) -> LedgerHead:

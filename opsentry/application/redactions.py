@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 
 from opsentry.application.application import Application
 from opsentry.application.caller import Caller
+from opsentry.application.ledger import get_stream_history
 from opsentry.application.pipeline import run
 from opsentry.application.rendering import render_outcome
 from opsentry.application.results import Resource
@@ -14,6 +15,33 @@ from opsentry.domain.redaction import plan
 from opsentry.events.codec import RecordedEvent, written
 from opsentry.projections import incident_view
 from opsentry.projections import maintenance as windows
+
+_REDACTABLE_FIELDS = {
+    incident.KIND: incident.REDACTABLE_FIELDS,
+    maintenance.KIND: maintenance.REDACTABLE_FIELDS,
+}
+
+
+async def preview_redaction(
+    app: Application,
+    caller: Caller,
+    kind: str,
+    stream_id: int,
+    *,
+    fields: Collection[str],
+    positions: Collection[int],
+) -> list[int]:
+    """Return the positions of the events that a redaction would erase text of; nothing is changed.
+
+    Raises:
+        MissingPermission: The caller may not read the ledger.
+        NotFound: The tenant has no such stream.
+        InvalidField: A field or position has no text.
+        DatabaseUnavailable: The database was lost.
+    """
+    history = (await get_stream_history(app, caller, kind, stream_id)).recorded
+    versions = plan(written(history), _REDACTABLE_FIELDS[kind], fields, positions).versions
+    return [event.position for event in history if event.version in versions]
 
 
 async def redact_incident(

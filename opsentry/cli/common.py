@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar, cast
 
@@ -14,25 +15,34 @@ import click
 import msgspec
 import uvloop
 
+from opsentry.application.application import Application
+from opsentry.application.caller import Caller
+from opsentry.application.errors import ConcurrencyConflict
+from opsentry.application.queries import resolve_as_of
+from opsentry.application.tenants import find_tenant_id
 from opsentry.bootstrap import Core, configure_logging, core, new_database
 from opsentry.domain.decider import DomainError, InvalidField
-from opsentry.events import audit, store
-from opsentry.events.appender import TenantBusy
-from opsentry.events.codec import Actor, Meta
-from opsentry.events.command_handler import ConcurrencyConflict, NameReserved, StreamNotFound
+from opsentry.events.codec import Actor
 from opsentry.events.verification import BadExport
 from opsentry.identity import tenants
 from opsentry.identity.tenants import SlugTaken, TenantNotFound
 from opsentry.identity.tokens import TokenNotFound
 from opsentry.importing.statuspage import MalformedExport
-from opsentry.infrastructure.postgres import Connection, Database, DatabaseUnavailable, MigrationRefused, OutcomeUnknown
+from opsentry.infrastructure.postgres import (
+    Connection,
+    Database,
+    DatabaseUnavailable,
+    MigrationRefused,
+    OutcomeUnknown,
+    TransientError,
+)
 from opsentry.projections.engine.projector import PositionNotReached
 from opsentry.projections.engine.rebuild_pool import RebuildProcessFailed
 from opsentry.settings import InvalidSettings, Settings
 
 T = TypeVar("T")
 
-META = Meta(Actor("operator"))
+OPERATOR = Actor("operator")
 
 # An operator at a terminal waits longer than an HTTP client does.
 COMMAND_TIMEOUT_SECONDS = 30.0
@@ -105,13 +115,11 @@ def errors_explained() -> Iterator[None]:
         RebuildProcessFailed,
         MalformedExport,
         MigrationRefused,
-        NameReserved,
-        StreamNotFound,
         TenantNotFound,
         TokenNotFound,
         PositionNotReached,
         SlugTaken,
-        TenantBusy,
+        TransientError,
         OSError,
     ) as error:
         raise click.ClickException(str(error)) from None
@@ -123,7 +131,7 @@ async def opened(found: Settings) -> AsyncIterator[Database]:
 
     Print after giving a connection back: an error of the output must not look like one of the database.
     """
-    database = new_database(found, 1)
+    database = new_database(_with_command_timeout(found), 1)
     await database.open()
     try:
         yield database
@@ -131,39 +139,40 @@ async def opened(found: Settings) -> AsyncIterator[Database]:
         await database.close()
 
 
-@asynccontextmanager
-async def connected(found: Settings) -> AsyncIterator[Connection]:
-    """Lend a connection for at most `COMMAND_TIMEOUT_SECONDS`."""
-    async with opened(found) as database, database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
-        yield connection
-
-
 async def transaction(work: Callable[[Connection], Awaitable[T]]) -> T:
     """Run `work` in one transaction and return its result."""
-    async with opened(settings()) as database, database.transaction(COMMAND_TIMEOUT_SECONDS) as connection:
+    async with opened(settings()) as database, database.transaction() as connection:
         return await work(connection)
 
 
 @asynccontextmanager
-async def tenant_core(slug: str) -> AsyncIterator[tuple[Core, int]]:
-    """Lend the core and the id of the tenant `slug`.
+async def opened_core() -> AsyncIterator[Core]:
+    """Lend the parts of a process, with the timeout of commands."""
+    async with core(_with_command_timeout(settings())) as parts:
+        yield parts
+
+
+@asynccontextmanager
+async def application() -> AsyncIterator[Application]:
+    """Lend the application."""
+    async with opened_core() as parts:
+        yield parts.application
+
+
+@asynccontextmanager
+async def application_for(slug: str, actor: Actor = OPERATOR) -> AsyncIterator[tuple[Application, Caller]]:
+    """Lend the application, and a caller with all permissions of the tenant `slug`.
 
     Raises:
         TenantNotFound: No tenant has this slug.
     """
-    async with core(settings()) as parts:
-        async with parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
-            tenant_id = await tenant_id_of(connection, slug)
-        yield parts, tenant_id
+    async with application() as app:
+        yield app, Caller(tenant_id=await find_tenant_id(app, slug), actor=actor)
 
 
-async def tenant_id_of(connection: Connection, slug: str) -> int:
-    """Return the id of the tenant `slug`.
-
-    Raises:
-        TenantNotFound: No tenant has this slug.
-    """
-    return int((await tenants.find_tenant(connection, slug))["tenant_id"])
+def _with_command_timeout(found: Settings) -> Settings:
+    milliseconds = int(1000 * COMMAND_TIMEOUT_SECONDS)
+    return replace(found, database_timeout_ms=max(found.database_timeout_ms, milliseconds))
 
 
 async def optional_tenant_id(connection: Connection, slug: str | None) -> int | None:
@@ -172,24 +181,20 @@ async def optional_tenant_id(connection: Connection, slug: str | None) -> int | 
     Raises:
         TenantNotFound: No tenant has this slug.
     """
-    return None if slug is None else await tenant_id_of(connection, slug)
+    return None if slug is None else int((await tenants.find_tenant(connection, slug))["tenant_id"])
 
 
-async def parse_position(connection: Connection, tenant_id: int, text: str) -> int:
+async def find_position(app: Application, caller: Caller, text: str) -> int:
     """Return the position that `text` names: itself a position, or an RFC 3339 time.
 
     Raises:
         click.UsageError: `text` is neither, or names something after the end of the ledger.
     """
-    last = await store.read_head_position(connection, tenant_id)
-    if text.isdecimal():
-        if int(text) > last:
-            raise click.UsageError(f"{text}: the ledger ends at position {last}")
-        return int(text)
-    found = await audit.position_at(connection, tenant_id, parse_time(text, "a position, or a time"))
-    if found is None:
-        raise click.UsageError(f"{text}: lies in the future")
-    return found
+    moment = int(text) if text.isdecimal() else parse_time(text, "a position, or a time")
+    try:
+        return await resolve_as_of(app, caller, moment)
+    except InvalidField as error:
+        raise click.UsageError(f"{text}: {error.problem}") from None
 
 
 def parse_time(text: str, expected: str = "a time") -> datetime:

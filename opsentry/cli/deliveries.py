@@ -188,6 +188,6 @@ def _report(moved: int, done: str, chosen: Sequence[UUID] | None, *, json_output
 
 async def _move(move: Callable[..., Awaitable[int]], slug: str | None, chosen: management.DeliverySelection) -> int:
     async with opened(settings()) as database:
-        async with database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
+        async with database.connection() as connection:
             tenant_id = await optional_tenant_id(connection, slug)
         return await move(database, chosen._replace(tenant_id=tenant_id), seconds=COMMAND_TIMEOUT_SECONDS)

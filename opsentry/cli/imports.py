@@ -4,10 +4,14 @@ from pathlib import Path
 
 import click
 
-from opsentry.cli.common import for_tenant, run, tenant_core
+from opsentry.application import imports
+from opsentry.application.imports import ImportResult
+from opsentry.cli.common import application_for, for_tenant, run
 from opsentry.cli.output import as_json, print_json, progress_bar
-from opsentry.importing.importer import Importer, ImportResult
+from opsentry.events.codec import Actor
 from opsentry.importing.statuspage import read_export
+
+IMPORTER = Actor("importer")
 
 
 @click.group(name="import")
@@ -28,11 +32,10 @@ def import_statuspage(file: Path, slug: str, *, json_output: bool) -> None:
     async def work() -> ImportResult:
         export = read_export(file)
         total = len(export.components) + len(export.incidents) + len(export.scheduled_maintenances)
-        async with tenant_core(slug) as (parts, tenant_id):
+        async with application_for(slug, IMPORTER) as (app, caller):
             with progress_bar() as progress:
                 task = progress.add_task(file.name, total=total)
-                importer = Importer(parts.database, parts.appender, parts.projector, tenant_id)
-                return await importer.load(export, lambda: progress.advance(task))
+                return await imports.import_statuspage(app, caller, export, lambda: progress.advance(task))
 
     result = run(work())
     if json_output:

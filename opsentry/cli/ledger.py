@@ -11,25 +11,18 @@ from typing import IO, cast
 import click
 import msgspec
 
-from opsentry.cli.common import (
-    COMMAND_TIMEOUT_SECONDS,
-    connected,
-    for_any_tenant,
-    for_tenant,
-    opened,
-    run,
-    settings,
-    tenant_id_of,
-)
+from opsentry.application.application import Application
+from opsentry.application.caller import Caller
+from opsentry.application.ledger import export_events, get_ledger_head, list_events
+from opsentry.cli.common import application_for, for_any_tenant, for_tenant, run, settings
 from opsentry.cli.ledger_history import history
 from opsentry.cli.ledger_redact import redact
 from opsentry.cli.output import as_json, print_json, print_table, progress_bar, table
 from opsentry.domain.events import EVENT_TYPES
-from opsentry.events import audit, export
+from opsentry.events import export
 from opsentry.events.audit import Entry
 from opsentry.events.verification import Anchor, Verdict, verify_export
 from opsentry.events.verification import verify as verify_ledgers
-from opsentry.infrastructure.postgres import Connection
 
 _BATCH_EVENTS = 1000
 _FOLLOW_INTERVAL_SECONDS = 0.5
@@ -58,37 +51,32 @@ def tail(slug: str, count: int, type_: str | None, *, follow: bool, json_output:
     """Print the last events, one per line. `--json` prints one JSON object per line."""
 
     async def work() -> None:
-        async with opened(settings()) as database:
-            async with database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
-                tenant_id = await tenant_id_of(connection, slug)
-                last = (await audit.read_ledger_head(connection, tenant_id)).position
-                entries = await _last(connection, tenant_id, last, count, type_)
-            _print(entries, json_output=json_output)
-            more: int | None = None
+        async with application_for(slug) as (app, caller):
+            last = (await get_ledger_head(app, caller)).position
+            _print(await _last(app, caller, last, count, type_), json_output=json_output)
             while follow:
-                if more is None:
+                page = await list_events(app, caller, after=last, limit=_BATCH_EVENTS, event_type=type_)
+                _print(page.entries, json_output=json_output)
+                if page.next_position is None:
+                    last = max([page.head_position, *(entry.position for entry in page.entries)])
                     await asyncio.sleep(_FOLLOW_INTERVAL_SECONDS)
-                async with database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
-                    entries, more = await audit.read_ledger_page(
-                        connection, tenant_id, after=last, limit=_BATCH_EVENTS, type_=type_
-                    )
-                last = more or max([last, *(entry.position for entry in entries)])
-                _print(entries, json_output=json_output)
+                else:
+                    last = page.next_position
 
     run(work())
 
 
-async def _last(connection: Connection, tenant_id: int, last: int, count: int, type_: str | None) -> Sequence[Entry]:
+async def _last(app: Application, caller: Caller, last: int, count: int, type_: str | None) -> Sequence[Entry]:
     """Return the last `count` entries of a type, reading a wider range of positions until there are enough."""
     span = count
     while True:
-        after, found = max(0, last - span), []
+        after = max(0, last - span)
+        found: list[Entry] = []
         more: int | None = after
         while more is not None and more < last:
-            entries, more = await audit.read_ledger_page(
-                connection, tenant_id, after=more, limit=_BATCH_EVENTS, type_=type_
-            )
-            found += entries
+            page = await list_events(app, caller, after=more, limit=_BATCH_EVENTS, event_type=type_)
+            found += page.entries
+            more = page.next_position
         if after == 0 or len(found) >= count:
             return found[-count:] if count else []
         span *= 4
@@ -130,19 +118,13 @@ def export_command(
         begin = max(begin, _truncate_to_whole_lines(output) + 1)
 
     async def work() -> None:
-        async with opened(settings()) as database:
-            async with database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
-                tenant_id = await tenant_id_of(connection, slug)
-                end = (await audit.read_ledger_head(connection, tenant_id)).position
-            last = end if to_position is None else min(to_position, end)
+        async with application_for(slug) as (app, caller):
+            ledger = await export_events(app, caller, first=begin, last=to_position)
             with _target(output, is_gzip=is_gzip, append=resume) as file, progress_bar() as progress:
-                task = progress.add_task(f"{slug}: events", total=max(0, last - begin + 1))
-                for after in range(begin - 1, last, _BATCH_EVENTS):
-                    until = min(after + _BATCH_EVENTS, last)
-                    async with database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
-                        chunk = await export.chunk(connection, tenant_id, after, until)
+                task = progress.add_task(f"{slug}: events", total=ledger.last - ledger.first + 1)
+                async for chunk in ledger.chunks:
                     file.write(chunk)
-                    progress.advance(task, until - after)
+                    progress.advance(task, chunk.count(b"\n"))
 
     run(work())
 
@@ -222,8 +204,8 @@ def verify(
             found = settings()
             tenant_id = None
             if slug is not None:
-                async with connected(found) as connection:
-                    tenant_id = await tenant_id_of(connection, slug)
+                async with application_for(slug) as (_, caller):
+                    tenant_id = caller.tenant_id
             return await verify_ledgers(
                 found.database_url,
                 tenant_id=tenant_id,

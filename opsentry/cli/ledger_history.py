@@ -8,15 +8,15 @@ import click
 import msgspec
 from rich.text import Text
 
-from opsentry.cli.common import COMMAND_TIMEOUT_SECONDS, for_tenant, parse_position, parse_time, run, tenant_core
+from opsentry.application.errors import NotFound
+from opsentry.application.ledger import get_stream_history
+from opsentry.cli.common import application_for, find_position, for_tenant, parse_time, run
 from opsentry.cli.output import as_json, print_json, print_table, table
 from opsentry.domain import incident, maintenance, service
 from opsentry.domain.incident import IncidentUpdated
 from opsentry.domain.maintenance import MaintenanceUpdated
-from opsentry.events import audit, store
 from opsentry.events.audit import Entry
 from opsentry.events.codec import RecordedEvent
-from opsentry.infrastructure.postgres import Connection
 from opsentry.projections import incident_view, services
 from opsentry.projections import maintenance as windows
 
@@ -27,8 +27,6 @@ _EVOLVE: Mapping[str, Callable[[Any, RecordedEvent], msgspec.Struct]] = {
 }
 # Every event changes these fields, or repeats another one.
 _HIDDEN_FIELDS = {"id", "services", "created_at", "updated_at", "current_status"}
-_PAGE_SIZE_EVENTS = 1000
-_LAST_POSITION = 2**63 - 1
 
 
 class Change(NamedTuple):
@@ -76,18 +74,15 @@ def history(
     happened_by = None if at is None else parse_time(at)
 
     async def work() -> _Story:
-        async with (
-            tenant_core(slug) as (parts, tenant_id),
-            parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection,
-        ):
-            begin = await parse_position(connection, tenant_id, moments[0]) if moments else 0
+        async with application_for(slug) as (app, caller):
+            begin = await find_position(app, caller, moments[0]) if moments else 0
             moment = moments[1] if moments else as_of
-            end = _LAST_POSITION if moment is None else await parse_position(connection, tenant_id, moment)
-            stream = await store.read_stream(connection, tenant_id, kind, stream_id)
-            if not stream:
-                raise click.ClickException(f"{slug} has no {kind} {stream_id}")
-            recorded = [event for event in stream if event.position <= end]
-            return _Story(recorded, await _entries(connection, tenant_id, kind, stream_id, end), begin, end)
+            end = None if moment is None else await find_position(app, caller, moment)
+            try:
+                found = await get_stream_history(app, caller, kind, stream_id, until=end)
+            except NotFound:
+                raise click.ClickException(f"{slug} has no {kind} {stream_id}") from None
+            return _Story(found.recorded, found.entries, begin, end or 0)
 
     story = run(work())
     if happened_by is not None:
@@ -106,17 +101,6 @@ def known_at(recorded: Sequence[RecordedEvent], moment: datetime) -> list[Record
     """Return the events of a stream that had happened at `moment`, even if they were recorded later."""
     happened = [event for event in recorded if event.occurred_at <= moment]
     return happened if happened and happened[0].version == 1 else []
-
-
-async def _entries(connection: Connection, tenant_id: int, kind: str, stream_id: int, end: int) -> list[Entry]:
-    found: list[Entry] = []
-    after: int | None = 0
-    while after is not None:
-        page, after = await audit.read_stream_page(
-            connection, tenant_id, kind, stream_id, after=after, limit=_PAGE_SIZE_EVENTS
-        )
-        found += page
-    return [entry for entry in found if entry.position <= end]
 
 
 def _state(kind: str, recorded: Sequence[RecordedEvent]) -> dict[str, Any]:

@@ -1,24 +1,17 @@
 """`opsentry ledger redact`: erase texts of one incident or maintenance window."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import click
 
-from opsentry.cli.common import COMMAND_TIMEOUT_SECONDS, META, for_tenant, run, tenant_core
+from opsentry.application.errors import NotFound
+from opsentry.application.redactions import preview_redaction, redact_incident, redact_maintenance
+from opsentry.cli.common import application_for, for_tenant, run
 from opsentry.cli.output import as_json, print_json
 from opsentry.domain import incident, maintenance
-from opsentry.domain.decider import Decider
-from opsentry.domain.incident import RedactIncident
-from opsentry.domain.maintenance import RedactMaintenance
-from opsentry.domain.redaction import HistoryEntry, RedactionPlan, plan
-from opsentry.events import store
-from opsentry.events.codec import RecordedEvent
 
-_DECIDERS: Mapping[str, tuple[Decider[Any, Any, Any], Sequence[str], type[Any]]] = {
-    incident.KIND: (incident.DECIDER, incident.REDACTABLE_FIELDS, RedactIncident),
-    maintenance.KIND: (maintenance.DECIDER, maintenance.REDACTABLE_FIELDS, RedactMaintenance),
-}
+_REDACT = {incident.KIND: redact_incident, maintenance.KIND: redact_maintenance}
 
 
 class _Redacted(NamedTuple):
@@ -27,7 +20,7 @@ class _Redacted(NamedTuple):
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(list(_DECIDERS)))
+@click.argument("kind", type=click.Choice(list(_REDACT)))
 @click.argument("stream_id", metavar="ID", type=click.IntRange(1))
 @for_tenant
 @click.option("--field", "fields", multiple=True, help="Field to erase with all its earlier values; repeatable.")
@@ -50,31 +43,21 @@ def redact(
 
     The events and the hash chain stay intact. The erased texts read [redacted] from then on.
     """
-    decider, redactable_fields, command = _DECIDERS[kind]
-
-    def plan_of(history: Sequence[RecordedEvent]) -> RedactionPlan:
-        entries = [HistoryEntry(event.version, event.position, event.event) for event in history]
-        return plan(entries, redactable_fields, fields, events)
 
     async def work() -> _Redacted:
-        async with tenant_core(slug) as (parts, tenant_id):
-            async with parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
-                before = await store.read_stream(connection, tenant_id, kind, stream_id)
-            if not before:
-                raise click.ClickException(f"{slug} has no {kind} {stream_id}")
-            versions = plan_of(before).versions
-            positions = [event.position for event in before if event.version in versions]
-            if positions and not yes:
+        async with application_for(slug) as (app, caller):
+            try:
+                targets = await preview_redaction(app, caller, kind, stream_id, fields=fields, positions=events)
+            except NotFound:
+                raise click.ClickException(f"{slug} has no {kind} {stream_id}") from None
+            if targets and not yes:
                 click.confirm(
-                    f"Erase the texts of {kind} {stream_id} at {', '.join(map(str, positions))} for good?",
+                    f"Erase the texts of {kind} {stream_id} at {', '.join(map(str, targets))} for good?",
                     abort=True,
                     err=True,
                 )
-            executed = await parts.commands.execute(
-                decider, tenant_id, stream_id, lambda history: command(erasure=plan_of(history), reason=reason), META
-            )
-            await parts.projector.catch_up(tenant_id, executed.position)
-            return _Redacted(positions, executed.position)
+            resource = await _REDACT[kind](app, caller, stream_id, fields=fields, positions=events, reason=reason)
+            return _Redacted(targets, resource.position)
 
     done = run(work())
     if json_output:

@@ -4,9 +4,9 @@ from datetime import datetime
 
 import click
 
-from opsentry.cli.common import connected, expiring, run, settings
+from opsentry.application import operator_tokens
+from opsentry.cli.common import application, expiring, run
 from opsentry.cli.output import as_json, show, show_token
-from opsentry.identity import operator_tokens
 
 
 @click.group(name="operator")
@@ -30,8 +30,8 @@ def create_token(name: str, expires: datetime | None, *, json_output: bool) -> N
     """
 
     async def work() -> str:
-        async with connected(settings()) as connection:
-            return await operator_tokens.create_operator_token(connection, name=name, expires_at=expires)
+        async with application() as app:
+            return await operator_tokens.create_operator_token(app, name=name, expires_at=expires)
 
     show_token(run(work()), json_output=json_output)
 
@@ -42,8 +42,8 @@ def list_tokens(*, json_output: bool) -> None:
     """List operator tokens by prefix."""
 
     async def work() -> None:
-        async with connected(settings()) as connection:
-            rows = await operator_tokens.list_operator_tokens(connection)
+        async with application() as app:
+            rows = await operator_tokens.list_operator_tokens(app)
         show(rows, ["prefix", "name", "created_at", "expires_at", "revoked_at"], json_output=json_output)
 
     run(work())
@@ -55,8 +55,8 @@ def revoke_token(prefix: str) -> None:
     """Revoke the operator token with this prefix. All processes reject it within 5 s."""
 
     async def work() -> None:
-        async with connected(settings()) as connection:
-            await operator_tokens.revoke_operator_token(connection, prefix)
+        async with application() as app:
+            await operator_tokens.revoke_operator_token(app, prefix)
 
     run(work())
     click.echo(f"revoked {prefix}")

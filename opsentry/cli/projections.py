@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, TypeVar
 import click
 import msgspec
 
-from opsentry.bootstrap import Core, core
-from opsentry.cli.common import COMMAND_TIMEOUT_SECONDS, for_any_tenant, optional_tenant_id, run, settings
+from opsentry.bootstrap import Core
+from opsentry.cli.common import for_any_tenant, opened_core, optional_tenant_id, run
 from opsentry.cli.output import as_json, show
 from opsentry.cli.projections_rebuild import all_projections, chosen, rebuild, selected, verify
 from opsentry.infrastructure.postgres import Connection
@@ -70,13 +70,13 @@ def retry(name: str | None, slug: str | None, *, everything: bool, json_output: 
     names = [projection.name for projection in selected(name, everything=everything)]
 
     async def work() -> _Retried:
-        async with core(settings()) as parts:
-            async with parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
+        async with opened_core() as parts:
+            async with parts.database.connection() as connection:
                 tenant_id = await optional_tenant_id(connection, slug)
                 released = await management.retry_halted(connection, names, tenant_id)
             for released_tenant in sorted({row["tenant_id"] for row in released}):
                 await parts.projector.catch_up(released_tenant, 0)
-            async with parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
+            async with parts.database.connection() as connection:
                 halted = await management.halted(connection)
         still = [row for row in halted if row["projection"] in names and tenant_id in {None, row["tenant_id"]}]
         return _Retried(len(released), len(still))
@@ -127,5 +127,5 @@ def _switch(
 
 
 async def _connected(work: Callable[[Core, Connection], Awaitable[T]]) -> T:
-    async with core(settings()) as parts, parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
+    async with opened_core() as parts, parts.database.connection() as connection:
         return await work(parts, connection)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import click
 import msgspec
 
-from opsentry.bootstrap import Core, configure_logging, core, projections
-from opsentry.cli.common import COMMAND_TIMEOUT_SECONDS, for_any_tenant, optional_tenant_id, run, settings
+from opsentry.bootstrap import Core, configure_logging, projections
+from opsentry.cli.common import for_any_tenant, opened_core, optional_tenant_id, run, settings
 from opsentry.cli.output import EventRate, as_json, print_json, progress_bar
 from opsentry.events import audit
 from opsentry.projections.engine import management, rebuild_pool
@@ -63,8 +63,8 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
     totals = {"tenants": 0, "events": 0}
 
     async def work() -> list[Any]:
-        async with core(found) as parts:
-            async with parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
+        async with opened_core() as parts:
+            async with parts.database.connection() as connection:
                 tenant_id = await optional_tenant_id(connection, slug)
                 status = await management.projection_status(connection, wanted)
             _refuse_paused(status)
@@ -88,7 +88,7 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
                 )
                 # The replay skips events that no projection handles.
                 progress.update(task, completed=totals["events"])
-            async with parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
+            async with parts.database.connection() as connection:
                 halted = await management.halted(connection)
         return [
             row
@@ -147,8 +147,8 @@ def verify(name: str | None, slug: str | None, sample: int | None, *, everything
 
     async def work() -> list[_Compared]:
         compared = []
-        async with core(settings()) as parts:
-            async with parts.database.connection(COMMAND_TIMEOUT_SECONDS) as connection:
+        async with opened_core() as parts:
+            async with parts.database.connection() as connection:
                 ledger_heads = await audit.read_ledger_heads(connection, await optional_tenant_id(connection, slug))
             if sample is not None:
                 ledger_heads = random.sample(ledger_heads, min(sample, len(ledger_heads)))

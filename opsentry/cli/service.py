@@ -4,12 +4,12 @@ import json
 
 import click
 
-from opsentry.cli.common import META, for_tenant, run, tenant_core
+from opsentry.application import services
+from opsentry.application.errors import NameReserved
+from opsentry.cli.common import application_for, for_tenant, run
 from opsentry.cli.output import as_json, show
 from opsentry.domain import service
 from opsentry.domain.service import RegisterService
-from opsentry.events.command_handler import NameReserved
-from opsentry.projections import services
 from opsentry.projections.page_request import ALL_ITEMS
 from opsentry.projections.services import ServiceFilter
 
@@ -49,15 +49,13 @@ def create_service(
     )
 
     async def work() -> int:
-        async with tenant_core(slug) as (parts, tenant_id):
+        async with application_for(slug) as (app, caller):
             try:
-                executed = await parts.commands.create(
-                    service.DECIDER, tenant_id, command, META, reservation=service.slug_reservation(command.slug)
-                )
+                return (await services.register_service(app, caller, command)).stream_id
             except NameReserved as error:
-                raise click.ClickException(f"slug: {command.slug} is taken by service {error.stream_id}") from None
-            await parts.projector.catch_up(tenant_id, executed.position)
-            return executed.stream_id
+                raise click.ClickException(
+                    f"slug: {command.slug} is taken by service {error.stream_id}; nothing was registered"
+                ) from None
 
     service_id = run(work())
     show([{"service_id": service_id, "slug": service_slug}], ["service_id", "slug"], json_output=json_output)
@@ -70,12 +68,9 @@ def list_services(slug: str, *, json_output: bool) -> None:
     """List a tenant's services by name, with their status."""
 
     async def work() -> None:
-        async with tenant_core(slug) as (parts, tenant_id):
-            row = await parts.projector.read(
-                tenant_id,
-                lambda connection: services.select_services(connection, tenant_id, ServiceFilter(), ALL_ITEMS),
-            )
-        rows = json.loads(b"[%s]" % (row["items"] or b""))
+        async with application_for(slug) as (app, caller):
+            listed = await services.list_services(app, caller, ServiceFilter(), ALL_ITEMS, None)
+        rows = json.loads(b"[%s]" % listed.items)
         columns = ["id", "slug", "name", "current_status", "visibility", "tags"]
         show(rows, columns, json_output=json_output)
 

@@ -2,9 +2,9 @@
 
 import click
 
-from opsentry.cli.common import META, connected, run, settings
+from opsentry.application import tenants
+from opsentry.cli.common import OPERATOR, application, run
 from opsentry.cli.output import as_json, show
-from opsentry.identity import tenants
 
 
 @click.group(name="tenant")
@@ -20,8 +20,8 @@ def create_tenant(slug: str, name: str | None, *, json_output: bool) -> None:
     """Create a tenant with an empty ledger of its own."""
 
     async def work() -> int:
-        async with connected(settings()) as connection:
-            return await tenants.create_tenant(connection, slug=slug, name=name or slug, meta=META)
+        async with application() as app:
+            return await tenants.create_tenant(app, OPERATOR, slug=slug, name=name or slug)
 
     tenant_id = run(work())
     show([{"tenant_id": tenant_id, "slug": slug}], ["tenant_id", "slug"], json_output=json_output)
@@ -33,8 +33,8 @@ def list_tenants(*, json_output: bool) -> None:
     """List all tenants by slug."""
 
     async def work() -> None:
-        async with connected(settings()) as connection:
-            rows = await tenants.list_tenants(connection)
+        async with application() as app:
+            rows = await tenants.list_tenants(app)
         show(rows, ["tenant_id", "slug", "name", "created_at"], json_output=json_output)
 
     run(work())

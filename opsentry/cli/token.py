@@ -4,9 +4,9 @@ from datetime import datetime
 
 import click
 
-from opsentry.cli.common import META, connected, expiring, for_tenant, run, settings, tenant_id_of
+from opsentry.application import api_tokens
+from opsentry.cli.common import application_for, expiring, for_tenant, run
 from opsentry.cli.output import as_json, show, show_token
-from opsentry.identity import api_tokens
 from opsentry.identity.scopes import SCOPES
 
 
@@ -31,15 +31,8 @@ def create_token(slug: str, name: str, scopes: tuple[str, ...], expires: datetim
     """Create an API token. Its value is printed once. It cannot be recovered."""
 
     async def work() -> str:
-        async with connected(settings()) as connection:
-            return await api_tokens.create_api_token(
-                connection,
-                await tenant_id_of(connection, slug),
-                name=name,
-                scopes=scopes,
-                meta=META,
-                expires_at=expires,
-            )
+        async with application_for(slug) as (app, caller):
+            return await api_tokens.create_api_token(app, caller, name=name, scopes=scopes, expires_at=expires)
 
     show_token(run(work()), json_output=json_output)
 
@@ -51,8 +44,8 @@ def list_tokens(slug: str, *, json_output: bool) -> None:
     """List a tenant's tokens by prefix."""
 
     async def work() -> None:
-        async with connected(settings()) as connection:
-            rows = await api_tokens.list_api_tokens(connection, await tenant_id_of(connection, slug))
+        async with application_for(slug) as (app, caller):
+            rows = await api_tokens.list_api_tokens(app, caller)
         columns = ["prefix", "name", "scopes", "created_at", "expires_at", "revoked_at"]
         show(rows, columns, json_output=json_output)
 
@@ -66,8 +59,8 @@ def revoke_token(slug: str, prefix: str) -> None:
     """Revoke the token with this prefix. All processes reject it within 5 s."""
 
     async def work() -> None:
-        async with connected(settings()) as connection:
-            await api_tokens.revoke_api_token(connection, await tenant_id_of(connection, slug), prefix, META)
+        async with application_for(slug) as (app, caller):
+            await api_tokens.revoke_api_token(app, caller, prefix)
 
     run(work())
     click.echo(f"revoked {prefix}")

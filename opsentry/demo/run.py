@@ -17,11 +17,16 @@ from urllib.parse import urlsplit
 import click
 import uvloop
 
-from opsentry.bootstrap import Core, base_url_of, core, serving, until_stopped, working
+from opsentry.application.api_tokens import create_api_token
+from opsentry.application.application import Application
+from opsentry.application.caller import Caller
+from opsentry.application.operator_tokens import create_operator_token
+from opsentry.bootstrap import base_url_of, core, serving, until_stopped, working
 from opsentry.demo import seed, subscribers
 from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres, EmbeddedValkey
 from opsentry.demo.sink import Sink, sink
-from opsentry.identity import api_tokens, operator_tokens
+from opsentry.identity.api_tokens import ApiTokens
+from opsentry.identity.operator_tokens import OperatorTokens
 from opsentry.identity.scopes import SCOPES
 from opsentry.identity.tokens import InvalidToken
 from opsentry.infrastructure.encryption import generate_key
@@ -29,6 +34,8 @@ from opsentry.infrastructure.provisioning import create_database, prepare_databa
 from opsentry.settings import Settings
 
 MAX_PORT = 65535
+# A request gives up earlier, but a new database on a slow disk takes its time.
+SEED_TIMEOUT_MS = 30_000
 
 
 def run_demo(settings: Settings) -> None:
@@ -111,14 +118,12 @@ async def _serve(settings: Settings, folder: Path) -> None:
         settings = replace(settings, public_url=base_url_of(settings.host, settings.port))
     # The sink keeps its port, so that subscriptions of an earlier run still reach it.
     port = urlsplit(str(_earlier_facts(folder / "demo.json").get("sink", {}).get("url", ""))).port or 0
-    async with (
-        sink(mailbox=not settings.smtp_url, port=port) as running_sink,
-        core(_with_sink(settings, running_sink)) as parts,
-    ):
-        settings = parts.settings
+    async with sink(mailbox=not settings.smtp_url, port=port) as running_sink:
+        settings = _with_sink(settings, running_sink)
         note = folder / "demo.json"
-        facts = await _prepare(parts, _earlier_facts(note), running_sink)
-        async with working(parts), serving(settings, parts) as base_url:
+        async with core(replace(settings, database_timeout_ms=SEED_TIMEOUT_MS)) as parts:
+            facts = await _prepare(parts.application, _earlier_facts(note), running_sink)
+        async with core(settings) as parts, working(parts), serving(settings, parts) as base_url:
             facts = {
                 "base_url": base_url,
                 "pid": os.getpid(),
@@ -164,55 +169,51 @@ def _earlier_facts(note: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-async def _prepare(parts: Core, earlier: dict[str, Any], running_sink: Sink) -> dict[str, Any]:
+async def _prepare(app: Application, earlier: dict[str, Any], running_sink: Sink) -> dict[str, Any]:
     """Create the tenants, their content and tokens that are missing. Working tokens of an earlier run stay."""
-    tenant_id = await seed.tenant(parts, seed.SLUG, seed.NAME)
-    await seed.seed(parts, tenant_id)
-    await subscribers.seed(parts, tenant_id, running_sink)
-    other_id = await seed.tenant(parts, seed.OTHER_SLUG, seed.OTHER_NAME)
-    await seed.seed_other(parts, other_id)
-    for tenant in (tenant_id, other_id):
-        await parts.projector.catch_up(tenant, 0)
+    acme = await seed.tenant(app, seed.SLUG, seed.NAME)
+    await seed.seed(app, acme)
+    await subscribers.seed(app, acme, running_sink)
+    other = await seed.tenant(app, seed.OTHER_SLUG, seed.OTHER_NAME)
+    await seed.seed_other(app, other)
+    for caller in (acme, other):
+        await app.projector.catch_up(caller.tenant_id, 0)
     kept = earlier.get("tokens", {})
     values = {
-        name: await _token(parts, tenant_id, kept.get(name), f"demo {name}", scopes)
-        for name, scopes in seed.TOKENS.items()
+        name: await _token(app, acme, kept.get(name), f"demo {name}", scopes) for name, scopes in seed.TOKENS.items()
     }
-    earlier_other = earlier.get("other", {}).get("token")
-    other = await _token(parts, other_id, earlier_other, "demo other", SCOPES)
+    other_token = await _token(app, other, earlier.get("other", {}).get("token"), "demo other", SCOPES)
     return {
-        "tenant_id": tenant_id,
+        "tenant_id": acme.tenant_id,
         "tokens": values,
-        "other": {"tenant_id": other_id, "token": other},
-        "operator": {"token": await _operator(parts, earlier.get("operator", {}).get("token"))},
+        "other": {"tenant_id": other.tenant_id, "token": other_token},
+        "operator": {"token": await _operator_token(app, earlier.get("operator", {}).get("token"))},
     }
 
 
-async def _token(parts: Core, tenant_id: int, value: object, name: str, scopes: Iterable[str]) -> str:
+async def _token(app: Application, caller: Caller, value: object, name: str, scopes: Iterable[str]) -> str:
     """Return `value` if it is a working token of the tenant with these scopes, else a new token."""
     if isinstance(value, str):
         try:
-            token = await api_tokens.ApiTokens(parts.database).authenticate(value)
+            token = await ApiTokens(app.database).authenticate(value)
         except InvalidToken:
             pass
         else:
-            if token.tenant_id == tenant_id and token.scopes == frozenset(scopes):
+            if token.tenant_id == caller.tenant_id and token.scopes == frozenset(scopes):
                 return value
-    async with parts.database.connection() as connection:
-        return await api_tokens.create_api_token(connection, tenant_id, name=name, scopes=scopes, meta=seed.META)
+    return await create_api_token(app, caller, name=name, scopes=scopes)
 
 
-async def _operator(parts: Core, value: object) -> str:
+async def _operator_token(app: Application, value: object) -> str:
     """Return `value` if it is a working operator token, else a new token."""
     if isinstance(value, str):
         try:
-            await operator_tokens.OperatorTokens(parts.database).authenticate(value)
+            await OperatorTokens(app.database).authenticate(value)
         except InvalidToken:
             pass
         else:
             return value
-    async with parts.database.connection() as connection:
-        return await operator_tokens.create_operator_token(connection, name="demo operator")
+    return await create_operator_token(app, name="demo operator")
 
 
 def _write(path: Path, text: str) -> None:

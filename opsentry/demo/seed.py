@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from opsentry.bootstrap import Core
+from opsentry.application.application import Application
+from opsentry.application.backfill import create_past_stream
+from opsentry.application.caller import Caller
+from opsentry.application.tenants import create_tenant, find_tenant_id
 from opsentry.domain import incident, maintenance, service
 from opsentry.domain.decider import Decider, Event
-from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import ChangeIncident, IncidentCommand, OpenIncident, PostUpdate, ResolveIncident
 from opsentry.domain.maintenance import (
     CompleteMaintenance,
@@ -16,9 +18,7 @@ from opsentry.domain.maintenance import (
     StartMaintenance,
 )
 from opsentry.domain.service import RegisterService
-from opsentry.events.codec import Actor, Meta
-from opsentry.events.store import Append, Appended, NewEvent, Reserved
-from opsentry.identity import tenants
+from opsentry.events.codec import Actor
 from opsentry.identity.scopes import SCOPES
 from opsentry.identity.tenants import TenantNotFound
 
@@ -26,7 +26,7 @@ S = TypeVar("S")
 C = TypeVar("C")
 E = TypeVar("E", bound=Event)
 
-META = Meta(Actor("operator"), silent=True)
+OPERATOR = Actor("operator")
 
 SLUG, NAME = "acme", "Acme Cloud"
 OTHER_SLUG, OTHER_NAME = "globex", "Globex"
@@ -39,22 +39,21 @@ TOKENS = {
 }
 
 
-async def tenant(parts: Core, slug: str, name: str) -> int:
-    """Return the id of the tenant, creating it if it does not exist."""
-    async with parts.database.connection(10) as connection:
-        try:
-            tenant_id: int = (await tenants.find_tenant(connection, slug))["tenant_id"]
-        except TenantNotFound:
-            tenant_id = await tenants.create_tenant(connection, slug=slug, name=name, meta=META)
-    return tenant_id
+async def tenant(app: Application, slug: str, name: str) -> Caller:
+    """Return an operator of the tenant, which is created if it does not exist."""
+    try:
+        tenant_id = await find_tenant_id(app, slug)
+    except TenantNotFound:
+        tenant_id = await create_tenant(app, OPERATOR, slug=slug, name=name)
+    return Caller(tenant_id=tenant_id, actor=OPERATOR)
 
 
-async def seed(parts: Core, tenant_id: int) -> None:
+async def seed(app: Application, caller: Caller) -> None:
     """Seed services, resolved and active incidents, and a past, an active and an upcoming window.
 
     Existing streams stay as they are, so a second run completes an interrupted one.
     """
-    seeder = Seeder(parts, tenant_id)
+    seeder = Seeder(app, caller)
     api = await seeder.service("main-api", "Main API", "The public REST API.", tags=("prod", "customer-facing"))
     portal = await seeder.service("customer-portal", "Customer Portal", "Where customers sign in.", tags=("prod",))
     hooks = await seeder.service("webhooks", "Webhooks", "Deliveries to customers' endpoints.", tags=("prod",))
@@ -102,9 +101,9 @@ async def seed(parts: Core, tenant_id: int) -> None:
     await seeder.window(-timedelta(days=3), timedelta(hours=2), "Database failover drill", (portal, api))
 
 
-async def seed_other(parts: Core, tenant_id: int) -> None:
+async def seed_other(app: Application, caller: Caller) -> None:
     """Seed a service and an incident that the first tenant must never see."""
-    seeder = Seeder(parts, tenant_id)
+    seeder = Seeder(app, caller)
     shop = await seeder.service("shop", "Globex Shop", "Checkout and catalogue.")
     opened = OpenIncident(title="Globex checkout is down", severity="critical", service_ids=(shop,))
     await seeder.incident(timedelta(hours=1), opened)
@@ -113,9 +112,9 @@ async def seed_other(parts: Core, tenant_id: int) -> None:
 class Seeder:
     """Append commands with times in the past, each stream in one transaction."""
 
-    def __init__(self, parts: Core, tenant_id: int) -> None:
-        self._appender = parts.appender
-        self._tenant_id = tenant_id
+    def __init__(self, app: Application, caller: Caller) -> None:
+        self._app = app
+        self._caller = caller
         self._now = datetime.now(UTC)
 
     async def service(
@@ -158,22 +157,4 @@ class Seeder:
 
     async def create(self, decider: Decider[S, C, E], reservation: str, commands: Sequence[tuple[C, datetime]]) -> int:
         """Return the id of the stream with this reservation, creating it with `commands` if there is none."""
-        events: list[NewEvent] = []
-        state: S | None = None
-        for command, moment in commands:
-            decided = decider.decide(state, command)
-            state = decider.fold(decided, state)
-            events += [NewEvent(cast("AnyEvent", event), META, moment) for event in decided]
-        outcome = await self._appender.append(
-            Append(
-                tenant_id=self._tenant_id,
-                kind=decider.kind,
-                stream_id=0,
-                expected_version=0,
-                events=events,
-                reservation=reservation,
-            )
-        )
-        if not isinstance(outcome, Appended | Reserved):
-            raise TypeError(f"{reservation}: {outcome}")
-        return outcome.stream_id
+        return await create_past_stream(self._app, self._caller, decider, commands, reservation=reservation)

@@ -9,10 +9,8 @@ from typing import NamedTuple
 from apscheduler.executors.asyncio import AsyncIOExecutor
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-from opsentry.events.command_handler import CommandHandler
+from opsentry.application.application import Application
 from opsentry.infrastructure.periodic import run_logged
-from opsentry.infrastructure.postgres import Database
-from opsentry.projections.engine.projector import Projector
 from opsentry.worker.scheduler import Scheduler
 from opsentry.worker.tasks import (
     catch_up,
@@ -42,9 +40,7 @@ class Worker:
     stream lets one command of several win.
 
     Args:
-        database: The database with the due work.
-        commands: Executes the commands of tasks.
-        projector: Catches projections up.
+        app: The application.
         idempotency_key_ttl_hours: Hours for which an idempotency key is kept.
         delivery_retention_days: Days for which final deliveries are kept.
         maintenance_reminder_minutes: Minutes between a reminder and the start of its window; 0: no reminders.
@@ -53,9 +49,7 @@ class Worker:
 
     def __init__(
         self,
-        database: Database,
-        commands: CommandHandler,
-        projector: Projector,
+        app: Application,
         *,
         idempotency_key_ttl_hours: int = 48,
         delivery_retention_days: int = 90,
@@ -69,14 +63,14 @@ class Worker:
             job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1},
             timezone=UTC,
         )
-        scheduler = Scheduler(commands, projector)
-        self._transitions = maintenance_transitions.MaintenanceTransitions(database, scheduler, self._wake_up)
-        projections = catch_up.CatchUp(projector)
-        rebuilds = rebuild.Rebuild(database, projector)
-        reminders = maintenance_reminders.MaintenanceReminders(database, scheduler, maintenance_reminder_minutes)
-        keys = idempotency_keys.IdempotencyKeys(database, idempotency_key_ttl_hours)
-        deliveries = delivery_retention.DeliveryRetention(database, delivery_retention_days)
-        unconfirmed = unconfirmed_subscriptions.UnconfirmedSubscriptions(database, scheduler)
+        scheduler = Scheduler(app)
+        self._transitions = maintenance_transitions.MaintenanceTransitions(app, scheduler, self._wake_up)
+        projections = catch_up.CatchUp(app)
+        rebuilds = rebuild.Rebuild(app)
+        reminders = maintenance_reminders.MaintenanceReminders(app, scheduler, maintenance_reminder_minutes)
+        keys = idempotency_keys.IdempotencyKeys(app, idempotency_key_ttl_hours)
+        deliveries = delivery_retention.DeliveryRetention(app, delivery_retention_days)
+        unconfirmed = unconfirmed_subscriptions.UnconfirmedSubscriptions(app, scheduler)
         self._tasks = (
             PeriodicTask(projections.catch_up, catch_up.POLL_INTERVAL_SECONDS),
             PeriodicTask(self.move_due_windows, maintenance_transitions.POLL_INTERVAL_SECONDS),

@@ -98,7 +98,7 @@ WRONG = [
         "Error: yesterday: must be a position, or a time such",
     ),
     (2, "ledger history incident N --tenant acme --as-of 999999", "Error: 999999: the ledger ends at position"),
-    (2, "ledger history incident N --tenant acme --as-of 2999-01-01T00:00:00Z", "lies in the future"),
+    (2, "ledger history incident N --tenant acme --as-of 2999-01-01T00:00:00Z", "must not be in the future"),
     (2, "ledger history incident N --tenant acme --as-of 1 --diff 1 2", "exclude each other"),
     (1, "ledger history incident N --tenant globex", "Error: globex has no incident"),
     (2, "ledger history incident N --tenant acme --at yesterday", "Error: yesterday: must be a time such as"),

@@ -93,7 +93,10 @@ async def test_a_service_is_registered_once_and_listed(run, fail, acme, globex, 
     (listed,) = json.loads(await run("service", "list", "--tenant", "acme", "--json"))
     assert (listed["id"], listed["current_status"]) == (made["service_id"], "operational")
     assert json.loads(await run("service", "list", "--tenant", "globex", "--json")) == []
-    assert await fail(1, *create) == f"Error: slug: main-api is taken by service {made['service_id']}"
+    assert (
+        await fail(1, *create)
+        == f"Error: slug: main-api is taken by service {made['service_id']}; nothing was registered"
+    )
     assert "slug: must be" in await fail(2, "service", "create", "--tenant", "acme", "Main API")
     assert "'--visibility'" in await fail(2, *create, "--visibility", "secret")
     assert "no tenant has the slug nobody" in await fail(1, "service", "list", "--tenant", "nobody")

@@ -7,10 +7,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from opsentry.application.caller import Caller
+from opsentry.application.imports import ImportResult, import_statuspage
 from opsentry.bootstrap import Core
 from opsentry.domain.decider import Event
 from opsentry.events.codec import Actor, ActorKind, Meta, RecordedEvent
-from opsentry.importing.importer import Importer, ImportResult
 from opsentry.importing.statuspage import read_export
 from opsentry.importing.translation import DatedEvent
 
@@ -113,8 +114,8 @@ def write(folder: Path, content: Any) -> Path:
 
 
 async def load(parts: Core, tenant_id: int, path: Path) -> ImportResult:
-    importer = Importer(parts.database, parts.appender, parts.projector, tenant_id)
-    return await importer.load(read_export(path), lambda: None)
+    caller = Caller(tenant_id=tenant_id, actor=Actor("importer"))
+    return await import_statuspage(parts.application, caller, read_export(path), lambda: None)
 
 
 async def ledger(connection: Any, tenant_id: int, kind: str | None = None) -> list[Any]:

@@ -1,11 +1,11 @@
 import asyncio
 import json
 
+from opsentry.application.imports import ImportResult, SkippedRecord
 from opsentry.domain import subscription
 from opsentry.domain.incident import DECIDER as INCIDENTS
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.importing.importer import ImportResult, SkippedRecord
 from tests.conftest import META
 from tests.events.ledger import first_broken
 from tests.importing.pages import (

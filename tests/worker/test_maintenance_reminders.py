@@ -16,8 +16,8 @@ MINUTE = 60.0
 
 
 async def send_reminders(parts, lead_minutes=60):
-    scheduler = Scheduler(parts.commands, parts.projector)
-    await MaintenanceReminders(parts.database, scheduler, lead_minutes).send_reminders()
+    app = parts.application
+    await MaintenanceReminders(app, Scheduler(app), lead_minutes).send_reminders()
 
 
 @pytest.fixture

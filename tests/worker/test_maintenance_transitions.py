@@ -34,7 +34,7 @@ async def test_several_workers_move_each_window_once_and_on_time(settings, parts
         await moved_once_and_on_time(owner)
         # Another round finds nothing to do.
         for one in cores:
-            await Worker(one.database, one.commands, one.projector).move_due_windows()
+            await Worker(one.application).move_due_windows()
         assert await types(owner) == dict.fromkeys(DONE, WINDOWS)
 
 

@@ -16,7 +16,7 @@ async def test_expired_idempotency_keys_are_deleted_and_others_stay(parts, acme,
     await owner.execute(
         "UPDATE idempotency_keys SET recorded_at = recorded_at - interval '25 hours' WHERE key < $1", b"%032d" % 7
     )
-    await IdempotencyKeys(parts.database, ttl_hours=24).delete_expired_keys()
+    await IdempotencyKeys(parts.application, ttl_hours=24).delete_expired_keys()
     kept = await owner.fetch("SELECT key FROM idempotency_keys ORDER BY key")
     assert [row["key"] for row in kept] == [b"%032d" % number for number in (7, 8, 9)]
 
@@ -34,6 +34,6 @@ async def test_old_final_deliveries_are_deleted_and_pending_ones_stay(parts, acm
         "UPDATE deliveries SET finalized_at = finalized_at - interval '31 days' WHERE intent_id = ANY($1)",
         [due.intent_id for due in dues[:7]],
     )
-    await DeliveryRetention(parts.database, retention_days=30).delete_old_deliveries()
+    await DeliveryRetention(parts.application, retention_days=30).delete_old_deliveries()
     assert sorted(await desk.states()) == ["delivered", "pending"]
     assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 1

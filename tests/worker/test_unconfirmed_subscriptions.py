@@ -26,7 +26,7 @@ ADDRESS = "jo@example.org"
 
 
 async def remove_unconfirmed(parts):
-    await UnconfirmedSubscriptions(parts.database, Scheduler(parts.commands, parts.projector)).remove_unconfirmed()
+    await UnconfirmedSubscriptions(parts.application, Scheduler(parts.application)).remove_unconfirmed()
 
 
 async def execute(parts, tenant, number, *commands):

@@ -6,8 +6,8 @@ from contextlib import suppress
 
 import structlog
 
+from opsentry.application.application import Application
 from opsentry.infrastructure.periodic import log_failure
-from opsentry.projections.engine.projector import Projector
 
 # A projection may lag by a second. Two polls a second find it in time without a hint from the command.
 POLL_INTERVAL_SECONDS = 0.5
@@ -23,8 +23,8 @@ _log = structlog.get_logger()
 class CatchUp:
     """Catch up the projections of all tenants that lag, because a command's process died or ran out of time."""
 
-    def __init__(self, projector: Projector) -> None:
-        self._projector = projector
+    def __init__(self, app: Application) -> None:
+        self._projector = app.projector
 
     async def catch_up(self) -> None:
         """Go through the lagging tenants once, in random order."""

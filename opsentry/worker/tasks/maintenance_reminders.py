@@ -1,8 +1,8 @@
 """Remind subscribers of maintenance windows before their start."""
 
+from opsentry.application.application import Application
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import RemindMaintenance
-from opsentry.infrastructure.postgres import Database
 from opsentry.projections.maintenance import select_windows_to_remind
 from opsentry.worker.scheduler import Scheduler
 
@@ -15,13 +15,13 @@ class MaintenanceReminders:
     """Append a reminder to each window that starts soon.
 
     Args:
-        database: The database with the due rows.
-        scheduler: Executes the commands.
+        app: The application.
+        scheduler: Runs the commands.
         lead_minutes: Minutes between a reminder and the start of its window; 0: no reminders.
     """
 
-    def __init__(self, database: Database, scheduler: Scheduler, lead_minutes: int) -> None:
-        self._database = database
+    def __init__(self, app: Application, scheduler: Scheduler, lead_minutes: int) -> None:
+        self._app = app
         self._scheduler = scheduler
         self._lead_seconds = SECONDS_PER_MINUTE * lead_minutes
 
@@ -29,9 +29,9 @@ class MaintenanceReminders:
         """Remind of a batch of windows, in the order of their start."""
         if not self._lead_seconds:
             return
-        async with self._database.connection() as connection:
+        async with self._app.database.connection() as connection:
             rows = await select_windows_to_remind(connection, self._lead_seconds, BATCH_SIZE_WINDOWS)
         for row in rows:
-            await self._scheduler.execute(
+            await self._scheduler.run(
                 "send_reminders", maintenance.DECIDER, row["tenant_id"], row["maintenance_id"], RemindMaintenance()
             )

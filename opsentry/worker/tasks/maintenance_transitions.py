@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 
+from opsentry.application.application import Application
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import CompleteMaintenance, MaintenanceCommand, StartMaintenance
-from opsentry.infrastructure.postgres import Database
 from opsentry.projections.maintenance import select_due_windows
 from opsentry.worker.scheduler import Scheduler
 
@@ -23,26 +23,26 @@ class MaintenanceTransitions:
     """Start and complete the due windows of all tenants.
 
     Args:
-        database: The database with the due rows.
-        scheduler: Executes the commands.
+        app: The application.
+        scheduler: Runs the commands.
         wake_up: Called with seconds and a key, to run this task again after that time. A second call with the same key
             replaces the first.
     """
 
-    def __init__(self, database: Database, scheduler: Scheduler, wake_up: Callable[[float, str], None]) -> None:
-        self._database = database
+    def __init__(self, app: Application, scheduler: Scheduler, wake_up: Callable[[float, str], None]) -> None:
+        self._app = app
         self._scheduler = scheduler
         self._wake_up = wake_up
 
     async def move_due_windows(self) -> None:
         """Move a batch of due windows, and ask for a wake-up at the time of each upcoming one."""
-        async with self._database.connection() as connection:
+        async with self._app.database.connection() as connection:
             rows = await select_due_windows(connection, HORIZON_SECONDS, BATCH_SIZE_WINDOWS)
         for row in rows:
             if row["seconds"] > 0:
                 self._wake_up(row["seconds"], row["due_at"].isoformat())
                 continue
-            await self._scheduler.execute(
+            await self._scheduler.run(
                 "move_due_windows",
                 maintenance.DECIDER,
                 row["tenant_id"],

@@ -6,10 +6,9 @@ import time
 
 import structlog
 
+from opsentry.application.application import Application
 from opsentry.infrastructure.periodic import log_failure
-from opsentry.infrastructure.postgres import Database
 from opsentry.projections.engine import management
-from opsentry.projections.engine.projector import Projector
 from opsentry.projections.engine.rebuild import Rebuilder
 
 POLL_INTERVAL_SECONDS = 1.0
@@ -28,10 +27,10 @@ _log = structlog.get_logger()
 class Rebuild:
     """Rebuild tenants one by one in the background. `opsentry projections rebuild` does the same at full speed."""
 
-    def __init__(self, database: Database, projector: Projector) -> None:
-        self._database = database
-        self._projections = projector.projections
-        self._rebuilder = Rebuilder(database, projector.projections)
+    def __init__(self, app: Application) -> None:
+        self._app = app
+        self._projections = app.projector.projections
+        self._rebuilder = Rebuilder(app.database, app.projector.projections)
         self._is_registered = False
 
     async def rebuild(self) -> None:
@@ -50,7 +49,7 @@ class Rebuild:
 
     async def _register(self) -> None:
         """Register the versions of this code, and retry halted projections, which new code may be able to apply."""
-        async with self._database.connection(REGISTRATION_TIMEOUT_SECONDS) as connection:
+        async with self._app.database.connection(REGISTRATION_TIMEOUT_SECONDS) as connection:
             to_rebuild = await management.register(connection, self._projections)
             await management.retry_halted(connection, [projection.name for projection in self._projections])
             await management.note_who_lags(connection)

@@ -1,4 +1,4 @@
-"""Append the records of a Statuspage export to a tenant's ledger.
+"""Import the records of a Statuspage export into a tenant's ledger.
 
 Events keep the original times as `occurred_at`, and each record keeps its id, so a second import adds only new records.
 Imported events are silent: subscribers are not notified.
@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from opsentry.application.application import Application
+from opsentry.application.caller import WRITE_PERMISSIONS, Caller
 from opsentry.domain import incident, maintenance, service
 from opsentry.domain.decider import normal_ids
 from opsentry.domain.incident import IncidentOpened, IncidentUpdated
 from opsentry.domain.maintenance import MaintenanceScheduled, MaintenanceUpdated
 from opsentry.domain.service import ServiceRegistered
 from opsentry.events import store
-from opsentry.events.appender import Appender
 from opsentry.events.codec import RecordedEvent
 from opsentry.events.store import Append, Appended, NewEvent, Reserved, VersionConflict
 from opsentry.importing.statuspage import (
@@ -36,8 +37,6 @@ from opsentry.importing.translation import (
     incident_events,
     maintenance_events,
 )
-from opsentry.infrastructure.postgres import Database
-from opsentry.projections.engine.projector import Projector
 
 CONCURRENT_RECORDS = 64
 
@@ -71,51 +70,55 @@ class ImportResult(msgspec.Struct):
     skipped: list[SkippedRecord] = []
 
 
-class Importer:
-    """Append the records of one export to one tenant's ledger.
+async def import_statuspage(
+    app: Application, caller: Caller, export: StatuspageExport, advance: Callable[[], None]
+) -> ImportResult:
+    """Append the missing events of each record in one transaction per record; call `advance` after each record.
+
+    An interrupted import leaves whole records. A second run adds the rest.
 
     Args:
-        database: Reads the streams of an earlier import.
-        appender: Appends the events.
-        projector: Catches the projections up at the end.
-        tenant_id: The tenant.
-    """
+        app: The application.
+        caller: The caller; needs the write permissions of services, incidents and maintenance.
+        export: The checked content of a file.
+        advance: Called once per component, incident and window.
 
-    def __init__(self, database: Database, appender: Appender, projector: Projector, tenant_id: int) -> None:
-        self._database = database
-        self._appender = appender
-        self._projector = projector
+    Raises:
+        MissingPermission: The caller lacks a permission.
+        DatabaseUnavailable, OutcomeUnknown, TenantBusy: See `Appender.append`. Run the import again.
+    """
+    for kind in (service.KIND, incident.KIND, maintenance.KIND):
+        caller.require(WRITE_PERMISSIONS[kind])
+    return await _Import(app, caller.tenant_id, advance).run(export)
+
+
+class _Import:
+    """One import into one tenant's ledger."""
+
+    def __init__(self, app: Application, tenant_id: int, advance: Callable[[], None]) -> None:
+        self._app = app
         self._tenant_id = tenant_id
+        self._advance = advance
         self._result = ImportResult()
         self._slots = asyncio.Semaphore(CONCURRENT_RECORDS)
 
-    async def load(self, export: StatuspageExport, advance: Callable[[], None]) -> ImportResult:
-        """Append the missing events of each record in one transaction per record; call `advance` after each record.
-
-        An interrupted import leaves whole records. A second run adds the rest.
-
-        Raises:
-            DatabaseUnavailable, OutcomeUnknown, TenantBusy: As `Appender.append`. Run the import again.
-        """
-        service_ids = await self._import_services(export, advance)
+    async def run(self, export: StatuspageExport) -> ImportResult:
+        service_ids = await self._import_services(export)
         page_id = export.page.id
         await asyncio.gather(
-            *(self._import_incident(page_id, record, service_ids, advance) for record in reversed(export.incidents)),
-            *(
-                self._import_window(page_id, record, service_ids, advance)
-                for record in reversed(export.scheduled_maintenances)
-            ),
+            *(self._import_incident(page_id, record, service_ids) for record in reversed(export.incidents)),
+            *(self._import_window(page_id, record, service_ids) for record in reversed(export.scheduled_maintenances)),
         )
-        await self._projector.catch_up(self._tenant_id, 0)
+        await self._app.projector.catch_up(self._tenant_id, 0)
         return self._result
 
-    async def _import_services(self, export: StatuspageExport, advance: Callable[[], None]) -> dict[str, int]:
+    async def _import_services(self, export: StatuspageExport) -> dict[str, int]:
         """Register the new components as services; return the service id of each component id."""
         history_start = _history_start(export)
         slugs = assign_slugs(component for component in export.components if not component.group)
         service_ids: dict[str, int] = {}
         for component in export.components:
-            advance()
+            self._advance()
             if component.group:
                 self._skip(f"component {component.id} ({component.name})", "groups are not services")
                 continue
@@ -140,9 +143,7 @@ class Importer:
             service_ids[component.id] = stream_id
         return service_ids
 
-    async def _import_incident(
-        self, page_id: str, record: IncidentRecord, service_ids: dict[str, int], advance: Callable[[], None]
-    ) -> None:
+    async def _import_incident(self, page_id: str, record: IncidentRecord, service_ids: dict[str, int]) -> None:
         name = f"incident {record.id} ({record.name})"
         if record.impact not in SEVERITIES:
             self._skip(f"impact of {name}", f"{record.impact} is no severity; imported as informational")
@@ -155,11 +156,9 @@ class Importer:
             )
         self._count_updates(name, record.incident_updates, added)
         self._result.incidents += any(isinstance(event, IncidentOpened) for event, _ in added)
-        advance()
+        self._advance()
 
-    async def _import_window(
-        self, page_id: str, record: MaintenanceRecord, service_ids: dict[str, int], advance: Callable[[], None]
-    ) -> None:
+    async def _import_window(self, page_id: str, record: MaintenanceRecord, service_ids: dict[str, int]) -> None:
         name = f"maintenance {record.id} ({record.name})"
         linked = self._linked_services(name, record.components, service_ids)
         async with self._slots:
@@ -170,7 +169,7 @@ class Importer:
             )
         self._count_updates(name, record.incident_updates, added)
         self._result.maintenance += any(isinstance(event, MaintenanceScheduled) for event, _ in added)
-        advance()
+        self._advance()
 
     async def _append_missing(
         self, kind: str, reservation: str, missing: Callable[[Sequence[RecordedEvent]], list[DatedEvent]]
@@ -188,18 +187,20 @@ class Importer:
                 raise TypeError(f"{reservation}: {outcome}")
             if isinstance(outcome, Reserved):
                 stream_id = outcome.stream_id
-            async with self._database.connection() as connection:
+            async with self._app.database.connection() as connection:
                 history = await store.read_stream(connection, self._tenant_id, kind, stream_id)
             events = missing(history)
             if not events:
                 self._result.unchanged += 1
                 return []
-            outcome = await self._appender.append(self._to_append(kind, stream_id, history[-1].version, events, None))
+            outcome = await self._app.appender.append(
+                self._to_append(kind, stream_id, history[-1].version, events, None)
+            )
         self._result.events += len(events)
         return events
 
     async def _create(self, kind: str, reservation: str, events: Sequence[DatedEvent]) -> store.Outcome:
-        return await self._appender.append(self._to_append(kind, 0, 0, events, reservation))
+        return await self._app.appender.append(self._to_append(kind, 0, 0, events, reservation))
 
     def _to_append(
         self, kind: str, stream_id: int, version: int, events: Sequence[DatedEvent], reservation: str | None
