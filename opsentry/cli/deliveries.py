@@ -41,17 +41,10 @@ def status(slug: str | None, *, json_output: bool) -> None:
         return await management.sending_status(connection, await optional_tenant_id(connection, slug))
 
     rows = run(transaction(work))
-    columns = [
-        "slug",
-        "due",
-        "oldest_due_seconds",
-        "scheduled",
-        "next_attempt_at",
-        "outbox_backlog",
-        "leased",
-        "failing",
-    ]
-    show(rows, [*columns, "probed", "exhausted", "paused", "outbox_cursor"], json_output=json_output)
+    columns = ["slug", "due", "oldest_due_seconds", "scheduled", "exhausted", "failing", "paused"]
+    if json_output:
+        columns += ["next_attempt_at", "outbox_backlog", "outbox_cursor", "leased", "probed"]
+    show(rows, columns, json_output=json_output)
 
 
 @deliveries_group.command(name="list")
@@ -78,20 +71,11 @@ def list_deliveries(
         )
 
     rows = run(transaction(work))
-    columns = [
-        "id",
-        "slug",
-        "subscription_id",
-        "topic",
-        "position",
-        "state",
-        "attempts_total",
-        "next_attempt_at",
-        "response_status",
-        "error",
-    ]
-    more = ["channel", "stream_kind", "stream_id", "created_at"] if json_output else []
-    show(rows, [*columns, *more], json_output=json_output)
+    columns = ["id", "slug", "state", "next_attempt_at", "error"]
+    if json_output:
+        columns += ["subscription_id", "channel", "topic", "position", "stream_kind", "stream_id", "created_at"]
+        columns += ["attempts_total", "response_status"]
+    show(rows, columns, json_output=json_output)
 
 
 @deliveries_group.command(name="retry")

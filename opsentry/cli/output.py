@@ -1,7 +1,8 @@
 """Print rows, tokens and progress: tables for people, JSON for programs."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import click
@@ -17,17 +18,19 @@ from opsentry.identity import tokens
 # A pipe has no width. Programs that read tables from one expect a row per line.
 PIPE_WIDTH_COLUMNS = 240
 
+_UNBROKEN_COLUMNS = {"id", "prefix"}
+
 as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON instead of a table.")
 
 
 def table(*columns: str) -> Table:
     """Return an empty table that fits a terminal of 80 columns.
 
-    Cells fold instead of losing characters, so ids can be copied.
+    Cells fold instead of losing characters. Ids and prefixes stay whole, so that they can be copied.
     """
-    made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        made.add_column(column, overflow="fold")
+        made.add_column(column, no_wrap=column in _UNBROKEN_COLUMNS, overflow="fold")
     return made
 
 
@@ -68,8 +71,9 @@ def cell(value: Any) -> str:
         return f"{value:.1f}"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "-"
-    isoformat: Callable[[], str] | None = getattr(value, "isoformat", None)
-    return isoformat().replace("+00:00", "Z") if isoformat else str(value)
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="seconds").replace("+00:00", "Z")
+    return str(value)
 
 
 class EventRate(ProgressColumn):

@@ -40,9 +40,9 @@ def projection_status(*, json_output: bool) -> None:
         return await management.projection_status(connection, parts.projector.projections)
 
     rows = run(_connected(work))
-    columns = ["projection", "tenants", "done", "behind", "halted", "paused", "lag_events", "lag_seconds", "to_rebuild"]
+    columns = ["projection", "tenants", "done", "behind", "halted", "paused", "lag_events", "to_rebuild"]
     if json_output:
-        columns += ["version", "generation", "rebuild_failed", "rebuilt_at"]
+        columns += ["lag_seconds", "version", "generation", "rebuild_failed", "rebuilt_at"]
     show(rows, columns, json_output=json_output)
 
 
