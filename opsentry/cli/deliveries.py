@@ -19,6 +19,7 @@ from opsentry.cli.common import (
 from opsentry.cli.output import as_json, show
 from opsentry.infrastructure.postgres import Connection
 from opsentry.notifications.delivery import history, management
+from opsentry.notifications.delivery.states import CANCELLABLE_STATES, RETRYABLE_STATES, STATES
 
 of_subscription = click.option(
     "--subscription", "subscription_id", type=click.IntRange(min=1), help="Id of one subscription; needs --tenant."
@@ -50,9 +51,7 @@ def status(slug: str | None, *, json_output: bool) -> None:
 @deliveries_group.command(name="list")
 @for_any_tenant
 @of_subscription
-@click.option(
-    "--state", "states", multiple=True, type=click.Choice(history.STATES), help="Only this state; repeatable."
-)
+@click.option("--state", "states", multiple=True, type=click.Choice(STATES), help="Only this state; repeatable.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number.")
 @as_json
 def list_deliveries(
@@ -87,7 +86,7 @@ def list_deliveries(
     "--state",
     "states",
     multiple=True,
-    type=click.Choice(management.RETRYABLE_STATES),
+    type=click.Choice(RETRYABLE_STATES),
     default=("exhausted",),
     show_default=True,
     help="State that --all matches; repeatable.",
@@ -106,7 +105,7 @@ def retry(
     _check_subscription(slug, subscription_id)
     chosen = _chosen(ids, everything=everything)
 
-    allowed = management.RETRYABLE_STATES if chosen else states
+    allowed = RETRYABLE_STATES if chosen else states
     moved = run(
         _move(management.retry_deliveries, slug, management.DeliverySelection(allowed, chosen, None, subscription_id))
     )
@@ -139,7 +138,7 @@ def cancel(
         _move(
             management.cancel_deliveries,
             slug,
-            management.DeliverySelection(management.CANCELLABLE_STATES, chosen, None, subscription_id),
+            management.DeliverySelection(CANCELLABLE_STATES, chosen, None, subscription_id),
         )
     )
     _report(moved, "cancelled", chosen, json_output=json_output)

@@ -14,6 +14,7 @@ from opsentry.notifications.delivery import management
 from opsentry.notifications.delivery.management import DeliverySelection, SendingBacklog
 from opsentry.notifications.delivery.results import DeliveryResult, EndpointResults, Release
 from opsentry.notifications.delivery.retry_policy import EndpointHealth
+from opsentry.notifications.delivery.states import CANCELLABLE_STATES, RETRYABLE_STATES
 from opsentry.projections.engine import management as projecting
 from tests.conftest import META, expire_caches
 from tests.notifications.desk import delivered
@@ -194,14 +195,9 @@ async def test_retrying_begins_anew_and_dropping_lets_the_next_go(desk, parts, o
     )
     _, (again,) = await desk.claim(seconds=0.0)
     assert (again.intent_id, again.attempts_in_round) == (first, 0)
-    assert (
-        await move(parts, management.cancel_deliveries, DeliverySelection(management.CANCELLABLE_STATES, [first])) == 1
-    )
-    assert (
-        await move(parts, management.cancel_deliveries, DeliverySelection(management.CANCELLABLE_STATES, [UUID(int=7)]))
-        == 0
-    )
-    assert await move(parts, management.retry_deliveries, DeliverySelection(management.RETRYABLE_STATES, [second])) == 1
+    assert await move(parts, management.cancel_deliveries, DeliverySelection(CANCELLABLE_STATES, [first])) == 1
+    assert await move(parts, management.cancel_deliveries, DeliverySelection(CANCELLABLE_STATES, [UUID(int=7)])) == 0
+    assert await move(parts, management.retry_deliveries, DeliverySelection(RETRYABLE_STATES, [second])) == 1
     assert await desk.states() == ["cancelled", "pending"]
     _, (other,) = await desk.claim()
     assert other.intent_id == second
@@ -239,16 +235,16 @@ async def test_what_ended_with_its_subscription_is_retried_once_that_is_on_again
         await parts.projector.catch_up(desk.tenant.id, done.position)
 
     await switch(enabled=False)
-    assert await move(parts, management.retry_deliveries, DeliverySelection(management.RETRYABLE_STATES)) == 0
+    assert await move(parts, management.retry_deliveries, DeliverySelection(RETRYABLE_STATES)) == 0
     await switch(enabled=True)
-    assert await move(parts, management.retry_deliveries, DeliverySelection(management.RETRYABLE_STATES)) == 1
+    assert await move(parts, management.retry_deliveries, DeliverySelection(RETRYABLE_STATES)) == 1
 
 
 async def test_very_many_are_moved_some_at_a_time(desk, parts, owner, monkeypatch):
     monkeypatch.setattr(management, "_MOVE_BATCH", 7)
     await owner.execute(MANY, desk.tenant.id, 50, 3600, 3)
     assert await move(parts, management.retry_deliveries, DeliverySelection(("pending",))) == 50
-    assert await move(parts, management.cancel_deliveries, DeliverySelection(management.CANCELLABLE_STATES)) == 50
+    assert await move(parts, management.cancel_deliveries, DeliverySelection(CANCELLABLE_STATES)) == 50
     assert set(await desk.states()) == {"cancelled"}
 
 
@@ -261,7 +257,7 @@ async def test_one_in_flight_that_is_dropped_stays_dropped(desk, parts):
         await move(
             parts,
             management.cancel_deliveries,
-            DeliverySelection(management.CANCELLABLE_STATES, tenant_id=desk.tenant.id),
+            DeliverySelection(CANCELLABLE_STATES, tenant_id=desk.tenant.id),
         )
         == 1
     )

@@ -14,7 +14,8 @@ from opsentry.http.context import RequestContext
 from opsentry.http.operation import operation
 from opsentry.http.params import Limit, NoQuery
 from opsentry.http.responses import add_links, encoded_response
-from opsentry.notifications.delivery.history import STATES, Delivery
+from opsentry.notifications.delivery.history import Delivery
+from opsentry.notifications.delivery.states import STATES
 
 _TAG = "Deliveries"
 _SCOPES: tuple[Permission, ...] = ("write:subscriptions",)

@@ -10,8 +10,7 @@ import msgspec
 
 from opsentry.infrastructure.postgres import Connection
 from opsentry.notifications.delivery.ordering import configure_transaction, lock_endpoints, reschedule_now
-
-STATES = ("pending", "delivered", "coalesced", "suppressed", "withheld", "exhausted", "cancelled", "disabled")
+from opsentry.notifications.delivery.states import REDELIVERABLE_STATES
 
 # The columns of a `Delivery`, with its attempts in order.
 _COLUMNS = """
@@ -35,7 +34,7 @@ _ONE = f"SELECT {_COLUMNS} FROM deliveries d WHERE tenant_id = $1 AND subscripti
 _REDELIVER = """
 UPDATE deliveries
 SET state = 'pending', attempts_in_round = 0, response_status = NULL, error = NULL, finalized_at = NULL
-WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3 AND state NOT IN ('pending', 'coalesced')
+WHERE tenant_id = $1 AND subscription_id = $2 AND intent_id = $3 AND state = ANY($4)
 RETURNING stream_kind, stream_id
 """
 
@@ -76,7 +75,7 @@ class Delivery(msgspec.Struct, kw_only=True):
         position: The position of the event in the tenant's ledger.
         subject_kind: `incident`, `maintenance` or `subscription`.
         subject_id: The subject's id.
-        state: One of `STATES`.
+        state: One of `states.STATES`.
         created_at: The time at which the event was recorded.
         next_attempt_at: The time of the next attempt; `None` in a final state, or behind an older delivery.
         attempts: All attempts, oldest first.
@@ -122,7 +121,7 @@ async def list_deliveries(
         connection: The connection to read with.
         tenant_id: The tenant.
         subscription_id: The subscription, unique within the tenant.
-        state: One of `STATES`; `None` for any.
+        state: One of `states.STATES`; `None` for any.
         before: The intent of the delivery that the page follows.
         limit: The limit of deliveries.
 
@@ -160,7 +159,7 @@ async def redeliver(connection: Connection, tenant_id: int, subscription_id: int
     endpoint = (tenant_id, subscription_id)
     await configure_transaction(connection)
     await lock_endpoints(connection, [endpoint])
-    row = await connection.fetchrow(_REDELIVER, tenant_id, subscription_id, intent_id)
+    row = await connection.fetchrow(_REDELIVER, tenant_id, subscription_id, intent_id, REDELIVERABLE_STATES)
     if row is not None:
         await reschedule_now(connection, [(*endpoint, row["stream_kind"], row["stream_id"])])
     return await get_delivery(connection, tenant_id, subscription_id, intent_id)

@@ -16,8 +16,6 @@ from opsentry.notifications.delivery.ordering import (
 from opsentry.notifications.delivery.retry_policy import PROBE_AFTER_FAILURES
 
 ALL_TENANTS = 0
-RETRYABLE_STATES = ("exhausted", "cancelled", "disabled", "withheld", "pending")
-CANCELLABLE_STATES = ("pending", "exhausted")
 
 # Counting stops here: a larger number tells an operator nothing more.
 _COUNT_LIMIT = 10_000
@@ -250,7 +248,7 @@ async def retry_deliveries(database: Database, selection: DeliverySelection, *, 
 
     Args:
         database: The database with the deliveries.
-        selection: The deliveries, in `RETRYABLE_STATES`.
+        selection: The deliveries, in `states.RETRYABLE_STATES`.
         seconds: The limit of each transaction; there may be many.
 
     Raises:
@@ -264,7 +262,7 @@ async def cancel_deliveries(database: Database, selection: DeliverySelection, *,
 
     Args:
         database: The database with the deliveries.
-        selection: The deliveries, in `CANCELLABLE_STATES`.
+        selection: The deliveries, in `states.CANCELLABLE_STATES`.
         seconds: The limit of each transaction; there may be many.
 
     Raises:
