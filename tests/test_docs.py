@@ -175,3 +175,13 @@ def test_a_decision_has_context_decision_and_cost(page):
     if page.stem != "index":
         assert headings[:3] == ["Context", "Decision", "Cost"]
         assert headings[3:] in ([], ["Figures"])
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "explanation").glob("*.md")), ids=lambda page: page.stem)
+def test_the_functions_of_a_walk_through_exist(page):
+    steps = re.findall(r"^\| \d+ \| `([\w/.]+)` \| `([\w.]+)` \|", prose(page), re.MULTILINE)
+    assert len(steps) > 5
+    for path, function in steps:
+        source = (ROOT / path).read_text()
+        for name in function.split("."):
+            assert re.search(rf"^\s*(?:async def|def|class) {name}\b", source, re.MULTILINE), f"{path}: {function}"
