@@ -11,6 +11,7 @@ from opsentry.events import store
 from opsentry.events.codec import RecordedEvent, UnknownEvent
 from opsentry.infrastructure.postgres import Connection, Database, is_transient
 from opsentry.projections.engine.projection import Projection
+from opsentry.projections.engine.states import STATE
 
 _log = structlog.get_logger()
 
@@ -25,8 +26,8 @@ FROM unnest($2::text[]) AS new (name) ON CONFLICT DO NOTHING
 # be derived again, so its commit need not wait for the disk: after a crash of the server both rows and checkpoint
 # are where they were, and the next pass or read goes on from there. A process that stands still with the locks is
 # thrown out by the server, and what it does when it wakes up is refused: whoever waited has gone on meanwhile.
-_LOCK = """
-SELECT c.projection, c.position, c.halted_at IS NOT NULL OR coalesce(p.paused, false) AS stopped, p.version,
+_LOCK = f"""
+SELECT c.projection, c.position, {STATE} AS state, p.version,
     (SELECT set_config('synchronous_commit', 'off', true)
         || set_config('idle_in_transaction_session_timeout', '3s', true)
         || CASE WHEN current_setting('server_version_num')::int >= 170000
@@ -232,7 +233,7 @@ class Projector:
         if len(rows) < len(self._names):
             await connection.execute(_ENSURE, tenant_id, self._names)
             rows = await connection.fetch(_LOCK, tenant_id, self._names)
-        positions = {row["projection"]: int(row["position"]) for row in rows if not row["stopped"]}
+        positions = {row["projection"]: int(row["position"]) for row in rows if row["state"] == "running"}
         newer = [row["projection"] for row in rows if (row["version"] or 0) > self._versions[row["projection"]]]
         if not positions:
             # Whoever lets them go on notes the tenant again.
