@@ -8,11 +8,15 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import click
+import msgspec
 import pytest
 
+from opsentry.api.v1 import schemas
+from opsentry.application.uptime import ExplainedPeriod
 from opsentry.bootstrap import OPERATIONS
 from opsentry.cli.main import cli
 from opsentry.http.server import create_app
+from opsentry.notifications.delivery.history import Attempt, Delivery
 from opsentry.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -185,3 +189,38 @@ def test_the_functions_of_a_walk_through_exist(page):
         source = (ROOT / path).read_text()
         for name in function.split("."):
             assert re.search(rf"^\s*(?:async def|def|class) {name}\b", source, re.MULTILINE), f"{path}: {function}"
+
+
+def encoded_names(struct):
+    return [field.encode_name for field in msgspec.structs.fields(struct)]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "struct"),
+    [
+        ("An incident has these fields:", schemas.Incident),
+        ("A maintenance window has these fields:", schemas.MaintenanceWindow),
+        ("A service has these fields:", schemas.Service),
+        ("A subscription has these fields:", schemas.Subscription),
+    ],
+)
+def test_the_api_page_lists_the_fields_of_a_resource(beginning, struct):
+    sentence = prose(DOCS / "reference" / "api.md").partition(beginning)[2].partition(".")[0]
+    assert re.findall(r"`(\w+)", sentence) == encoded_names(struct)
+
+
+@pytest.mark.parametrize(
+    ("beginning", "struct"),
+    [("Each entry of `periods` has:", ExplainedPeriod), ("A delivery is one message to one subscription.", Delivery)],
+)
+def test_the_api_page_explains_each_field(beginning, struct):
+    table = prose(DOCS / "reference" / "api.md").partition(beginning)[2].strip().partition("\n\n")[0]
+    names = [
+        name for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    ]
+    assert set(names) == set(encoded_names(struct))
+
+
+def test_the_api_page_lists_the_fields_of_an_attempt():
+    (listed,) = re.findall(r"`attempts` \| `\[\{(.*?)\}\]`", prose(DOCS / "reference" / "api.md"))
+    assert listed.split(", ") == encoded_names(Attempt)
