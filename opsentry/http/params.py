@@ -142,10 +142,10 @@ def _integer(lowest: int, highest: int, *, clamps: bool) -> Parser:
     return parse
 
 
-def _text(name: str, raw: str) -> str | None:
+def _text(name: str, raw: str) -> str:
     if "\x00" in raw:
         raise InvalidField(name, "must not contain the character NUL")
-    return raw or None
+    return raw
 
 
 def _timestamp(name: str, raw: str, must_be: str = "an RFC 3339 timestamp,") -> datetime:

@@ -28,10 +28,8 @@ INCIDENT_BODIES = [
     ({"title": True}, "title: must be a string"),
     ({"title": ["T"]}, "title: must be a string"),
     ({"title": "\u2003\u00a0"}, "title: must not be blank"),
-    ({"title": "T", "severity": None}, "severity: must be one of informational"),
     ({"title": "T", "severity": "DEGRADED"}, "severity: must be one of informational"),
     ({"title": "T", "severity": "degraded\x00"}, "severity: must be one of informational"),
-    ({"title": "T", "visibility": None}, "visibility: must be one of public, internal"),
     ({"title": "T", "visibility": {}}, "visibility: must be one of public, internal"),
     ({"title": "T", "description": "x" * 50_001}, "description: must have at most 50000 characters"),
     ({"title": "T", "service_ids": {"0": 1}}, "service_ids: must be an array"),
@@ -83,7 +81,6 @@ WINDOW_BODIES = [
     ({"description": "a\x00b"}, "description: must not contain the character NUL"),
     ({"description": "x" * 50_001}, "description: must have at most 50000 characters"),
     ({"description": False}, "description: must be a string or null"),
-    ({"visibility": None}, "visibility: must be one of public, internal"),
     ({"service_ids": [True]}, "service_ids[0]: must be an integer"),
     ({"service_ids": [2**64]}, "service_ids[0]: must be an integer"),
     ({"exclude_from_sla": None}, "exclude_from_sla: must be true or false"),
@@ -105,6 +102,13 @@ async def test_a_bad_incident(api, parts, acme, body, message):
     assert answer["error"].startswith(message)
     assert headers["X-Request-ID"]
     assert await head(parts, acme.id) == before
+
+
+@pytest.mark.parametrize("body", [{"severity": None}, {"visibility": None}, {"description": None, "service_ids": None}])
+async def test_null_for_an_optional_field_equals_its_absence(api, body):
+    status, created, _ = await api.post("/incidents", {"title": "T", **body})
+    assert (status, created["severity"], created["visibility"]) == (201, "degraded", "public")
+    assert (created["description"], created["service_ids"]) == (None, [])
 
 
 @pytest.mark.parametrize(("change", "message"), WINDOW_BODIES)

@@ -32,7 +32,7 @@ async def list_services(context: RequestContext[ListServicesQuery, NoBody]) -> w
     """
     query = context.query
     page = PageRequest(query.limit, query.offset)
-    service_filter = ServiceFilter(query.status, query.visibility, query.search)
+    service_filter = ServiceFilter(query.status, query.visibility, query.search or None)
     listing = await services.list_services(context.application, context.caller, service_filter, page, query.as_of)
     return list_response(context.request, "services", listing, page)
 
