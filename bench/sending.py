@@ -18,6 +18,7 @@ from opsentry.domain import incident, subscription
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.events.codec import Actor, Meta
+from opsentry.events.command_handler import CommandOptions
 from opsentry.identity import tenants
 from opsentry.infrastructure.encryption import SecretBox, generate_key
 from opsentry.notifications.messages.signing import new_secret
@@ -116,12 +117,14 @@ async def _tell(env: dict[str, str], targets: list[str], incidents: int, pace: f
         for target in targets:
             encrypted_secret = SecretBox(settings.encryption_keys).encrypt(new_secret())
             command = CreateSubscription(channel="webhook", target=target, encrypted_secret=encrypted_secret)
-            await parts.commands.create(subscription.DECIDER, tenant_id, command, META)
+            await parts.application.command_handler.create(
+                subscription.DECIDER, tenant_id, command, CommandOptions(META)
+            )
         await asyncio.gather(*(_open(parts, tenant_id, number, pace) for number in range(incidents)))
 
 
 async def _open(parts: Core, tenant_id: int, number: int, pace: float) -> None:
     await asyncio.sleep(number * pace)
     command = OpenIncident(title=f"Deploy {number} failed", description="Health checks failing post-deploy")
-    opened = await parts.commands.create(incident.DECIDER, tenant_id, command, META)
+    opened = await parts.application.command_handler.create(incident.DECIDER, tenant_id, command, CommandOptions(META))
     await parts.projector.catch_up(tenant_id, opened.position)

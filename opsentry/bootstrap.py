@@ -4,27 +4,23 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import structlog
 from aiohttp import web
 
 from opsentry.api import operator, v1
-from opsentry.api.context import Dependencies as PageDependencies
 from opsentry.application.application import Application
+from opsentry.application.caller import Caller
 from opsentry.application.operator_queries import OperatorQueries
 from opsentry.application.readiness import Readiness
-from opsentry.domain import subscription
-from opsentry.domain.decider import IllegalTransition
-from opsentry.domain.subscription import DisableSubscription, SubscriptionEvent
+from opsentry.application.subscriptions import disable_subscription
 from opsentry.events.appender import Appender
-from opsentry.events.codec import Actor, Meta, RecordedEvent
-from opsentry.events.command_handler import CommandHandler, StreamNotFound
-from opsentry.events.new_command_handler import CommandHandler as NewCommandHandler
+from opsentry.events.codec import Actor
+from opsentry.events.command_handler import CommandHandler
 from opsentry.http import health
 from opsentry.http.context import Dependencies
 from opsentry.http.server import create_app
@@ -85,7 +81,6 @@ class Core:
     settings: Settings
     database: Database
     appender: Appender
-    commands: CommandHandler
     projector: Projector
     application: Application
 
@@ -103,14 +98,14 @@ async def core(settings: Settings) -> AsyncIterator[Core]:
         application = Application(
             database=database,
             appender=appender,
-            command_handler=NewCommandHandler(database, appender),
+            command_handler=CommandHandler(database, appender),
             projector=projector,
             as_of_queries=AsOfQueries(database, projector),
             service_links=ServiceLinkLoader(projector),
             channels=await _open_channels(stack, settings),
             secret_box=SecretBox(settings.encryption_keys),
         )
-        yield Core(settings, database, appender, CommandHandler(database, appender), projector, application)
+        yield Core(settings, database, appender, projector, application)
 
 
 async def _open_channels(stack: AsyncExitStack, settings: Settings) -> Mapping[str, Channel]:
@@ -137,30 +132,13 @@ async def serving(
         stack.push_async_callback(probe.close)
         limiter = RateLimiter(client, settings.rate_limit, "requests")
         failures = RateLimiter(client, settings.auth_failure_rate_limit, "failures")
-        asking = RateLimiter(client, settings.subscribe_rate_limit, "asking")
-        for counts in (limiter, failures, asking):
+        sign_ups = RateLimiter(client, settings.subscribe_rate_limit, "sign_ups")
+        for counts in (limiter, failures, sign_ups):
             stack.push_async_callback(counts.close)
         application = parts.application
         api_tokens, operator_tokens = ApiTokens(parts.database), OperatorTokens(parts.database)
-        page_dependencies = PageDependencies(
-            settings=settings,
-            database=parts.database,
-            commands=parts.commands,
-            projector=parts.projector,
-            as_of_queries=application.as_of_queries,
-            refs=application.service_links,
-            tokens=api_tokens,
-            operators=operator_tokens,
-            channels=application.channels,
-            secret_box=application.secret_box,
-            limiter=limiter,
-            failures=failures,
-        )
-        app = create_app(
-            Dependencies(settings, application, api_tokens, operator_tokens, limiter, failures),
-            OPERATIONS,
-            pages(page_dependencies, asking),
-        )
+        dependencies = Dependencies(settings, application, api_tokens, operator_tokens, limiter, failures)
+        app = create_app(dependencies, OPERATIONS, pages(dependencies, sign_ups))
         app[health.READINESS] = Readiness(probe, client)
         app[operator.OPERATOR_QUERIES] = OperatorQueries(parts.database, parts.projector.projections)
         web_runner = web.AppRunner(
@@ -185,37 +163,23 @@ def base_url_of(host: str, port: int) -> str:
 
 
 class LedgerSubscriptionDisabler:
-    """Disable subscriptions for the sender, by a command that the tenant's ledger records."""
+    """Disables subscriptions for the sender, by a command that the tenant's ledger records."""
 
-    def __init__(self, commands: CommandHandler) -> None:
-        self._commands = commands
+    def __init__(self, application: Application) -> None:
+        self._application = application
 
     async def disable(
         self, tenant_id: int, subscription_id: int, *, reason: str, target: str, encrypted_secret: str | None
     ) -> bool:
         """Disable a subscription; see `SubscriptionDisabler`."""
-
-        def command(history: Sequence[RecordedEvent]) -> DisableSubscription:
-            state = subscription.DECIDER.fold(cast("SubscriptionEvent", recorded.event) for recorded in history)
-            if state is not None and (state.target, state.encrypted_secret) != (target, encrypted_secret):
-                raise _EndpointReplaced
-            return DisableSubscription(reason=reason)
-
-        try:
-            result = await self._commands.execute(
-                subscription.DECIDER, tenant_id, subscription_id, command, Meta(Actor("sender"))
-            )
-        except (IllegalTransition, StreamNotFound):  # the subscription was removed meanwhile
-            return True
-        except _EndpointReplaced:
-            return False
-        if result.appended:
-            _log.info("endpoint_disabled", tenant_id=tenant_id, subscription_id=subscription_id, reason=reason)
-        return result.state.status not in {"active", "pending"}
-
-
-class _EndpointReplaced(Exception):
-    """The subscription has another endpoint than the one that failed."""
+        return await disable_subscription(
+            self._application,
+            Caller(tenant_id=tenant_id, actor=Actor("sender")),
+            subscription_id,
+            reason=reason,
+            target=target,
+            encrypted_secret=encrypted_secret,
+        )
 
 
 @asynccontextmanager
@@ -230,7 +194,7 @@ async def sending(parts: Core, *, lease: float = LEASE_SECONDS) -> AsyncIterator
         known = await _open_channels(stack, settings)
         sender = DeliveryService(
             database,
-            LedgerSubscriptionDisabler(parts.commands),
+            LedgerSubscriptionDisabler(parts.application),
             MessageBuilder(AsOfQueries(database, parts.projector), database),
             known,
             SecretBox(settings.encryption_keys),

@@ -28,6 +28,7 @@ from opsentry.infrastructure.encryption import generate_key
 from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.settings import Settings
+from tests import commands
 from tests.waiting import GENEROUS_SECONDS, Clock
 
 META = Meta(Actor("operator"))
@@ -209,8 +210,14 @@ async def make_tenant(parts: Core, slug: str) -> Tenant:
 async def make_service(parts: Core, tenant_id: int, slug: str, **fields: Any) -> int:
     occurred_at = fields.pop("occurred_at", None)
     command = RegisterService(slug=slug, name=fields.pop("name", slug), **fields)
-    executed = await parts.commands.create(
-        service.DECIDER, tenant_id, command, META, reservation=service.slug_reservation(slug), occurred_at=occurred_at
+    executed = await commands.create(
+        parts,
+        service.DECIDER,
+        tenant_id,
+        command,
+        META,
+        reservation=service.slug_reservation(slug),
+        occurred_at=occurred_at,
     )
     await parts.projector.catch_up(tenant_id, executed.position)
     return executed.stream_id

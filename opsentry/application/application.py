@@ -1,10 +1,12 @@
 """The parts that use cases work with."""
 
+import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from opsentry.events.appender import Appender
-from opsentry.events.new_command_handler import CommandHandler
+from opsentry.events.command_handler import CommandHandler
 from opsentry.infrastructure.encryption import SecretBox
 from opsentry.infrastructure.postgres import Database
 from opsentry.notifications.channel import Channel
@@ -25,3 +27,5 @@ class Application:
     service_links: ServiceLinkLoader
     channels: Mapping[str, Channel]
     secret_box: SecretBox
+    # Two requests of one impatient visitor must not create two subscriptions.
+    sign_up_locks: WeakValueDictionary[tuple[int, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)

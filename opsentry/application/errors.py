@@ -1,6 +1,6 @@
 """Refusals of use cases, and those of the ledger that entry points explain."""
 
-from opsentry.events.new_command_handler import ConcurrencyConflict, IdempotencyKeyReused, NameReserved
+from opsentry.events.command_handler import ConcurrencyConflict, IdempotencyKeyReused, NameReserved
 
 __all__ = ["ConcurrencyConflict", "IdempotencyKeyReused", "NameReserved", "NotFound", "PreconditionFailed"]
 

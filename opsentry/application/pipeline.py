@@ -15,7 +15,7 @@ from opsentry.application.queries import read_head
 from opsentry.domain import incident, maintenance, service, subscription
 from opsentry.domain.decider import Decider, Event, InvalidField, to_utc
 from opsentry.events.codec import Meta, RecordedEvent
-from opsentry.events.new_command_handler import CommandOptions, CommandResult, StreamNotFound, UnexpectedVersion
+from opsentry.events.command_handler import CommandOptions, CommandResult, StreamNotFound, UnexpectedVersion
 from opsentry.projections import incidents, services, subscriptions
 from opsentry.projections import maintenance as windows
 from opsentry.projections.engine.projection import UNANSWERED_SECONDS

@@ -8,7 +8,7 @@ from opsentry.application.caller import Caller
 from opsentry.application.pipeline import Outcome
 from opsentry.application.results import Resource
 from opsentry.events.codec import RecordedEvent
-from opsentry.events.new_command_handler import CommandResult
+from opsentry.events.command_handler import CommandResult
 from opsentry.identity import api_tokens
 from opsentry.infrastructure.postgres import DatabaseUnavailable, OutcomeUnknown
 from opsentry.projections.as_of import Render

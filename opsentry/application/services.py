@@ -16,7 +16,7 @@ from opsentry.application.queries import (
 from opsentry.application.results import Listing, Resource
 from opsentry.domain import service
 from opsentry.domain.service import ChangeService, RegisterService, RetireService, Service, slug_reservation
-from opsentry.events.new_command_handler import CommandResult
+from opsentry.events.command_handler import CommandResult
 from opsentry.projections import services
 from opsentry.projections.page_request import PageRequest
 from opsentry.projections.services import ServiceFilter

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, cast
 
 import msgspec
+import structlog
 from msgspec import UNSET
 
 from opsentry.application.application import Application
@@ -23,7 +24,6 @@ from opsentry.domain.decider import REDACTED, IllegalTransition, InvalidField, S
 from opsentry.domain.redaction import erasable_versions
 from opsentry.domain.subscription import (
     ChangeSubscription,
-    ConfirmSubscription,
     CreateSubscription,
     DisableSubscription,
     ExpireSubscription,
@@ -44,6 +44,8 @@ from opsentry.notifications.messages.signing import new_secret
 from opsentry.projections import subscriptions
 from opsentry.projections.page_request import PageRequest
 from opsentry.projections.subscriptions import SubscriptionPageFilter
+
+_log = structlog.get_logger()
 
 MAX_OVERLAP_HOURS = 168
 
@@ -165,17 +167,6 @@ async def expire_subscription(app: Application, caller: Caller, subscription_id:
     return await run(app, caller, subscription.DECIDER, build, stream_id=subscription_id)
 
 
-async def confirm_subscription(app: Application, caller: Caller, subscription_id: int) -> str:
-    """Confirm a subscription for the owner of its address; return its status. A repeat changes nothing.
-
-    Raises:
-        IllegalTransition: It was removed.
-    Further, raises as `pipeline.run`.
-    """
-    outcome = await run(app, caller, subscription.DECIDER, ConfirmSubscription(), stream_id=subscription_id)
-    return cast("str", outcome.result.state.status)
-
-
 class EndpointChanged(Exception):
     """The subscription names another endpoint than the one that a message was sent to."""
 
@@ -200,6 +191,8 @@ async def disable_subscription(
         return True
     except EndpointChanged:
         return False
+    if outcome.result.appended:
+        _log.info("endpoint_disabled", tenant_id=caller.tenant_id, subscription_id=subscription_id, reason=reason)
     return outcome.result.state.status not in {"active", "pending"}
 
 

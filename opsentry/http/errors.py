@@ -12,7 +12,7 @@ from opsentry.application.caller import MissingPermission
 from opsentry.application.errors import NotFound, PreconditionFailed
 from opsentry.domain.decider import DomainError, IllegalTransition, InvalidField, StreamRemoved
 from opsentry.events.appender import TenantBusy
-from opsentry.events.new_command_handler import ConcurrencyConflict, IdempotencyKeyReused
+from opsentry.events.command_handler import ConcurrencyConflict, IdempotencyKeyReused
 from opsentry.http.body import MAX_BODY_BYTES, BodyBroken, BodyTooLarge, BodyTooSlow, NotJson
 from opsentry.http.operation import ErrorBody
 from opsentry.identity.tokens import InvalidToken

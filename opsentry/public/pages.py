@@ -9,8 +9,8 @@ import jinja2
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from opsentry.api import errors
-from opsentry.api.request import REQUEST_ID
+from opsentry.http.errors import error_response
+from opsentry.http.server import REQUEST_ID
 from opsentry.notifications.messages.text import status_updates
 
 _LOADER = jinja2.PackageLoader("opsentry.public")
@@ -74,7 +74,7 @@ def render_errors(handler: Handler) -> Handler:
             return await handler(request)
         except Exception as error:  # noqa: BLE001 - nothing above this handler renders pages
             request_id = request[REQUEST_ID]
-            response = errors.answer(error, request, request_id)
+            response = error_response(error, request, request_id)
             title, advice = _ERRORS.get(response.status, _UNEXPECTED)
             advice = advice.replace("{wait}", _wait(response.headers.get("Retry-After", "")))
             error_page = page("error.html", title=title, advice=advice, request_id=request_id)

@@ -5,21 +5,21 @@ from collections.abc import Mapping
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from opsentry.api.context import Dependencies
+from opsentry.http.context import Dependencies
 from opsentry.infrastructure.rate_limit import RateLimiter
 from opsentry.public.confirmation import ConfirmationPages
 from opsentry.public.pages import render_errors
 from opsentry.public.sign_up import SignUpPages
 
 
-def pages(parts: Dependencies, sign_up_limiter: RateLimiter) -> Mapping[str, Mapping[str, Handler]]:
+def pages(dependencies: Dependencies, sign_up_limiter: RateLimiter) -> Mapping[str, Mapping[str, Handler]]:
     """Return the handlers of all public pages, by path and method.
 
     Args:
-        parts: What handlers use.
+        dependencies: The parts that HTTP works with.
         sign_up_limiter: Counts sign-ups by client address.
     """
-    sign_up, confirmation = SignUpPages(parts, sign_up_limiter), ConfirmationPages(parts)
+    sign_up, confirmation = SignUpPages(dependencies, sign_up_limiter), ConfirmationPages(dependencies)
     return {
         "/status/{slug}/subscribe": _by_method(GET=sign_up.show_form, POST=sign_up.submit_form),
         "/status/{slug}/subscribe/sent": _by_method(GET=sign_up.show_sent),

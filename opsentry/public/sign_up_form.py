@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
-from opsentry.api.errors import BadRequest
+from opsentry.domain.decider import InvalidField
 from opsentry.domain.incident import SEVERITIES
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.notifications.channel import BadTarget, Channel
@@ -36,12 +36,12 @@ class SignUpForm(NamedTuple):
         """Return the form in a body of type `application/x-www-form-urlencoded`.
 
         Raises:
-            BadRequest: The body is not such a form, or has too many fields.
+            InvalidField: The body is not such a form, or has too many fields.
         """
         try:
             fields = parse_qs(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=2 * MAX_SERVICES)
         except ValueError:
-            raise BadRequest("body: not a form") from None
+            raise InvalidField("body", "not a form") from None
         first = {name: values[0] for name, values in fields.items()}
         return cls(
             email=first.get("email", "").strip(),

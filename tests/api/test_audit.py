@@ -12,6 +12,7 @@ from opsentry.domain.maintenance import StartMaintenance
 from opsentry.events import export
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.hash_chain import check
+from tests import commands
 from tests.api.conftest import DRILL, make_token, raw
 from tests.conftest import META, Client
 
@@ -37,7 +38,7 @@ async def every(api, path, **query):
 async def test_history_says_who_did_what_in_order(api, parts, acme, things):
     number = things["incidents"]
     _, _, headers = await api.post(f"/incidents/{number}/resolve")
-    await parts.commands.execute(maintenance.DECIDER, acme.id, things["maintenance"], StartMaintenance(), META)
+    await commands.change(parts, maintenance.DECIDER, acme.id, things["maintenance"], StartMaintenance(), META)
     whole = {entry["position"]: entry for entry in await every(api, "/events")}
     status, answer, _ = await api.get(f"/incidents/{number}/events")
     assert status == 200
@@ -65,7 +66,7 @@ async def test_history_says_who_did_what_in_order(api, parts, acme, things):
 
 @pytest.mark.parametrize("kind", ["scheduler", "importer"])
 async def test_the_actor_is_who_it_was(api, parts, acme, kind):
-    made = await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="T"), Meta(Actor(kind)))
+    made = await commands.create(parts, incident.DECIDER, acme.id, OpenIncident(title="T"), Meta(Actor(kind)))
     (event,) = (await api.get(f"/incidents/{made.stream_id}/events"))[1]["events"]
     assert event["actor"] == {"kind": kind}
 

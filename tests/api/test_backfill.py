@@ -7,6 +7,7 @@ import pytest
 from opsentry.application.pipeline import CLOCK_SKEW, NEWS_MAX_AGE
 from opsentry.domain import subscription
 from opsentry.domain.subscription import CreateSubscription
+from tests import commands
 from tests.api.conftest import head, refused
 from tests.conftest import META, make_service
 
@@ -243,7 +244,7 @@ async def test_twenty_updates_of_the_past_at_once_leave_a_timeline_in_order(api,
 async def intents(parts, acme):
     """Somebody wants to be told; a function that counts what they are told."""
     command = CreateSubscription(channel="webhook", target="x")
-    await parts.commands.create(subscription.DECIDER, acme.id, command, META)
+    await commands.create(parts, subscription.DECIDER, acme.id, command, META)
 
     async def count():
         await parts.projector.catch_up(acme.id, 0)

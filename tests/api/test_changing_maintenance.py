@@ -12,6 +12,7 @@ from opsentry.domain.maintenance import (
     MaintenanceRescheduled,
     RemindMaintenance,
 )
+from tests import commands
 from tests.api.conftest import DRILL, head, make_token, recorded, refused, types
 from tests.conftest import META, Client, make_service
 
@@ -180,7 +181,7 @@ async def test_there_is_no_other_way_to_change_it(api, path, method):
 
 async def test_a_reminder_changes_the_tag_and_nothing_that_is_shown(api, parts, acme, window, path):
     position = await head(parts, acme.id)
-    executed = await parts.commands.execute(DECIDER, acme.id, window["id"], RemindMaintenance(), META)
+    executed = await commands.change(parts, DECIDER, acme.id, window["id"], RemindMaintenance(), META)
     await parts.projector.catch_up(acme.id, executed.position)
     assert await types(parts, acme.id, "maintenance", window["id"]) == ["maintenance.scheduled", "maintenance.reminded"]
     _, shown, headers = await api.get(path)

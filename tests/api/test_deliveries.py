@@ -5,6 +5,7 @@ import pytest
 
 from opsentry.domain import subscription
 from opsentry.domain.subscription import DisableSubscription
+from tests import commands
 from tests.api.conftest import HOOK, raw
 from tests.conftest import META
 
@@ -202,7 +203,7 @@ async def test_one_that_was_told_by_another_is_not_sent_by_itself(api, app_conne
 async def test_to_who_is_sent_nothing_nothing_is_sent_again(api, parts, acme, app_connection, put, number):
     called = await put(5)
     command = DisableSubscription(reason="endpoint_gone")
-    executed = await parts.commands.execute(subscription.DECIDER, acme.id, number, command, META)
+    executed = await commands.change(parts, subscription.DECIDER, acme.id, number, command, META)
     await parts.projector.catch_up(acme.id, executed.position)
     status, answer, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
     assert status == 409

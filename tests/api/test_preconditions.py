@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 from multidict import CIMultiDict
 
-from opsentry.api import context
+from opsentry.application import queries
 from opsentry.bootstrap import core, serving
 from opsentry.domain import incident, service
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.service import ChangeService
 from opsentry.projections.engine import projector
+from tests import commands
 from tests.api.conftest import DRILL, head
 from tests.conftest import META, Client, make_service
 from tests.waiting import until
@@ -78,7 +79,7 @@ async def send(client, method, path, body, *tags, key=None):
 
 
 async def rename(parts, acme, service_id, name="Renamed"):
-    executed = await parts.commands.execute(service.DECIDER, acme.id, service_id, ChangeService(name=name), META)
+    executed = await commands.change(parts, service.DECIDER, acme.id, service_id, ChangeService(name=name), META)
     await parts.projector.catch_up(acme.id, executed.position)
 
 
@@ -388,7 +389,7 @@ async def test_a_command_tells_its_position_and_reads_show_it(api, parts, acme, 
 async def opened(parts, acme, ids, title="Unprojected"):
     """The position of an incident that nobody has projected yet."""
     command = OpenIncident(title=title, severity="critical", service_ids=(ids["service"],))
-    return (await parts.commands.create(incident.DECIDER, acme.id, command, META)).position
+    return (await commands.create(parts, incident.DECIDER, acme.id, command, META)).position
 
 
 @each_read
@@ -440,7 +441,7 @@ async def test_a_position_that_is_reached_while_it_is_waited_for_is_shown(api, p
     sleep = asyncio.sleep
 
     async def spy(seconds, *result):
-        if seconds == context.POLL_SECONDS == projector._POLL_SECONDS:
+        if seconds == queries.HEAD_POLL_SECONDS == projector._POLL_SECONDS:
             polling.add(asyncio.current_task())
         return await sleep(seconds, *result)
 

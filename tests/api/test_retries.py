@@ -9,6 +9,7 @@ from opsentry.domain import service
 from opsentry.domain.service import ChangeService, RetireService
 from opsentry.events import store
 from opsentry.identity.scopes import SCOPES
+from tests import commands
 from tests.api.conftest import DRILL, head, make_token, recorded
 from tests.conftest import META, Client, make_service
 from tests.waiting import until
@@ -89,7 +90,7 @@ def request(name, ids):
 
 
 async def change_service(parts, acme, ids, command):
-    executed = await parts.commands.execute(service.DECIDER, acme.id, ids["service"], command, META)
+    executed = await commands.change(parts, service.DECIDER, acme.id, ids["service"], command, META)
     await parts.projector.catch_up(acme.id, executed.position)
 
 

@@ -5,6 +5,7 @@ import pytest
 from opsentry.domain import incident, maintenance
 from opsentry.domain.incident import OpenIncident, ResolveIncident
 from opsentry.domain.maintenance import CompleteMaintenance, ScheduleMaintenance, StartMaintenance
+from tests import commands
 from tests.conftest import META, make_service
 
 SERVICE = {"id", "slug", "name", "current_status", "visibility", "tags", "description", "created_at"}
@@ -21,9 +22,9 @@ async def lasted(parts, acme, service_id, ago, length, severity):
     """An incident that began `ago` and lasted `length`."""
     began = datetime.now(UTC) - ago
     command = OpenIncident(title="I", severity=severity, service_ids=(service_id,))
-    opened = await parts.commands.create(incident.DECIDER, acme.id, command, META, occurred_at=began)
-    await parts.commands.execute(
-        incident.DECIDER, acme.id, opened.stream_id, ResolveIncident(), META, occurred_at=began + length
+    opened = await commands.create(parts, incident.DECIDER, acme.id, command, META, occurred_at=began)
+    await commands.change(
+        parts, incident.DECIDER, acme.id, opened.stream_id, ResolveIncident(), META, occurred_at=began + length
     )
     await parts.projector.catch_up(acme.id, 0)
 
@@ -127,9 +128,9 @@ async def test_an_excluded_window_is_cut_from_both_sides(api, parts, acme, api_s
         service_ids=(api_service,),
         exclude_from_sla=True,
     )
-    window = await parts.commands.create(maintenance.DECIDER, acme.id, command, META, occurred_at=began - DAY)
+    window = await commands.create(parts, maintenance.DECIDER, acme.id, command, META, occurred_at=began - DAY)
     for move, moment in ((StartMaintenance(), began), (CompleteMaintenance(), began + timedelta(hours=12))):
-        await parts.commands.execute(maintenance.DECIDER, acme.id, window.stream_id, move, META, occurred_at=moment)
+        await commands.change(parts, maintenance.DECIDER, acme.id, window.stream_id, move, META, occurred_at=moment)
     # Six hours of outage, of which three lie in the window; twelve of twenty-four hours are observed.
     await lasted(parts, acme, api_service, timedelta(hours=17), timedelta(hours=6), "major_outage")
     assert (await api.get(f"/services/{api_service}/uptime"))[1]["uptime_24h"] == 75.0

@@ -10,6 +10,7 @@ from opsentry.bootstrap import core, serving
 from opsentry.domain import subscription
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.infrastructure.encryption import SecretBox, generate_key
+from tests import commands
 from tests.api.conftest import HOOK, MAIL, SLACK, head, raw, recorded, types
 from tests.conftest import META, SECRET_KEY, Client
 
@@ -104,7 +105,7 @@ async def secrets_of(parts, tenant_id, number):
 
 async def test_a_webhook_of_before_there_were_secrets_gets_its_first_one(api, parts, acme):
     command = CreateSubscription(channel="webhook", target=HOOK["target"])
-    made = await parts.commands.create(subscription.DECIDER, acme.id, command, META)
+    made = await commands.create(parts, subscription.DECIDER, acme.id, command, META)
     await parts.projector.catch_up(acme.id, made.position)
     path, headers = f"/subscriptions/{made.stream_id}/rotate-secret", {"Idempotency-Key": "k"}
     status, first, _ = await api.post(path, headers=headers)

@@ -6,6 +6,7 @@ from msgspec import UNSET
 from opsentry.domain import subscription
 from opsentry.domain.subscription import ConfirmSubscription, CreateSubscription, DisableSubscription
 from opsentry.infrastructure.encryption import SecretBox
+from tests import commands
 from tests.api.conftest import HOOK, MAIL, SLACK, head, make_token, raw, recorded, refused, types
 from tests.conftest import META, SECRET_KEY, Client, make_service
 
@@ -24,7 +25,7 @@ async def make(api, body=HOOK, **fields):
 
 async def give(parts, tenant_id, number, command):
     """Carry out a command that is nobody's over HTTP."""
-    executed = await parts.commands.execute(subscription.DECIDER, tenant_id, number, command, META)
+    executed = await commands.change(parts, subscription.DECIDER, tenant_id, number, command, META)
     await parts.projector.catch_up(tenant_id, executed.position)
 
 
@@ -212,7 +213,7 @@ async def test_sending_is_turned_off_and_on(api, parts, acme):
 
 async def test_who_has_to_agree_first_is_not_enabled_by_others(api, parts, acme):
     wish = CreateSubscription(channel="email", target="ops@example.org", pending=True)
-    made = await parts.commands.create(subscription.DECIDER, acme.id, wish, META)
+    made = await commands.create(parts, subscription.DECIDER, acme.id, wish, META)
     path = f"/subscriptions/{made.stream_id}"
     assert (await api.get(path))[1]["status"] == "pending"
     status, answer, _ = await api.patch(path, {"enabled": True})

@@ -8,6 +8,7 @@ from opsentry.domain import incident, maintenance, service
 from opsentry.domain.incident import ChangeIncident, OpenIncident, ResolveIncident
 from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, ScheduleMaintenance, StartMaintenance
 from opsentry.domain.service import RetireService
+from tests import commands
 from tests.api.conftest import raw, refused
 from tests.conftest import META, make_service
 
@@ -24,14 +25,13 @@ def text(moment: datetime) -> str:
 
 async def outage(parts, tenant_id, start, end, service_ids, severity="major_outage", *changes):
     opened = OpenIncident(title="i", severity=severity, service_ids=tuple(service_ids))
-    made = await parts.commands.create(incident.DECIDER, tenant_id, opened, META, occurred_at=at(start))
+    made = await commands.create(parts, incident.DECIDER, tenant_id, opened, META, occurred_at=at(start))
     for when, change in changes:
-        await parts.commands.execute(
-            incident.DECIDER, tenant_id, made.stream_id, change, META, occurred_at=at(when)
+        await commands.change(parts, incident.DECIDER, tenant_id, made.stream_id, change, META, occurred_at=at(when)
         )  # fmt: skip
     if end is not None:
-        await parts.commands.execute(
-            incident.DECIDER, tenant_id, made.stream_id, ResolveIncident(), META, occurred_at=at(end)
+        await commands.change(
+            parts, incident.DECIDER, tenant_id, made.stream_id, ResolveIncident(), META, occurred_at=at(end)
         )
     await parts.projector.catch_up(tenant_id, 0)
     return made.stream_id
@@ -40,10 +40,9 @@ async def outage(parts, tenant_id, start, end, service_ids, severity="major_outa
 async def window(parts, tenant_id, start, end, service_ids, *, exclude=True):
     hours: dict[str, Any] = {"scheduled_start": at(start), "scheduled_end": at(end)}
     command = ScheduleMaintenance(title="w", **hours, service_ids=tuple(service_ids), exclude_from_sla=exclude)
-    made = await parts.commands.create(maintenance.DECIDER, tenant_id, command, META, occurred_at=at(start - 1))
+    made = await commands.create(parts, maintenance.DECIDER, tenant_id, command, META, occurred_at=at(start - 1))
     for when, move in ((start, StartMaintenance()), (end, CompleteMaintenance())):
-        await parts.commands.execute(
-            maintenance.DECIDER, tenant_id, made.stream_id, move, META, occurred_at=at(when)
+        await commands.change(parts, maintenance.DECIDER, tenant_id, made.stream_id, move, META, occurred_at=at(when)
         )  # fmt: skip
     await parts.projector.catch_up(tenant_id, 0)
     return made.stream_id
@@ -161,10 +160,9 @@ async def test_a_window_cuts_what_it_really_lasted_and_only_where_it_is_excluded
     planned: dict[str, Any] = {"scheduled_start": at(10), "scheduled_end": at(30)}
     for moves in ([(12, CancelMaintenance())], [(15, StartMaintenance()), (20, CompleteMaintenance())]):
         command = ScheduleMaintenance(title="w", **planned, service_ids=(web,), exclude_from_sla=True)
-        made = await parts.commands.create(maintenance.DECIDER, acme.id, command, META, occurred_at=at(0))
+        made = await commands.create(parts, maintenance.DECIDER, acme.id, command, META, occurred_at=at(0))
         for when, move in moves:
-            await parts.commands.execute(
-                maintenance.DECIDER, acme.id, made.stream_id, move, META, occurred_at=at(when)
+            await commands.change(parts, maintenance.DECIDER, acme.id, made.stream_id, move, META, occurred_at=at(when)
             )  # fmt: skip
     kept = await window(parts, acme.id, 40, 50, [web], exclude=False)
     _, body, _ = await api.get(f"/services/{web}/uptime?{between(0, 105)}&explain=true")
@@ -178,7 +176,7 @@ async def test_a_window_cuts_what_it_really_lasted_and_only_where_it_is_excluded
 async def test_a_retired_service_has_no_uptime_and_no_part_in_the_tenants(api, parts, acme, web):
     gone = await make_service(parts, acme.id, "gone", occurred_at=at(0))
     await outage(parts, acme.id, 10, 20, [gone])
-    await parts.commands.execute(service.DECIDER, acme.id, gone, RetireService(), META)
+    await commands.change(parts, service.DECIDER, acme.id, gone, RetireService(), META)
     await parts.projector.catch_up(acme.id, 0)
     for path in ("uptime", f"uptime?{between(0, 100)}", "uptime/daily"):
         assert await raw(api, "GET", f"/services/{gone}/{path}") == (404, b'{"error":"not found"}')

@@ -15,6 +15,7 @@ from opsentry.domain import incident, maintenance
 from opsentry.domain.decider import DomainError
 from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, ResolveIncident
 from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, ScheduleMaintenance, StartMaintenance
+from tests import commands
 from tests.conftest import META, Client, make_service, make_tenant
 
 SPAN = 90
@@ -67,11 +68,11 @@ def command_of(change: tuple[str, Any], services: list[int]) -> Any:
 
 async def live(parts, tenant_id, decider, begin, opening, steps):
     """Bring a stream into the world and take it through `steps`, (moment, command), in the order of their times."""
-    made = await parts.commands.create(decider, tenant_id, opening, META, occurred_at=begin)
+    made = await commands.create(parts, decider, tenant_id, opening, META, occurred_at=begin)
     for moment, command in sorted(steps, key=lambda step: step[0]):
         with suppress(DomainError):
-            await parts.commands.execute(
-                decider, tenant_id, made.stream_id, command, META, occurred_at=max(begin, moment)
+            await commands.change(
+                parts, decider, tenant_id, made.stream_id, command, META, occurred_at=max(begin, moment)
             )
 
 

@@ -10,6 +10,7 @@ import pytest
 from opsentry.domain import incident
 from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, ResolveIncident
 from opsentry.events import audit, export
+from tests import commands
 from tests.conftest import META, make_service, make_tenant
 from tests.system.processes import environment, opsentry, running
 
@@ -21,14 +22,14 @@ async def story(parts, acme):
     """An incident with a beginning, a middle and an end; and the position after each command."""
     await make_service(parts, acme.id, "api")
     opened = OpenIncident(title="Logins fail", description=f"Found by {CANARY}", severity="major_outage")
-    made = await parts.commands.create(incident.DECIDER, acme.id, opened, META)
+    made = await commands.create(parts, incident.DECIDER, acme.id, opened, META)
     positions = [made.position]
     for command in (
         PostUpdate(message="A deploy did it.", status="identified"),
         ChangeIncident(severity="degraded", title="Logins are slow"),
         ResolveIncident(root_cause="A missing index."),
     ):
-        done = await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, command, META)
+        done = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, command, META)
         positions.append(done.position)
     await parts.projector.catch_up(acme.id, positions[-1])
     return str(made.stream_id), positions
@@ -68,8 +69,8 @@ async def test_history_shows_the_state_as_of_a_position_and_a_time(run, fail, st
 async def test_history_shows_the_state_at_a_real_world_time(run, fail, parts, acme):
     began, later = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
     opened = OpenIncident(title="Recorded later")
-    made = await parts.commands.create(incident.DECIDER, acme.id, opened, META, occurred_at=began)
-    await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, ResolveIncident(), META, occurred_at=later)
+    made = await commands.create(parts, incident.DECIDER, acme.id, opened, META, occurred_at=began)
+    await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, ResolveIncident(), META, occurred_at=later)
     at = (*of_incident("history", str(made.stream_id)), "--at")
     for moment, status in (("2026-01-01T12:00:00Z", "investigating"), ("2026-01-02T02:00:00+02:00", "resolved")):
         assert json.loads(await run(*at, moment, "--json"))["status"] == status
@@ -154,13 +155,13 @@ async def test_tail_prints_the_last_events_and_follows(run, story, settings, par
     assert json.loads(one)["position"] == 1
     async with running(environment(settings), "ledger", "tail", "--tenant", "acme", "-n", "1", "-f") as process:
         await process.mentions("incident.resolved")
-        await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="While you look"), META)
+        await commands.create(parts, incident.DECIDER, acme.id, OpenIncident(title="While you look"), META)
         await process.mentions("While you look")
 
 
 async def test_a_closed_pipe_prints_no_error(story, settings, parts, acme):
     for number in range(300):
-        await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title=f"{number} {'x' * 290}"), META)
+        await commands.create(parts, incident.DECIDER, acme.id, OpenIncident(title=f"{number} {'x' * 290}"), META)
     for command in ("ledger tail --tenant acme -n 1000 --json", "ledger export --tenant acme"):
         process = await asyncio.create_subprocess_shell(
             f"{sys.executable} -m opsentry {command} | head -1", env=environment(settings), stdout=PIPE, stderr=PIPE

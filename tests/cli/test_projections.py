@@ -7,6 +7,7 @@ import pytest
 
 from opsentry.domain import incident
 from opsentry.domain.incident import OpenIncident, PostUpdate
+from tests import commands
 from tests.conftest import META, make_service
 from tests.projections.planting import plant
 from tests.system.processes import environment, opsentry, running
@@ -18,8 +19,8 @@ NAMES = ["services", "incidents", "maintenance", "subscriptions", "impact", "out
 async def filled(parts, tenant):
     service_id = await make_service(parts, tenant.id, "web")
     opened = OpenIncident(title="Down", service_ids=(service_id,))
-    made = await parts.commands.create(incident.DECIDER, tenant.id, opened, META)
-    await parts.commands.execute(incident.DECIDER, tenant.id, made.stream_id, PostUpdate(message="m"), META)
+    made = await commands.create(parts, incident.DECIDER, tenant.id, opened, META)
+    await commands.change(parts, incident.DECIDER, tenant.id, made.stream_id, PostUpdate(message="m"), META)
     await parts.projector.catch_up(tenant.id, 0)
     return made.stream_id
 
@@ -103,7 +104,7 @@ async def test_projections_pause_and_resume(run, fail, parts, acme):
     assert json.loads(await run("projections", "pause", "--all", "--json")) == {"paused": sorted(NAMES)}
     assert "none, all were paused already" in await run("projections", "pause", "impact")
     assert "outbox: paused" in await fail(1, "projections", "rebuild", "outbox")
-    await parts.commands.execute(incident.DECIDER, acme.id, number, PostUpdate(message="m"), META)
+    await commands.change(parts, incident.DECIDER, acme.id, number, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme.id, 0)
     assert {(row["behind"], row["paused"]) for row in (await projection_status(run)).values()} == {(1, True)}
     assert json.loads(await run("projections", "resume", "impact", "--json")) == {"resumed": ["impact"]}

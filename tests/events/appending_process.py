@@ -12,7 +12,7 @@ from opsentry.domain.decider import Decider
 from opsentry.domain.incident import IncidentEvent, IncidentUpdated, PostUpdate
 from opsentry.events.appender import Appender, TenantBusy
 from opsentry.events.codec import Actor, Meta
-from opsentry.events.command_handler import CommandHandler, ConcurrencyConflict
+from opsentry.events.command_handler import CommandHandler, CommandOptions, ConcurrencyConflict
 from opsentry.infrastructure.postgres import Database
 from tests.waiting import GENEROUS_SECONDS
 
@@ -27,7 +27,8 @@ DECIDER: Decider[None, PostUpdate, IncidentEvent] = Decider(
 async def main(url: str, tenant: int, name: str, writers: int, count: int, *streams: int) -> None:
     database = Database(url, size=8, timeout_seconds=GENEROUS_SECONDS)
     await database.open()
-    commands = CommandHandler(database, Appender(database))
+    handler = CommandHandler(database, Appender(database))
+    options = CommandOptions(Meta(Actor("operator")))
 
     async def write(appender: int) -> None:
         stream = streams[appender % len(streams)]
@@ -35,7 +36,7 @@ async def main(url: str, tenant: int, name: str, writers: int, count: int, *stre
             command = PostUpdate(message=f"{name}/{appender}/{i}")
             while True:
                 try:
-                    done = await commands.execute(DECIDER, tenant, stream, command, Meta(Actor("operator")))
+                    done = await handler.change(DECIDER, tenant, stream, command, options)
                 except (ConcurrencyConflict, TenantBusy):
                     continue  # nothing was recorded
                 break

@@ -16,16 +16,23 @@ from opsentry.domain.incident import (
     ResolveIncident,
 )
 from opsentry.domain.service import RegisterService
-from opsentry.events import command_handler as execute_module
 from opsentry.events import store
-from opsentry.events.command_handler import ConcurrencyConflict, NameReserved, StreamNotFound
+from opsentry.events.command_handler import (
+    MAX_ATTEMPTS,
+    CommandOptions,
+    ConcurrencyConflict,
+    NameReserved,
+    StreamNotFound,
+    UnexpectedVersion,
+)
+from tests import commands
 from tests.events.ledger import META, append, notes, rows
 
 DECIDER = incident.DECIDER
 
 
 async def opened(parts, tenant, **fields):
-    executed = await parts.commands.create(DECIDER, tenant.id, OpenIncident(title="Down", **fields), META)
+    executed = await commands.create(parts, DECIDER, tenant.id, OpenIncident(title="Down", **fields), META)
     return executed.stream_id
 
 
@@ -34,7 +41,7 @@ async def events(connection, tenant, incident_id):
 
 
 async def test_a_stream_begins_with_what_was_decided(parts, acme, app_connection):
-    executed = await parts.commands.create(DECIDER, acme.id, OpenIncident(title="Down", description="All of it"), META)
+    executed = await commands.create(parts, DECIDER, acme.id, OpenIncident(title="Down", description="All of it"), META)
     recorded = await store.read_stream(app_connection, acme.id, "incident", executed.stream_id)
     assert executed.history == recorded
     assert [type(r.event) for r in recorded] == [IncidentOpened, IncidentUpdated]
@@ -44,11 +51,11 @@ async def test_a_stream_begins_with_what_was_decided(parts, acme, app_connection
 
 async def test_a_command_is_decided_on_the_state_that_the_log_gives(parts, acme, app_connection):
     incident_id = await opened(parts, acme)
-    await parts.commands.execute(DECIDER, acme.id, incident_id, ResolveIncident(root_cause="DNS"), META)
+    await commands.change(parts, DECIDER, acme.id, incident_id, ResolveIncident(root_cause="DNS"), META)
     with pytest.raises(IllegalTransition):
-        await parts.commands.execute(DECIDER, acme.id, incident_id, ResolveIncident(), META)
-    executed = await parts.commands.execute(
-        DECIDER, acme.id, incident_id, ChangeIncident(status="investigating", severity="critical"), META
+        await commands.change(parts, DECIDER, acme.id, incident_id, ResolveIncident(), META)
+    executed = await commands.change(
+        parts, DECIDER, acme.id, incident_id, ChangeIncident(status="investigating", severity="critical"), META
     )
     assert (executed.state.status, executed.state.severity, executed.state.root_cause) == (
         "investigating",
@@ -62,7 +69,7 @@ async def test_a_command_is_decided_on_the_state_that_the_log_gives(parts, acme,
 async def test_no_change_appends_nothing(parts, acme, app_connection):
     incident_id = await opened(parts, acme)
     before = await store.read_head_position(app_connection, acme.id)
-    executed = await parts.commands.execute(DECIDER, acme.id, incident_id, ChangeIncident(title="Down"), META)
+    executed = await commands.change(parts, DECIDER, acme.id, incident_id, ChangeIncident(title="Down"), META)
     assert (executed.appended, executed.version, executed.position) == (0, 1, before)
     assert await store.read_head_position(app_connection, acme.id) == before
 
@@ -71,9 +78,9 @@ async def test_a_refused_command_appends_nothing(parts, acme, app_connection):
     incident_id = await opened(parts, acme)
     before = await store.read_head_position(app_connection, acme.id)
     with pytest.raises(InvalidField, match="severity"):
-        await parts.commands.execute(DECIDER, acme.id, incident_id, ChangeIncident(title="New", severity="awful"), META)
+        await commands.change(parts, DECIDER, acme.id, incident_id, ChangeIncident(title="New", severity="awful"), META)
     with pytest.raises(InvalidField, match="title"):
-        await parts.commands.create(DECIDER, acme.id, OpenIncident(title=" "), META)
+        await commands.create(parts, DECIDER, acme.id, OpenIncident(title=" "), META)
     assert await store.read_head_position(app_connection, acme.id) == before
 
 
@@ -86,64 +93,63 @@ async def test_streams_of_others_do_not_exist(parts, acme, globex, app_connectio
         (10**9, DECIDER, incident_id),
     ):
         with pytest.raises(StreamNotFound):
-            await parts.commands.execute(kind_decider, tenant_id, stream_id, ResolveIncident(), META)
+            await commands.change(parts, kind_decider, tenant_id, stream_id, ResolveIncident(), META)
     with pytest.raises(StreamNotFound):
-        await parts.commands.execute(service.DECIDER, acme.id, incident_id, service.RetireService(), META)
+        await commands.change(parts, service.DECIDER, acme.id, incident_id, service.RetireService(), META)
     with pytest.raises(StreamNotFound):
-        await parts.commands.create(DECIDER, 10**9, OpenIncident(title="Down"), META)
+        await commands.create(parts, DECIDER, 10**9, OpenIncident(title="Down"), META)
     assert [await store.read_head_position(app_connection, tenant.id) for tenant in (acme, globex)] == ledger_heads
 
 
 async def test_a_name_that_is_taken_names_its_holder(parts, acme, globex):
     command = RegisterService(slug="web", name="Web")
     claim = service.slug_reservation("web")
-    first = await parts.commands.create(service.DECIDER, acme.id, command, META, reservation=claim)
+    first = await commands.create(parts, service.DECIDER, acme.id, command, META, reservation=claim)
     with pytest.raises(NameReserved) as raised:
-        await parts.commands.create(service.DECIDER, acme.id, command, META, reservation=claim)
+        await commands.create(parts, service.DECIDER, acme.id, command, META, reservation=claim)
     assert raised.value.stream_id == first.stream_id
-    await parts.commands.create(service.DECIDER, globex.id, command, META, reservation=claim)
+    await commands.create(parts, service.DECIDER, globex.id, command, META, reservation=claim)
 
 
-async def test_the_check_sees_the_version_and_can_refuse(parts, acme, app_connection):
-    class Stale(Exception):
-        pass
-
-    def only(wanted):
-        def check(version):
-            if version != wanted:
-                raise Stale(version)
-
-        return check
-
+async def test_an_unexpected_version_changes_nothing(parts, acme, app_connection):
     incident_id = await opened(parts, acme)
     change = ChangeIncident(severity="critical")
-    with pytest.raises(Stale, match="1"):
-        await parts.commands.execute(DECIDER, acme.id, incident_id, change, META, check=only(2))
+    for expected in ({2}, set()):
+        with pytest.raises(UnexpectedVersion):
+            await commands.change(parts, DECIDER, acme.id, incident_id, change, META, expected=expected)
     assert await events(app_connection, acme, incident_id) == [IncidentOpened]
-    await parts.commands.execute(DECIDER, acme.id, incident_id, change, META, check=only(1))
+    await commands.change(parts, DECIDER, acme.id, incident_id, change, META, expected={1, 7})
     assert await events(app_connection, acme, incident_id) == [IncidentOpened, IncidentSeverityChanged]
 
 
-async def test_of_two_who_have_seen_the_same_version_one_is_refused(parts, settings, acme, app_connection):
-    class Stale(Exception):
-        pass
-
-    def check(version):
-        if version != 1:
-            raise Stale
-
+async def test_of_editors_who_expect_one_version_one_succeeds(parts, settings, acme, app_connection):
     incident_id = await opened(parts, acme)
+    mine = PostUpdate(message="mine")
     async with core(settings) as other:
         outcomes = await asyncio.gather(
             *(
-                process.commands.execute(DECIDER, acme.id, incident_id, PostUpdate(message="mine"), META, check=check)
+                commands.change(process, DECIDER, acme.id, incident_id, mine, META, expected={1})
                 for process in (parts, other)
                 for _ in range(4)
             ),
             return_exceptions=True,
         )
-    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["CommandResult"] + ["Stale"] * 7
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["CommandResult"] + ["UnexpectedVersion"] * 7
     assert await events(app_connection, acme, incident_id) == [IncidentOpened, IncidentUpdated]
+
+
+async def test_a_check_of_the_events_can_refuse_them(parts, acme, app_connection):
+    async def check(decided):
+        assert [type(event) for event in decided] == [IncidentSeverityChanged]
+        raise InvalidField("severity", "not today")
+
+    incident_id = await opened(parts, acme)
+    options = CommandOptions(META, check=check)
+    with pytest.raises(InvalidField, match="not today"):
+        await parts.application.command_handler.change(
+            DECIDER, acme.id, incident_id, ChangeIncident(severity="critical"), options
+        )
+    assert await events(app_connection, acme, incident_id) == [IncidentOpened]
 
 
 async def test_editors_in_two_processes_both_succeed(parts, settings, acme, app_connection):
@@ -151,7 +157,7 @@ async def test_editors_in_two_processes_both_succeed(parts, settings, acme, app_
     async with core(settings) as other:
         executed = await asyncio.gather(
             *(
-                process.commands.execute(DECIDER, acme.id, incident_id, PostUpdate(message=f"{name}{i}"), META)
+                commands.change(process, DECIDER, acme.id, incident_id, PostUpdate(message=f"{name}{i}"), META)
                 for name, process in (("a", parts), ("b", other))
                 for i in range(8)
             )
@@ -167,7 +173,7 @@ async def test_of_two_who_resolve_at_once_one_hears_that_it_is_done(parts, setti
     incident_id = await opened(parts, acme)
     async with core(settings) as other:
         outcomes = await asyncio.gather(
-            *(p.commands.execute(DECIDER, acme.id, incident_id, ResolveIncident(), META) for p in (parts, other)),
+            *(commands.change(p, DECIDER, acme.id, incident_id, ResolveIncident(), META) for p in (parts, other)),
             return_exceptions=True,
         )
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["CommandResult", "IllegalTransition"]
@@ -178,7 +184,7 @@ async def test_a_change_between_loading_and_appending_is_loaded_and_decided_agai
     parts, acme, app_connection, monkeypatch
 ):
     incident_id = await opened(parts, acme)
-    real = parts.commands._appender.append
+    real = parts.application.command_handler._appender.append
     rivals = iter(["critical", "partial_outage"])
 
     async def raced(command):
@@ -194,9 +200,9 @@ async def test_a_change_between_loading_and_appending_is_loaded_and_decided_agai
             assert isinstance(await append(app_connection, taken), store.Appended)
         return await real(command)
 
-    monkeypatch.setattr(parts.commands._appender, "append", raced)
-    executed = await parts.commands.execute(
-        DECIDER, acme.id, incident_id, ChangeIncident(severity="major_outage"), META
+    monkeypatch.setattr(parts.application.command_handler._appender, "append", raced)
+    executed = await commands.change(
+        parts, DECIDER, acme.id, incident_id, ChangeIncident(severity="major_outage"), META
     )
     assert executed.version == 4
     assert executed.history[-1].event == IncidentSeverityChanged(severity="major_outage", previous="partial_outage")
@@ -211,10 +217,10 @@ async def test_whoever_is_always_too_late_hears_so_in_the_end(parts, acme, app_c
         await append(app_connection, notes(acme.id, "rival", stream=incident_id, expected=command.expected_version))
         return store.VersionConflict(command.expected_version + 1)
 
-    monkeypatch.setattr(parts.commands._appender, "append", always_late)
+    monkeypatch.setattr(parts.application.command_handler._appender, "append", always_late)
     with pytest.raises(ConcurrencyConflict, match=str(incident_id)):
-        await parts.commands.execute(DECIDER, acme.id, incident_id, PostUpdate(message="late"), META)
-    assert attempts == list(range(1, execute_module._ATTEMPTS + 1))
+        await commands.change(parts, DECIDER, acme.id, incident_id, PostUpdate(message="late"), META)
+    assert attempts == list(range(1, MAX_ATTEMPTS + 1))
     messages = [row["erasable"] for row in await rows(app_connection, acme.id) if row["type"] == "incident.updated"]
     assert set(messages) == {'{"message":"rival"}'}
 
@@ -222,8 +228,8 @@ async def test_whoever_is_always_too_late_hears_so_in_the_end(parts, acme, app_c
 async def test_64_commands_for_one_stream_and_64_for_many_all_succeed_at_once(parts, acme, app_connection):
     before = await store.read_head_position(app_connection, acme.id)
     one = await opened(parts, acme)
-    on_one = [parts.commands.execute(DECIDER, acme.id, one, PostUpdate(message=str(i)), META) for i in range(64)]
-    on_many = [parts.commands.create(DECIDER, acme.id, OpenIncident(title=str(i)), META) for i in range(64)]
+    on_one = [commands.change(parts, DECIDER, acme.id, one, PostUpdate(message=str(i)), META) for i in range(64)]
+    on_many = [commands.create(parts, DECIDER, acme.id, OpenIncident(title=str(i)), META) for i in range(64)]
     executed = await asyncio.gather(*on_one, *on_many)
     assert sorted(e.version for e in executed[:64]) == list(range(2, 66))
     assert len({e.stream_id for e in executed[64:]}) == 64

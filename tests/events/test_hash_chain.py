@@ -10,6 +10,7 @@ from opsentry.domain import incident
 from opsentry.domain.incident import IncidentReopened, OpenIncident
 from opsentry.events import store
 from opsentry.events.hash_chain import GENESIS
+from tests import commands
 from tests.events.ledger import META, append, first_broken, notes, rows
 from tests.events.store_contract import ODD_TEXTS
 
@@ -212,7 +213,7 @@ async def test_the_application_may_only_read_and_append(app_connection, ledger):
 async def test_an_event_of_any_year_is_stored_to_the_microsecond_and_verifies(parts, acme, year):
     happened = datetime(year, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
     opened = OpenIncident(title="Long ago or far off")
-    created = await parts.commands.create(incident.DECIDER, acme.id, opened, META, occurred_at=happened)
+    created = await commands.create(parts, incident.DECIDER, acme.id, opened, META, occurred_at=happened)
     async with parts.database.connection() as connection:
         (event,) = await store.read_stream(connection, acme.id, "incident", created.stream_id)
         written = await connection.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY position", acme.id)

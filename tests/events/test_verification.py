@@ -22,6 +22,7 @@ from opsentry.domain.redaction import RedactionPlan
 from opsentry.events import audit, export
 from opsentry.events.store import Append, NewEvent
 from opsentry.events.verification import Anchor, BadExport, verify, verify_export
+from tests import commands
 from tests.conftest import META, make_tenant
 from tests.events.ledger import append, note, notes, rows
 from tests.events.store_contract import ODD_TEXTS
@@ -385,11 +386,16 @@ async def test_what_comes_in_during_verification_does_no_harm(settings, owner, s
 @pytest.fixture
 async def erased(parts, tenant_id):
     """A ledger with an incident whose first message was erased on the record."""
-    made = await parts.commands.create(incident.DECIDER, tenant_id, OpenIncident(title="T", description="D"), META)
-    await parts.commands.execute(incident.DECIDER, tenant_id, made.stream_id, PostUpdate(message="M"), META)
+    made = await commands.create(parts, incident.DECIDER, tenant_id, OpenIncident(title="T", description="D"), META)
+    await commands.change(parts, incident.DECIDER, tenant_id, made.stream_id, PostUpdate(message="M"), META)
     erasure = RedactionPlan(versions=(2,), fields=(), restated={})
-    await parts.commands.execute(
-        incident.DECIDER, tenant_id, made.stream_id, RedactIncident(erasure=erasure, reason="disabled_by_owner"), META
+    await commands.change(
+        parts,
+        incident.DECIDER,
+        tenant_id,
+        made.stream_id,
+        RedactIncident(erasure=erasure, reason="disabled_by_owner"),
+        META,
     )
     return tenant_id
 

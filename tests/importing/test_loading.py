@@ -6,6 +6,7 @@ from opsentry.domain import subscription
 from opsentry.domain.incident import DECIDER as INCIDENTS
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.subscription import CreateSubscription
+from tests import commands
 from tests.conftest import META
 from tests.events.ledger import first_broken
 from tests.importing.pages import (
@@ -141,11 +142,11 @@ async def test_a_service_is_registered_no_later_than_the_history_starts(parts, a
 
 async def test_an_import_notifies_nobody(parts, acme, owner, tmp_path):
     subscribe = CreateSubscription(channel="webhook", target="https://example.com/hook", audience="internal")
-    await parts.commands.create(subscription.DECIDER, acme.id, subscribe, META)
+    await commands.create(parts, subscription.DECIDER, acme.id, subscribe, META)
     await load(parts, acme.id, write(tmp_path, small_page()))
     assert await owner.fetchval("SELECT count(*) FROM outbox_intents") == 0
     # The same subscription is notified of an incident that is not imported.
-    executed = await parts.commands.create(INCIDENTS, acme.id, OpenIncident(title="Now"), META)
+    executed = await commands.create(parts, INCIDENTS, acme.id, OpenIncident(title="Now"), META)
     await parts.projector.catch_up(acme.id, executed.position)
     assert await owner.fetchval("SELECT count(*) FROM outbox_intents") == 1
 

@@ -155,7 +155,7 @@ def sending(parts, channel):
         known = {each.name: each for each in channels or [channel]}
         sender = DeliveryService(
             parts.database,
-            LedgerSubscriptionDisabler(parts.commands),
+            LedgerSubscriptionDisabler(parts.application),
             composer,
             known,
             SecretBox(()),

@@ -10,6 +10,7 @@ from opsentry.notifications.delivery import enqueue, leases, results
 from opsentry.notifications.delivery.leases import DueDelivery, LeasedEndpoint
 from opsentry.notifications.delivery.results import DeliveryResult, EndpointResults, Release
 from opsentry.notifications.delivery.retry_policy import EndpointHealth
+from tests import commands
 from tests.conftest import META
 
 DELIVERIES = "SELECT * FROM deliveries WHERE tenant_id = $1 ORDER BY position, subscription_id"
@@ -30,18 +31,18 @@ class Desk:
 
     async def subscribe(self, **fields):
         command = CreateSubscription(**{"channel": "webhook", "target": "https://example.com/x", **fields})
-        made = await self.parts.commands.create(subscription.DECIDER, self.tenant.id, command, META)
+        made = await commands.create(self.parts, subscription.DECIDER, self.tenant.id, command, META)
         return made.stream_id
 
     async def open(self, **fields):
-        opened = await self.parts.commands.create(
-            incident.DECIDER, self.tenant.id, OpenIncident(**{"title": "Down", **fields}), META
+        opened = await commands.create(
+            self.parts, incident.DECIDER, self.tenant.id, OpenIncident(**{"title": "Down", **fields}), META
         )
         return opened.stream_id
 
-    async def tell(self, number, *commands):
-        for command in commands:
-            await self.parts.commands.execute(incident.DECIDER, self.tenant.id, number, command, META)
+    async def tell(self, number, *changes):
+        for command in changes:
+            await commands.change(self.parts, incident.DECIDER, self.tenant.id, number, command, META)
 
     async def take_over(self, tenants: Sequence[int] | None = None, **options):
         await self.parts.projector.catch_up(self.tenant.id, 0)

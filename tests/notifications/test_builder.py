@@ -24,6 +24,7 @@ from opsentry.notifications.messages.text import MESSAGE_TYPES
 from opsentry.notifications.messages.webhook_payload import Payload, PayloadEncoder
 from opsentry.projections.as_of import AsOfQueries
 from opsentry.projections.engine.projector import PositionNotReached
+from tests import commands
 from tests.conftest import META, make_service
 from tests.notifications.messages import message
 from tests.waiting import GENEROUS_SECONDS
@@ -51,13 +52,13 @@ def execute(parts, acme):
     async def run(kind, first, *others, stream_id=None):
         reached = []
         if stream_id is None:
-            executed = await parts.commands.create(kind.DECIDER, acme.id, first, META)
+            executed = await commands.create(parts, kind.DECIDER, acme.id, first, META)
             stream_id = executed.stream_id
             reached.append(executed.position)
         else:
             others = (first, *others)
         for command in others:
-            executed = await parts.commands.execute(kind.DECIDER, acme.id, stream_id, command, META)
+            executed = await commands.change(parts, kind.DECIDER, acme.id, stream_id, command, META)
             reached.append(executed.position)
         await parts.projector.catch_up(acme.id, reached[-1])
         return stream_id, reached
@@ -132,7 +133,7 @@ async def test_a_change_to_internal_takes_effect_within_a_second(builder, execut
     shown = await make_service(parts, acme.id, "web")
     number, (position,) = await execute(incident, opened(service_ids=(shown,)))
     assert (await builder.build_subject(acme.id, "incident", number, position, "public"))["service_ids"] == [shown]
-    executed = await parts.commands.execute(service.DECIDER, acme.id, shown, ChangeService(visibility="internal"), META)
+    executed = await commands.change(parts, service.DECIDER, acme.id, shown, ChangeService(visibility="internal"), META)
     await parts.projector.catch_up(acme.id, executed.position)
     clock.now += 1
     part = await builder.build_subject(acme.id, "incident", number, position, "public")

@@ -5,6 +5,7 @@ import asyncio
 from opsentry.domain import subscription
 from opsentry.domain.incident import PostUpdate, ResolveIncident
 from opsentry.notifications.channel import Outcome
+from tests import commands
 from tests.conftest import META
 from tests.notifications.desk import Desk
 from tests.notifications.sending import BROKEN, OK, hurry
@@ -208,7 +209,7 @@ async def test_nothing_is_sent_to_who_was_disabled_or_removed(desk, channel, sen
         (kept, subscription.ChangeSubscription(enabled=False)),
         (gone, subscription.RemoveSubscription()),
     ):
-        await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, command, META)
+        await commands.change(desk.parts, subscription.DECIDER, desk.tenant.id, number, command, META)
     await desk.parts.projector.catch_up(desk.tenant.id, 0)
     async with sending():
         await settled()

@@ -9,6 +9,7 @@ from opsentry.domain import subscription
 from opsentry.notifications.channel import Outcome
 from opsentry.notifications.delivery import dispatcher, enqueue, recorder, results
 from opsentry.notifications.delivery.dispatcher import Dispatcher
+from tests import commands
 from tests.conftest import META
 from tests.notifications.desk import Desk
 from tests.notifications.sending import BROKEN, OK, Scripted, hurry
@@ -181,7 +182,7 @@ async def test_a_subscription_that_was_changed_meanwhile_is_not_disabled_for_its
         await desk.take_over()
         await until(lambda: has(channel.to(X)))
         change = subscription.ChangeSubscription(target="https://example.com/mended")
-        await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, change, META)
+        await commands.change(desk.parts, subscription.DECIDER, desk.tenant.id, number, change, META)
         await desk.parts.projector.catch_up(desk.tenant.id, 0)
         asked.set()
         await settled()
@@ -290,7 +291,7 @@ async def test_very_many_endpoints_that_are_off_are_ended_some_at_a_time(desk, s
     await desk.take_over()
     for number in numbers:
         command = subscription.ChangeSubscription(enabled=False)
-        await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, command, META)
+        await commands.change(desk.parts, subscription.DECIDER, desk.tenant.id, number, command, META)
     await desk.parts.projector.catch_up(desk.tenant.id, 0)
     async with sending():
         await until(lambda: owner.fetchval("SELECT count(*) = 500 FROM deliveries WHERE state = 'disabled'"))

@@ -17,6 +17,7 @@ from opsentry.domain.subscription import CreateSubscription
 from opsentry.infrastructure.encryption import SecretBox
 from opsentry.notifications.messages.links import UNSUBSCRIBE, SignedLinks
 from opsentry.notifications.messages.signing import new_secret
+from tests import commands
 from tests.conftest import META, Tenant, make_service, make_tenant
 from tests.notifications.conftest import LOOPBACK
 from tests.waiting import until
@@ -42,7 +43,7 @@ async def make_story(parts, slug, url):
     tenant, box, name = await make_tenant(parts, slug), SecretBox(parts.settings.encryption_keys), canary(slug)
 
     async def create(kind, command):
-        return (await parts.commands.create(kind.DECIDER, tenant.id, command, META)).stream_id
+        return (await commands.create(parts, kind.DECIDER, tenant.id, command, META)).stream_id
 
     service_id = await make_service(parts, tenant.id, name, name=name)
     slack, address = f"{url}/slack/{name}", f"{name}@example.com"
@@ -63,7 +64,7 @@ async def make_story(parts, slug, url):
         incident, OpenIncident(title=name, description=f"{name} is down", service_ids=(service_id,))
     )
     for command in (PostUpdate(message=f"{name} says so"), ResolveIncident(root_cause=name, postmortem=name)):
-        await parts.commands.execute(incident.DECIDER, tenant.id, incident_id, command, META)
+        await commands.change(parts, incident.DECIDER, tenant.id, incident_id, command, META)
     start = datetime.now(UTC) + timedelta(days=1)
     window = ScheduleMaintenance(title=name, scheduled_start=start, scheduled_end=start + timedelta(hours=1))
     maintenance_id = await create(maintenance, window)

@@ -8,6 +8,7 @@ from opsentry.domain.incident import PostUpdate, ResolveIncident
 from opsentry.notifications.delivery import history, leases, results
 from opsentry.notifications.delivery.results import DeliveryResult, EndpointResults, Release
 from opsentry.notifications.delivery.retry_policy import RETRY_SECONDS, EndpointHealth
+from tests import commands
 from tests.conftest import META
 from tests.notifications.desk import AGE, Desk, delivered
 
@@ -288,7 +289,7 @@ async def test_how_it_went_says_nothing_of_a_subscription_that_was_changed_meanw
     await desk.take_over()
     (endpoint,), (due,) = await desk.claim()
     change = subscription.ChangeSubscription(target="https://example.com/mended")
-    await desk.parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, change, META)
+    await commands.change(desk.parts, subscription.DECIDER, desk.tenant.id, number, change, META)
     await desk.parts.projector.catch_up(desk.tenant.id, 0)
     failed = DeliveryResult(due, "pending", 0.0, None, "no answer", 15_000)
     await desk.record(EndpointResults(endpoint, [failed], Release(EndpointHealth(10, 1, 300.0), has_failed=True)))

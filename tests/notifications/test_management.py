@@ -16,6 +16,7 @@ from opsentry.notifications.delivery.results import DeliveryResult, EndpointResu
 from opsentry.notifications.delivery.retry_policy import EndpointHealth
 from opsentry.notifications.delivery.states import CANCELLABLE_STATES, RETRYABLE_STATES
 from opsentry.projections.engine import management as projecting
+from tests import commands
 from tests.conftest import META, expire_caches
 from tests.notifications.desk import delivered
 from tests.projections.planting import plant
@@ -231,7 +232,7 @@ async def test_what_ended_with_its_subscription_is_retried_once_that_is_on_again
 
     async def switch(*, enabled):
         command = ChangeSubscription(enabled=enabled)
-        done = await parts.commands.execute(subscription.DECIDER, desk.tenant.id, number, command, META)
+        done = await commands.change(parts, subscription.DECIDER, desk.tenant.id, number, command, META)
         await parts.projector.catch_up(desk.tenant.id, done.position)
 
     await switch(enabled=False)

@@ -14,6 +14,7 @@ from opsentry.projections.engine.rebuild import Rebuilder
 from opsentry.projections.engine.replay import NoRoom
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
+from tests import commands
 from tests.conftest import META
 from tests.projections.planting import plant
 from tests.waiting import until
@@ -22,7 +23,7 @@ NAMES = sorted(projection.name for projection in projections())
 
 
 async def opened(parts, tenant, title="Down"):
-    return await parts.commands.create(incident.DECIDER, tenant.id, OpenIncident(title=title), META)
+    return await commands.create(parts, incident.DECIDER, tenant.id, OpenIncident(title=title), META)
 
 
 async def shown(parts, tenant):
@@ -70,7 +71,7 @@ async def test_what_older_code_adds_rests_before_it_is_derived_anew(parts, acme,
     await management.register(app_connection, [newer()])
     found = Rebuilder(parts.database, [newer()])
     assert await found.rebuild(acme.id) == ["incidents"]
-    done = await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
+    done = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme.id, done.position)
     assert await found.left(10, rest=300) == {}
     assert list(await found.left(10)) == [acme.id]
@@ -187,7 +188,7 @@ async def test_rows_of_newer_code_that_older_code_cannot_go_on_from_are_left_to_
         raise KeyError("a column of newer rows")
 
     monkeypatch.setattr(Incidents, "apply", lost)
-    done = await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
+    done = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme.id, done.position)
     monkeypatch.undo()
     assert [row["projection"] for row in await management.halted(app_connection)] == ["incidents"]
@@ -224,10 +225,10 @@ async def test_words_that_are_erased_while_a_rebuild_folds_are_in_none_of_its_ro
 ):
     monkeypatch.setattr("opsentry.projections.engine.replay._IN_MEMORY", in_memory)
     opening = OpenIncident(title="SECRET title", description="SECRET description")
-    made = await parts.commands.create(incident.DECIDER, acme.id, opening, META)
+    made = await commands.create(parts, incident.DECIDER, acme.id, opening, META)
     for number in range(120):
         said = PostUpdate(message=f"SECRET {number}" if number % 50 == 0 else f"{number}")
-        await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, said, META)
+        await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, said, META)
     await parts.projector.catch_up(acme.id, 0)
     found = Rebuilder(parts.database, projections())
     await found.begin()
@@ -241,7 +242,7 @@ async def test_words_that_are_erased_while_a_rebuild_folds_are_in_none_of_its_ro
 
     async def once():
         if not erased:
-            done = await parts.commands.execute(incident.DECIDER, acme.id, made.stream_id, erase, META)
+            done = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, erase, META)
             erased.append(done.position)
 
     assert sorted(await found.rebuild(acme.id, breathe=once)) == NAMES

@@ -12,6 +12,7 @@ from opsentry.domain.maintenance import (
 )
 from opsentry.domain.subscription import ChangeSubscription, CreateSubscription
 from opsentry.projections.outbox.projection import Outbox
+from tests import commands
 from tests.projections.histories import META, apply, at, schedule
 
 
@@ -278,8 +279,8 @@ async def test_the_outbox_keeps_no_words(app_connection, history):
 
 
 async def test_a_subscription_made_by_command_is_told(parts, acme, app_connection):
-    created = await parts.commands.create(subscription.DECIDER, acme.id, subscriber_filter(audience="public"), META)
-    opened = await parts.commands.create(DECIDER, acme.id, incident(), META)
+    created = await commands.create(parts, subscription.DECIDER, acme.id, subscriber_filter(audience="public"), META)
+    opened = await commands.create(parts, DECIDER, acme.id, incident(), META)
     await parts.projector.catch_up(acme.id, opened.position)
     (row,) = await app_connection.fetch("SELECT * FROM outbox_intents")
     assert (row["subscription_id"], row["position"], row["topic"]) == (

@@ -9,6 +9,7 @@ from opsentry.projections import incidents, services
 from opsentry.projections.engine import projector as runner_module
 from opsentry.projections.engine.projector import PoisonEvent
 from opsentry.projections.impact import Impact
+from tests import commands
 from tests.projections.histories import META
 from tests.projections.planting import age, plant
 
@@ -36,11 +37,11 @@ async def halted(connection, tenant_id):
 
 
 async def opened(parts, tenant, title="Down", **fields):
-    return await parts.commands.create(incident.DECIDER, tenant.id, OpenIncident(title=title, **fields), META)
+    return await commands.create(parts, incident.DECIDER, tenant.id, OpenIncident(title=title, **fields), META)
 
 
 async def registered(parts, tenant, slug):
-    return await parts.commands.create(service.DECIDER, tenant.id, RegisterService(slug=slug, name=slug), META)
+    return await commands.create(parts, service.DECIDER, tenant.id, RegisterService(slug=slug, name=slug), META)
 
 
 @pytest.mark.parametrize("columns", POISON.values(), ids=POISON)

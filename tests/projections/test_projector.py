@@ -14,6 +14,7 @@ from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
 from opsentry.projections import impact, incident_view, incidents, services
 from opsentry.projections.engine import projector as runner_module
 from opsentry.projections.engine.projector import Projector
+from tests import commands
 from tests.projections.histories import META, dump
 from tests.projections.planting import age
 from tests.waiting import GENEROUS_SECONDS
@@ -27,18 +28,18 @@ async def positions(connection, tenant_id):
 
 
 async def opened(parts, tenant, title="Down", **fields):
-    return await parts.commands.create(incident.DECIDER, tenant.id, OpenIncident(title=title, **fields), META)
+    return await commands.create(parts, incident.DECIDER, tenant.id, OpenIncident(title=title, **fields), META)
 
 
 async def busy_history(parts, tenant, count=12):
-    await parts.commands.create(
-        SUBSCRIPTIONS, tenant.id, CreateSubscription(channel="webhook", target="x", audience="internal"), META
+    await commands.create(
+        parts, SUBSCRIPTIONS, tenant.id, CreateSubscription(channel="webhook", target="x", audience="internal"), META
     )
-    web = await parts.commands.create(service.DECIDER, tenant.id, RegisterService(slug="web", name="Web"), META)
+    web = await commands.create(parts, service.DECIDER, tenant.id, RegisterService(slug="web", name="Web"), META)
     for number in range(count):
         made = await opened(parts, tenant, str(number), service_ids=(web.stream_id,), description="d")
         if number % 2:
-            made = await parts.commands.execute(incident.DECIDER, tenant.id, made.stream_id, ResolveIncident(), META)
+            made = await commands.change(parts, incident.DECIDER, tenant.id, made.stream_id, ResolveIncident(), META)
     return made.position
 
 
@@ -281,8 +282,8 @@ async def test_a_pass_that_loses_its_connection_leaves_nothing_half_done(parts, 
 async def test_an_update_of_a_projected_incident_goes_on_from_its_row(parts, acme, app_connection):
     made = await opened(parts, acme)
     await parts.projector.catch_up(acme.id, made.position)
-    posted = await parts.commands.execute(
-        incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m", status="monitoring"), META
+    posted = await commands.change(
+        parts, incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m", status="monitoring"), META
     )
     await parts.projector.catch_up(acme.id, posted.position)
     row = await incidents.select_incident(app_connection, acme.id, made.stream_id)

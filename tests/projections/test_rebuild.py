@@ -15,6 +15,7 @@ from opsentry.projections.engine import management
 from opsentry.projections.engine.comparison import keyed
 from opsentry.projections.engine.projection import by_stream
 from opsentry.projections.engine.rebuild import Rebuilder
+from tests import commands
 from tests.conftest import META, make_service
 from tests.projections.histories import apply, batches, dump, histories, schedule
 from tests.projections.planting import plant
@@ -37,16 +38,16 @@ async def busy(parts, acme, globex):
     numbers = []
     for tenant in (acme, globex):
         subscriber_filter = CreateSubscription(channel="webhook", target="x")
-        await parts.commands.create(subscription.DECIDER, tenant.id, subscriber_filter, META)
+        await commands.create(parts, subscription.DECIDER, tenant.id, subscriber_filter, META)
         service_id = await make_service(parts, tenant.id, "web")
         opened = OpenIncident(title="Down", description="D", severity="critical", service_ids=(service_id,))
-        made = await parts.commands.create(incident.DECIDER, tenant.id, opened, META)
+        made = await commands.create(parts, incident.DECIDER, tenant.id, opened, META)
         numbers.append(made.stream_id)
         for number in range(120):
-            await parts.commands.execute(
-                incident.DECIDER, tenant.id, made.stream_id, PostUpdate(message=f"message {number}"), META
+            await commands.change(
+                parts, incident.DECIDER, tenant.id, made.stream_id, PostUpdate(message=f"message {number}"), META
             )
-        await parts.commands.create(maintenance.DECIDER, tenant.id, schedule(service_ids=(service_id,)), META)
+        await commands.create(parts, maintenance.DECIDER, tenant.id, schedule(service_ids=(service_id,)), META)
         await parts.projector.catch_up(tenant.id, 0)
     return acme.id, globex.id, numbers[0]
 
@@ -146,7 +147,7 @@ async def test_commands_go_on_while_a_tenant_is_rebuilt_and_nothing_is_lost(rebu
         written = 0
         while not stopping or written < 20:
             change = PostUpdate(message=f"live {written}")
-            done = await parts.commands.execute(incident.DECIDER, acme, number, change, META)
+            done = await commands.change(parts, incident.DECIDER, acme, number, change, META)
             await parts.projector.catch_up(acme, done.position)
             written += 1
         return written
@@ -167,7 +168,7 @@ async def test_what_is_appended_while_it_folds_is_applied_before_the_swap(rebuil
 
     async def append_more():
         change = PostUpdate(message=f"late {len(late)}")
-        done = await parts.commands.execute(incident.DECIDER, acme, number, change, META)
+        done = await commands.change(parts, incident.DECIDER, acme, number, change, META)
         late.append(done.position)
 
     assert await rebuilder.rebuild(acme, breathe=append_more, chunk=50)
@@ -277,7 +278,7 @@ async def test_a_raised_version_has_everything_derived_anew_and_older_code_never
         assert await found.rebuild(tenant_id) == ["incidents"]
     assert await found.left(10) == {}
     # A process of the version before, not yet replaced, answers a command.
-    done = await parts.commands.execute(incident.DECIDER, acme, number, PostUpdate(message="m"), META)
+    done = await commands.change(parts, incident.DECIDER, acme, number, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme, done.position)
     assert list(await found.left(10)) == [acme]
     assert await management.register(app_connection, projections()) == []
@@ -303,7 +304,7 @@ async def test_a_paused_projection_stands_still_and_misses_nothing(rebuilder, bu
     await management.register(app_connection, projections())
     assert await management.pause(app_connection, ["incidents"]) == ["incidents"]
     assert await management.pause(app_connection, ["incidents"]) == []
-    done = await parts.commands.execute(incident.DECIDER, acme, number, PostUpdate(message="paused"), META)
+    done = await commands.change(parts, incident.DECIDER, acme, number, PostUpdate(message="paused"), META)
     await parts.projector.catch_up(acme, done.position)
     positions = {r["projection"]: r["position"] for r in await app_connection.fetch("SELECT * FROM checkpoints")}
     assert await rebuilder.rebuild(acme, ONE["incidents"]) == []

@@ -9,6 +9,7 @@ from opsentry.domain.incident import OpenIncident
 from opsentry.projections.engine import management
 from opsentry.projections.engine.states import STATE, TRANSITIONS
 from opsentry.projections.impact import Impact
+from tests import commands
 from tests.projections.histories import META
 
 MOVES = {(state, following) for state in TRANSITIONS for following in TRANSITIONS[state]}
@@ -32,7 +33,7 @@ async def test_a_projection_makes_every_move_of_the_table(parts, acme, owner, mo
         passed.append(await owner.fetchval(SELECT_STATE, acme.id))
 
     async def catch_up():
-        opened = await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
+        opened = await commands.create(parts, incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
         await parts.projector.catch_up(acme.id, opened.position)
         await note_state()
 

@@ -3,6 +3,7 @@ import pytest
 from opsentry.domain import subscription
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.events.codec import Actor, Meta
+from tests import commands
 from tests.public.conftest import head, heading, history_of, list_subscriptions, types_of
 
 ONE_CLICK = {"List-Unsubscribe": "One-Click"}
@@ -12,7 +13,7 @@ ONE_CLICK = {"List-Unsubscribe": "One-Click"}
 async def pending(parts, acme):
     """The id of a subscription that awaits confirmation."""
     command = CreateSubscription(channel="email", target="jo@example.org", pending=True)
-    result = await parts.commands.create(subscription.DECIDER, acme.id, command, Meta(Actor("visitor")))
+    result = await commands.create(parts, subscription.DECIDER, acme.id, command, Meta(Actor("visitor")))
     return result.stream_id
 
 

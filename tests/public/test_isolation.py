@@ -5,6 +5,7 @@ import pytest
 from opsentry.domain import subscription
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.events.codec import Actor, Meta
+from tests import commands
 from tests.conftest import make_service
 from tests.public.conftest import head, list_subscriptions, types_of
 
@@ -23,7 +24,7 @@ async def pending(parts, acme, globex, owner):
         await owner.execute("UPDATE tenants SET name = $2 WHERE tenant_id = $1", tenant.id, canary(tenant))
         await make_service(parts, tenant.id, canary(tenant), name=f"Service {canary(tenant)}")
         command = CreateSubscription(channel="email", target=f"{canary(tenant)}@example.org", pending=True)
-        result = await parts.commands.create(subscription.DECIDER, tenant.id, command, Meta(Actor("visitor")))
+        result = await commands.create(parts, subscription.DECIDER, tenant.id, command, Meta(Actor("visitor")))
         await parts.projector.catch_up(tenant.id, result.position)
         found[tenant.id] = result.stream_id
     return found

@@ -5,11 +5,13 @@ from ipaddress import ip_network
 
 import pytest
 
+from opsentry.application.sign_up import RESEND_AFTER_SECONDS, ExistingSubscription, decide_sign_up
 from opsentry.bootstrap import serving
 from opsentry.domain import service
 from opsentry.domain.service import RetireService
 from opsentry.infrastructure.redis import connect
 from opsentry.public import sign_up
+from tests import commands
 from tests.conftest import META, make_service
 from tests.public.conftest import Browser, head, heading, history_of, list_subscriptions, types_of
 from tests.waiting import GENEROUS_SECONDS
@@ -96,7 +98,7 @@ async def test_only_public_services_of_the_tenant_can_be_selected(browser, api, 
     hidden = await make_service(parts, acme.id, "admin", name="Admin Tools", visibility="internal")
     foreign = await make_service(parts, globex.id, "shop", name="Globex Shop")
     gone = await make_service(parts, acme.id, "old", name="Old Thing")
-    executed = await parts.commands.execute(service.DECIDER, acme.id, gone, RetireService(), META)
+    executed = await commands.change(parts, service.DECIDER, acme.id, gone, RetireService(), META)
     await parts.projector.catch_up(acme.id, executed.position)
     _, text, _ = await browser.get("/status/acme/subscribe")
     assert text.count('name="service_id"') == 1
@@ -122,7 +124,7 @@ async def test_the_response_does_not_reveal_who_is_subscribed(browser, api, part
     assert [found["target"] for found in await list_subscriptions(api)] == ["new@example.org", "told@example.org"]
 
     # A later sign-up sends a new email, and the link of the older one becomes invalid.
-    monkeypatch.setattr(sign_up, "RESEND_AFTER_SECONDS", 0)
+    monkeypatch.setattr("opsentry.application.sign_up.RESEND_AFTER_SECONDS", 0)
     (before, _) = await list_subscriptions(api)
     assert (await browser.sign_up(email="new@example.org"))[0] == 303
     (after, _) = await list_subscriptions(api)
@@ -146,14 +148,14 @@ async def test_simultaneous_sign_ups_create_one_subscription(browser, api):
         ([], []),
         ([(1, "disabled", 0.0)], []),
         ([(1, "active", 1e9)], None),
-        ([(1, "pending", sign_up.RESEND_AFTER_SECONDS - 1.0)], None),
-        ([(1, "pending", float(sign_up.RESEND_AFTER_SECONDS))], [1]),
+        ([(1, "pending", RESEND_AFTER_SECONDS - 1.0)], None),
+        ([(1, "pending", float(RESEND_AFTER_SECONDS))], [1]),
         ([(3, "pending", 1e4), (2, "disabled", 1e5), (1, "pending", 1e6)], [3, 1]),
         ([(2, "pending", 1e4), (1, "active", 1e5)], None),
     ],
 )
 def test_a_sign_up_creates_a_subscription_unless_one_is_active_or_just_requested(existing, expected):
-    assert sign_up.decide_sign_up([sign_up.ExistingSubscription(*each) for each in existing]) == expected
+    assert decide_sign_up([ExistingSubscription(*each) for each in existing]) == expected
 
 
 async def test_a_disabled_subscription_does_not_prevent_a_sign_up(browser, api):

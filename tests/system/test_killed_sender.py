@@ -21,6 +21,7 @@ from opsentry.domain.incident import OpenIncident, PostUpdate
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.infrastructure.encryption import SecretBox, generate_key
 from opsentry.notifications.messages.signing import new_secret
+from tests import commands
 from tests.conftest import META, make_tenant
 from tests.system.processes import Running, environment
 from tests.system.receivers import receivers
@@ -66,13 +67,13 @@ async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
         command = CreateSubscription(
             channel="webhook", target=url(number), encrypted_secret=SecretBox([key]).encrypt(secret)
         )
-        made = await parts.commands.create(subscription.DECIDER, tenant.id, command, META)
+        made = await commands.create(parts, subscription.DECIDER, tenant.id, command, META)
         secrets[number] = (made.stream_id, secret)
     for number in range(incidents):
-        opened = await parts.commands.create(incident.DECIDER, tenant.id, OpenIncident(title=f"Down {number}"), META)
+        opened = await commands.create(parts, incident.DECIDER, tenant.id, OpenIncident(title=f"Down {number}"), META)
         for update in range(updates):
             more = PostUpdate(message=f"update {update}")
-            await parts.commands.execute(incident.DECIDER, tenant.id, opened.stream_id, more, META)
+            await commands.change(parts, incident.DECIDER, tenant.id, opened.stream_id, more, META)
     await parts.projector.catch_up(tenant.id, 0)
     return secrets
 

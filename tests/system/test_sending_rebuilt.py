@@ -15,6 +15,7 @@ from opsentry.projections.engine import management
 from opsentry.projections.engine.rebuild import Rebuilder
 from opsentry.projections.outbox import intents
 from opsentry.projections.outbox.projection import Outbox
+from tests import commands
 from tests.conftest import META, make_tenant
 from tests.system.processes import environment, opsentry
 from tests.system.receivers import receivers
@@ -38,9 +39,9 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
 
         async def tell(command, number=None):
             if number is None:
-                done = await parts.commands.create(incident.DECIDER, tenant.id, command, META)
+                done = await commands.create(parts, incident.DECIDER, tenant.id, command, META)
             else:
-                done = await parts.commands.execute(incident.DECIDER, tenant.id, number, command, META)
+                done = await commands.change(parts, incident.DECIDER, tenant.id, number, command, META)
             await parts.projector.catch_up(tenant.id, done.position)
             return done.stream_id
 

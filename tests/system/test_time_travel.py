@@ -23,6 +23,7 @@ from opsentry.domain.events import EVENT_TYPES
 from opsentry.domain.service import ChangeService, RetireService
 from opsentry.events.verification import verify
 from opsentry.settings import Settings
+from tests import commands
 from tests.conftest import META, Tenant, make_service, make_tenant
 
 _numbers = count(1)
@@ -246,7 +247,7 @@ class TimeTravel(RuleBasedStateMachine):
         if side.services:
             chosen = draw(st.sampled_from(side.services))
             command = RetireService() if retire == 0 else ChangeService(name=side.word())
-            done = self.world.parts.commands.execute(service.DECIDER, side.tenant.id, chosen, command, META)
+            done = commands.change(self.world.parts, service.DECIDER, side.tenant.id, chosen, command, META)
             self.world.run(self.world.parts.projector.catch_up(side.tenant.id, self.world.run(done).position))
             if retire == 0:
                 side.services.remove(chosen)

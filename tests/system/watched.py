@@ -21,6 +21,7 @@ from opsentry.domain.maintenance import StartMaintenance
 from opsentry.domain.subscription import CreateSubscription
 from opsentry.events import store
 from opsentry.events.store import Append, NewEvent
+from tests import commands
 from tests.conftest import META, Client, Tenant, make_service
 from tests.projections.histories import schedule
 
@@ -103,11 +104,11 @@ async def watched(parts: Core, tenant: Tenant, incidents: int) -> Watched:
         CreateSubscription(channel="email", target="x", min_severity="critical"),
         CreateSubscription(channel="slack", target="x", notify_maintenance=False, service_ids=(made.loud,)),
     ):
-        await parts.commands.create(subscription.DECIDER, tenant.id, subscriber_filter, META)
+        await commands.create(parts, subscription.DECIDER, tenant.id, subscriber_filter, META)
     # Nobody is told of what happens while this window is open, so that not everything waits to be sent.
     window = schedule(service_ids=(made.silenced,), suppress_alerts=True, auto_complete=False)
-    planned = await parts.commands.create(maintenance.DECIDER, tenant.id, window, META)
-    await parts.commands.execute(maintenance.DECIDER, tenant.id, planned.stream_id, StartMaintenance(), META)
+    planned = await commands.create(parts, maintenance.DECIDER, tenant.id, window, META)
+    await commands.change(parts, maintenance.DECIDER, tenant.id, planned.stream_id, StartMaintenance(), META)
     for number in range(incidents):
         # Readiness counts what waits to be sent, and there is no sender yet: most of it is withheld.
         service_id = made.silenced if number else made.loud

@@ -5,6 +5,7 @@ from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres
 from opsentry.domain.incident import DECIDER, OpenIncident
 from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.settings import Settings
+from tests import commands
 from tests.conftest import META, make_tenant
 from tests.system.processes import environment, running
 from tests.waiting import until
@@ -20,7 +21,7 @@ PROJECTIONS = 6
 async def leave_behind(parts, tenants, incidents):
     for tenant in tenants:
         for number in range(incidents):
-            await parts.commands.create(DECIDER, tenant.id, OpenIncident(title=f"{number}"), META)
+            await commands.create(parts, DECIDER, tenant.id, OpenIncident(title=f"{number}"), META)
 
 
 async def shown(connection):

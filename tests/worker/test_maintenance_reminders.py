@@ -7,6 +7,7 @@ from opsentry.domain import maintenance
 from opsentry.domain.maintenance import CancelMaintenance, ChangeMaintenance, StartMaintenance
 from opsentry.worker.scheduler import Scheduler
 from opsentry.worker.tasks.maintenance_reminders import MaintenanceReminders
+from tests import commands
 from tests.conftest import META
 from tests.waiting import until
 from tests.worker.windows import schedule, story
@@ -39,7 +40,7 @@ async def announce(parts, acme, app_connection):
 
 
 async def execute(parts, tenant, number, command):
-    done = await parts.commands.execute(maintenance.DECIDER, tenant.id, number, command, META)
+    done = await commands.change(parts, maintenance.DECIDER, tenant.id, number, command, META)
     await parts.projector.catch_up(tenant.id, done.position)
 
 
@@ -102,7 +103,7 @@ async def test_other_changes_send_no_second_reminder(parts, acme, announce, owne
 
 async def test_a_stale_row_sends_no_reminder(parts, acme, announce, owner):
     begun = await announce(30, 1000)
-    await parts.commands.execute(maintenance.DECIDER, acme.id, begun, StartMaintenance(), META)
+    await commands.change(parts, maintenance.DECIDER, acme.id, begun, StartMaintenance(), META)
     await send_reminders(parts)
     assert await story(owner, begun) == [SCHEDULED, "maintenance.started"]
     assert await owner.fetchval("SELECT remind_since FROM maintenance") is None

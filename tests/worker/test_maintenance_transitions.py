@@ -6,6 +6,7 @@ from opsentry.bootstrap import core, working
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import CancelMaintenance, StartMaintenance
 from opsentry.worker.worker import Worker
+from tests import commands
 from tests.conftest import META, make_tenant
 from tests.system.processes import environment, running
 from tests.worker.windows import DONE, completed, lateness, schedule, story, types
@@ -82,7 +83,7 @@ async def test_windows_without_automatic_moves_wait_for_people(parts, acme, owne
 async def test_a_window_started_early_by_hand_is_only_completed(parts, acme, owner):
     early = await schedule(parts, acme.id, 0.5, 0.5)
     async with working(parts):
-        await parts.commands.execute(maintenance.DECIDER, acme.id, early, StartMaintenance(), META)
+        await commands.change(parts, maintenance.DECIDER, acme.id, early, StartMaintenance(), META)
         await parts.projector.catch_up(acme.id, 0)
         await completed(owner, 1)
     assert await story(owner, early) == DONE
@@ -93,7 +94,7 @@ async def test_a_window_started_early_by_hand_is_only_completed(parts, acme, own
 async def test_a_cancelled_window_is_not_started(parts, acme, owner, caught_up):
     off = await schedule(parts, acme.id, -100, 10)
     await schedule(parts, acme.id, -50, 10)
-    await parts.commands.execute(maintenance.DECIDER, acme.id, off, CancelMaintenance(), META)
+    await commands.change(parts, maintenance.DECIDER, acme.id, off, CancelMaintenance(), META)
     if caught_up:
         await parts.projector.catch_up(acme.id, 0)
     async with working(parts):

@@ -21,6 +21,7 @@ from opsentry.events import store
 from opsentry.events.store import Append, Appended, NewEvent
 from opsentry.projections.engine import management
 from opsentry.projections.engine.rebuild import Rebuilder
+from tests import commands
 from tests.conftest import META, Client, make_tenant
 from tests.projections.histories import TABLES, dump
 from tests.system.processes import environment, running
@@ -132,7 +133,7 @@ async def all_is_right(parts):
 async def append_to(parts, tenant, stream_id):
     """Append an update without catching up; return its position."""
     return (
-        await parts.commands.execute(incident.DECIDER, tenant.id, stream_id, PostUpdate(message="m"), META)
+        await commands.change(parts, incident.DECIDER, tenant.id, stream_id, PostUpdate(message="m"), META)
     ).position
 
 
@@ -178,7 +179,7 @@ async def test_workers_share_the_work_and_apply_each_event_once(settings, parts,
 async def test_a_worker_frozen_in_a_pass_loses_its_locks_and_writes_nothing_late(
     settings, parts, acme, owner, holder, trail
 ):
-    made = await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
+    made = await commands.create(parts, incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
     await parts.projector.catch_up(acme.id, 0)
     async with worker(replace(settings, log_level="warning"), "frozen") as frozen:
         # It holds the locks of the checkpoints and waits for the row.

@@ -4,6 +4,7 @@ from opsentry.events.store import IdempotencyKey
 from opsentry.worker.tasks import delivery_retention, idempotency_keys
 from opsentry.worker.tasks.delivery_retention import DeliveryRetention
 from opsentry.worker.tasks.idempotency_keys import IdempotencyKeys
+from tests import commands
 from tests.conftest import META
 from tests.notifications.desk import Desk, delivered
 
@@ -12,7 +13,7 @@ async def test_expired_idempotency_keys_are_deleted_and_others_stay(parts, acme,
     monkeypatch.setattr(idempotency_keys, "BATCH_SIZE_KEYS", 3)
     for number in range(10):
         key = IdempotencyKey(b"%032d" % number, b"f" * 32)
-        await parts.commands.create(incident.DECIDER, acme.id, OpenIncident(title="T"), META, key=key)
+        await commands.create(parts, incident.DECIDER, acme.id, OpenIncident(title="T"), META, key=key)
     await owner.execute(
         "UPDATE idempotency_keys SET recorded_at = recorded_at - interval '25 hours' WHERE key < $1", b"%032d" % 7
     )

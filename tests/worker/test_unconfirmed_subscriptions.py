@@ -17,6 +17,7 @@ from opsentry.events import store
 from opsentry.worker.scheduler import Scheduler
 from opsentry.worker.tasks import unconfirmed_subscriptions
 from opsentry.worker.tasks.unconfirmed_subscriptions import UnconfirmedSubscriptions
+from tests import commands
 from tests.conftest import META
 from tests.waiting import until
 
@@ -29,9 +30,9 @@ async def remove_unconfirmed(parts):
     await UnconfirmedSubscriptions(parts.application, Scheduler(parts.application)).remove_unconfirmed()
 
 
-async def execute(parts, tenant, number, *commands):
-    for command in commands:
-        done = await parts.commands.execute(subscription.DECIDER, tenant.id, number, command, META)
+async def execute(parts, tenant, number, *changes):
+    for command in changes:
+        done = await commands.change(parts, subscription.DECIDER, tenant.id, number, command, META)
         await parts.projector.catch_up(tenant.id, done.position)
 
 
@@ -41,7 +42,7 @@ async def subscribe(parts, acme, app_connection):
 
     async def make(days, tenant=acme, *, pending=True):
         command = CreateSubscription(channel="email", target=ADDRESS, pending=pending)
-        made = await parts.commands.create(subscription.DECIDER, tenant.id, command, META)
+        made = await commands.create(parts, subscription.DECIDER, tenant.id, command, META)
         await parts.projector.catch_up(tenant.id, made.position)
         await app_connection.execute(
             "UPDATE subscriptions SET created_at = created_at - $3 * interval '1 day'"
@@ -91,7 +92,7 @@ async def test_confirmed_and_disabled_subscriptions_stay(parts, acme, subscribe,
 
 async def test_a_confirmation_at_the_last_moment_wins(parts, acme, subscribe, owner):
     late = await subscribe(8)
-    await parts.commands.execute(subscription.DECIDER, acme.id, late, ConfirmSubscription(), META)
+    await commands.change(parts, subscription.DECIDER, acme.id, late, ConfirmSubscription(), META)
     assert await owner.fetchval("SELECT status FROM subscriptions") == "pending"  # the row is stale
     await remove_unconfirmed(parts)
     assert await story(owner, late) == [CREATED, CONFIRMED]

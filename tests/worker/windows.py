@@ -7,6 +7,7 @@ from typing import Any
 from opsentry.bootstrap import Core
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import ScheduleMaintenance
+from tests import commands
 from tests.conftest import META
 from tests.waiting import until
 
@@ -19,7 +20,7 @@ async def schedule(parts: Core, tenant_id: int, begins_in: float, lasts: float =
     command = ScheduleMaintenance(
         title="Upgrade", scheduled_start=start, scheduled_end=start + timedelta(seconds=lasts), **fields
     )
-    executed = await parts.commands.create(maintenance.DECIDER, tenant_id, command, META)
+    executed = await commands.create(parts, maintenance.DECIDER, tenant_id, command, META)
     await parts.projector.catch_up(tenant_id, executed.position)
     return executed.stream_id
 

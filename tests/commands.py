@@ -1,0 +1,27 @@
+"""Run commands without permissions, notifications or catch-up: what tests of lower layers start from."""
+
+from typing import Any
+
+from opsentry.events.command_handler import CommandOptions, CommandResult
+
+
+async def create(
+    parts, decider, tenant_id, command, meta, *, occurred_at=None, reservation=None, key=None
+) -> CommandResult[Any]:
+    """Create a stream; return the `CommandResult`."""
+    options = CommandOptions(meta, occurred_at, key)
+    handler = parts.application.command_handler
+    created: CommandResult[Any] = await handler.create(decider, tenant_id, command, options, reservation=reservation)
+    return created
+
+
+async def change(
+    parts, decider, tenant_id, stream_id, command, meta, *, occurred_at=None, key=None, expected=None
+) -> CommandResult[Any]:
+    """Change a stream; return the `CommandResult`."""
+    options = CommandOptions(meta, occurred_at, key)
+    handler = parts.application.command_handler
+    changed: CommandResult[Any] = await handler.change(
+        decider, tenant_id, stream_id, command, options, expected_versions=expected
+    )
+    return changed
