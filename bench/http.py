@@ -31,7 +31,7 @@ def measure(servers: Servers) -> list[Figure]:
     headers = {"Authorization": f"Bearer {token}"}
     body = BODY % service
     with ExitStack() as stack:
-        ours = stack.enter_context(process(["opsentry", "serve"], **env))
+        ours = stack.enter_context(process(["opsentry", "serve"], env))
         bare = stack.enter_context(process(["bench.bare", env["OPSENTRY_DATABASE_URL"], str(tenant)]))
         made = 0
         while made < INCIDENTS:

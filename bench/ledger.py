@@ -36,7 +36,7 @@ def measure(servers: Servers) -> list[Figure]:
     uvloop.run(_fill(url, tenant))
     streams = {size: uvloop.run(_stream(url, other, size)) for size in SIZES}
     figures = _verification(url, tenant)
-    with process(["opsentry", "serve"], **env) as base:
+    with process(["opsentry", "serve"], env) as base:
         for what, path in {
             "history": "/api/v1/incidents/{id}/events?limit=100&after={middle}",
             "as of the middle": "/api/v1/incidents/{id}?as_of={middle}",

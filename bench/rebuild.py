@@ -147,14 +147,14 @@ def _noticed(servers: Servers) -> list[Figure]:
     _rebuild(servers, "noticed", OTHER)
     raised = "UPDATE projections SET generation = generation + 1"
     with ExitStack() as stack:
-        base = stack.enter_context(process(["opsentry", "serve"], **env))
-        stack.enter_context(running(["opsentry", "worker"], **env))
+        base = stack.enter_context(process(["opsentry", "serve"], env))
+        stack.enter_context(running(["opsentry", "worker"], env))
         visible(base, token, CLIENTS, 3.0)
         alone = visible(base, token, CLIENTS, SECONDS)
         asyncio.run(_execute(owner, raised))
         beside = visible(base, token, CLIENTS, SECONDS)
         left = asyncio.run(_left(owner))
-        stack.enter_context(running(["opsentry", "projections", "rebuild", "--all", "--jobs", "1"], **env))
+        stack.enter_context(running(["opsentry", "projections", "rebuild", "--all", "--jobs", "1"], env))
         command = visible(base, token, CLIENTS, SECONDS)
     if not left:
         raise RuntimeError("the rebuild ended before it was measured")

@@ -84,7 +84,7 @@ class Side:
         began = time.perf_counter()
         uvloop.run(_fill(self._url, self._tenant_id, count, newest))
         self.filling = time.perf_counter() - began
-        self._base = stack.enter_context(process(["opsentry", "serve"], **environment(servers, name)))
+        self._base = stack.enter_context(process(["opsentry", "serve"], environment(servers, name)))
 
     def times(self, path: Paths) -> dict[str, float]:
         return load(self._base, "GET", path, 1, SECONDS, headers=self._headers)

@@ -36,7 +36,7 @@ def measure(servers: Servers) -> list[Figure]:
 def _standing_start(servers: Servers) -> float:
     owner = servers.database("standing")
     uvloop.run(history.fill(owner, TENANTS, EVENTS))
-    with running(["opsentry", "worker"], **environment(servers, "standing")):
+    with running(["opsentry", "worker"], environment(servers, "standing")):
         began = time.perf_counter()
         asyncio.run(_until(owner, "SELECT NOT EXISTS (SELECT FROM projection_backlog)"))
         return TENANTS * EVENTS / (time.perf_counter() - began)
@@ -46,7 +46,7 @@ def _idle(servers: Servers, tenants: int) -> float:
     """Return the share of a core that an idle worker takes, with what its sessions take in the database."""
     owner = servers.database("idle")
     asyncio.run(_make_idle(owner, tenants))
-    with running(["opsentry", "worker"], **environment(servers, "idle")) as worker:
+    with running(["opsentry", "worker"], environment(servers, "idle")) as worker:
         asyncio.run(_until(owner, "SELECT count(*) >= 6 FROM projections"))
         time.sleep(2.0)
         before, began = _seconds(worker, owner), time.perf_counter()
