@@ -15,7 +15,7 @@ CREATE TABLE checkpoints (
     projection        text NOT NULL,
     position          bigint NOT NULL DEFAULT 0,  -- of the last applied event
     halted_at         bigint,                     -- position of an event that could not be applied, until a retry
-    error             text,
+    halt_error        text,
     generation        integer NOT NULL DEFAULT 0, -- -1: derived by an older version of the code, or not at all
     rebuilt_at        timestamptz,
     rebuild_halted_at bigint,                     -- position of an event that a rebuild could not apply; it changed no row

@@ -25,7 +25,7 @@ class OperatorQueries:
         self._queries: Mapping[str, OperatorQuery] = {
             "projections": lambda connection: management.projection_status(connection, projections),
             "outbox": lambda connection: sending.sending_status(connection, limit=MAX_ROWS),
-            "halted": lambda connection: management.halted(connection, limit=MAX_ROWS),
+            "halted": lambda connection: management.list_halted(connection, limit=MAX_ROWS),
         }
         self._rows: TtlCache[str, Sequence[Mapping[str, Any]]] = TtlCache(
             self._query, ttl_seconds=CACHE_SECONDS, max_entries=len(self._queries)

@@ -18,7 +18,7 @@ from opsentry.events.codec import Meta, RecordedEvent
 from opsentry.events.command_handler import CommandOptions, CommandResult, StreamNotFound, UnexpectedVersion
 from opsentry.projections import incidents, services, subscriptions
 from opsentry.projections import maintenance as windows
-from opsentry.projections.engine.projection import UNANSWERED_SECONDS
+from opsentry.projections.engine.freshness import UNANSWERED_SECONDS
 from opsentry.projections.services import ServiceLinks, links_from_row
 
 _log = structlog.get_logger()

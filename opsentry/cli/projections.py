@@ -40,7 +40,7 @@ def projection_status(*, json_output: bool) -> None:
         return await management.projection_status(connection, parts.projector.projections)
 
     rows = run(_connected(work))
-    columns = ["projection", "tenants", "done", "behind", "halted", "paused", "lag_events", "to_rebuild"]
+    columns = ["projection", "tenants", "up_to_date", "lagging", "halted", "paused", "lag_events", "to_rebuild"]
     if json_output:
         columns += ["lag_seconds", "version", "generation", "rebuild_failed", "rebuilt_at"]
     show(rows, columns, json_output=json_output)
@@ -52,9 +52,9 @@ def list_halted(*, json_output: bool) -> None:
     """List projections that an event halted, with the error."""
 
     async def work(_: Core, connection: Connection) -> Sequence[Any]:
-        return await management.halted(connection)
+        return await management.list_halted(connection)
 
-    show(run(_connected(work)), ["slug", "projection", "at", "position", "error"], json_output=json_output)
+    show(run(_connected(work)), ["slug", "projection", "phase", "position", "error"], json_output=json_output)
 
 
 @projections_group.command(name="retry")
@@ -77,7 +77,7 @@ def retry(name: str | None, slug: str | None, *, everything: bool, json_output: 
             for released_tenant in sorted({row["tenant_id"] for row in released}):
                 await parts.projector.catch_up(released_tenant, 0)
             async with parts.database.connection() as connection:
-                halted = await management.halted(connection)
+                halted = await management.list_halted(connection)
         still = [row for row in halted if row["projection"] in names and tenant_id in {None, row["tenant_id"]}]
         return _Retried(len(released), len(still))
 

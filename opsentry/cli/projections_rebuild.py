@@ -83,17 +83,17 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
                     tenant_id=tenant_id,
                     jobs=jobs,
                     prepare=partial(configure_logging, found.log_level),
-                    begin=begin,
-                    advance=lambda events: progress.advance(task, events),
+                    on_start=begin,
+                    on_progress=lambda events: progress.advance(task, events),
                 )
                 # The replay skips events that no projection handles.
                 progress.update(task, completed=totals["events"])
             async with parts.database.connection() as connection:
-                halted = await management.halted(connection)
+                halted = await management.list_halted(connection)
         return [
             row
             for row in halted
-            if row["at"] == "rebuilding" and row["projection"] in names and tenant_id in {None, row["tenant_id"]}
+            if row["phase"] == "rebuild" and row["projection"] in names and tenant_id in {None, row["tenant_id"]}
         ]
 
     try:
@@ -205,5 +205,5 @@ def _show(compared: list[_Compared]) -> None:
             click.echo(f"{one.slug} {one.projection}: {one.error}")
             continue
         click.echo(f"{one.slug} {one.projection}, table {one.difference.table}:")
-        for side, row in (("live", one.difference.live), ("ledger", one.difference.folded)):
+        for side, row in (("live", one.difference.stored), ("ledger", one.difference.replayed)):
             click.echo(f"  {side + ':':<8}{msgspec.json.encode(row).decode()}")

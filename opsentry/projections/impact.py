@@ -4,7 +4,7 @@ Periods of different sources may overlap; that is resolved when reading, so each
 events alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -31,7 +31,8 @@ from opsentry.domain.maintenance import (
 from opsentry.domain.uptime import LEVELS, Period
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
-from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, freshness
+from opsentry.projections.engine.freshness import freshness
+from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream, continued
 from opsentry.projections.timeline import id_array
 
 # The sources that this batch goes on from, each by the index; see the same in incidents.
@@ -68,10 +69,6 @@ FROM unnest($3::bigint[], $4::bigint[], $5::int[], $6::timestamptz[], $7::timest
     AS row (source_id, service_id, from_version, from_at, to_at, level, excluded)
 ON CONFLICT DO NOTHING
 """
-
-_CLEAR = "DELETE FROM impact_sources WHERE tenant_id = $1"
-_CLEAR_PERIODS = "DELETE FROM impact_periods WHERE tenant_id = $1"
-
 
 # A period that lasts, or lasted for more than a week, as the indexes tell these few from the rest.
 _LONG = "to_at AT TIME ZONE 'UTC' > from_at AT TIME ZONE 'UTC' + interval '168 hours'"
@@ -257,7 +254,7 @@ class Impact:
         if changes.begun:
             await connection.execute(_BEGIN, tenant_id, kind, *zip(*map(_period_row, changes.begun), strict=True))
 
-    def replayer(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Replay:
         """Return a function that gives the rows of whole streams."""
 
         def replay(kind: str, streams: Streams) -> Rows:
@@ -268,11 +265,6 @@ class Impact:
             }
 
         return replay
-
-    async def clear(self, connection: Connection, tenant_id: int) -> None:
-        """Delete all of the tenant's rows."""
-        await connection.execute(_CLEAR, tenant_id)
-        await connection.execute(_CLEAR_PERIODS, tenant_id)
 
 
 def _changes(streams: Streams, stored: Mapping[int, tuple[int, Source]]) -> _Changes:

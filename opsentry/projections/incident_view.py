@@ -10,8 +10,8 @@ import msgspec
 from opsentry.domain import incident
 from opsentry.domain.incident import Incident, IncidentEvent, IncidentResolved, IncidentUpdated
 from opsentry.events.codec import RecordedEvent
-from opsentry.projections.engine.projection import by_stream, fold
-from opsentry.projections.timeline import UpdateView, author_name
+from opsentry.projections.engine.projection import by_stream, replay_streams
+from opsentry.projections.timeline import TimelineEntry, author_name
 
 
 class IncidentView(msgspec.Struct, kw_only=True):
@@ -36,7 +36,7 @@ class IncidentView(msgspec.Struct, kw_only=True):
 class IncidentDetail(IncidentView, kw_only=True):
     """An incident with its timeline, oldest entry first."""
 
-    updates: Sequence[UpdateView]
+    updates: Sequence[TimelineEntry]
 
 
 class IncidentFilter(NamedTuple):
@@ -126,11 +126,11 @@ def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], to
         refs: How to link services, by id.
         token_names: Names of the tokens that may have written timeline entries, by id.
     """
-    ((shown, _),) = fold(by_stream(history), {}, evolve)
+    ((shown, _),) = replay_streams(by_stream(history), {}, evolve)
     view = shown.view()
     view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
     updates = [
-        UpdateView.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
+        TimelineEntry.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
         for recorded in history
         if isinstance(recorded.event, IncidentUpdated)
     ]
@@ -142,7 +142,7 @@ def state_as_of(row: asyncpg.Record, incident_id: int, tail: Sequence[RecordedEv
     stored = {}
     if row["snapshot"] is not None:
         stored = {incident_id: (row["snapshot_version"], Shown.of(decode_view(row["snapshot"])))}
-    ((shown, _),) = fold({incident_id: tail}, stored, evolve)
+    ((shown, _),) = replay_streams({incident_id: tail}, stored, evolve)
     return shown.view()
 
 

@@ -1,6 +1,6 @@
 """Incidents with their timelines: serves `/incidents…`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import groupby
 from operator import itemgetter
@@ -13,7 +13,8 @@ from opsentry.domain import incident
 from opsentry.domain.incident import IncidentRedacted
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
-from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
+from opsentry.projections.engine.freshness import freshness
+from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream, continued, replay_streams
 from opsentry.projections.incident_view import IncidentFilter, Shown, decode_view, evolve
 from opsentry.projections.page_request import PageRequest
 from opsentry.projections.timeline import (
@@ -106,11 +107,6 @@ _DROP_SNAPSHOTS = """
 DELETE FROM incident_snapshots s USING unnest($2::bigint[], $3::int[]) AS row (incident_id, version)
 WHERE s.tenant_id = $1 AND s.incident_id = row.incident_id AND s.version < row.version
 """
-
-_CLEAR = "DELETE FROM incidents WHERE tenant_id = $1"
-_CLEAR_COUNTS = "DELETE FROM incident_counts WHERE tenant_id = $1"
-_CLEAR_UPDATES = "DELETE FROM incident_updates WHERE tenant_id = $1"
-_CLEAR_SNAPSHOTS = "DELETE FROM incident_snapshots WHERE tenant_id = $1"
 
 # The answer with its links put in. Inside of a JSON string every quote is escaped, so the marker is found only where
 # the encoder wrote it.
@@ -276,16 +272,9 @@ class Incidents:
         if snapshots:
             await connection.execute(_STORE_SNAPSHOTS, tenant_id, *zip(*snapshots, strict=True))
 
-    def replayer(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Replay:
         """Return a function that gives the rows of whole streams."""
         return lambda _kind, streams: _replay(streams)
-
-    async def clear(self, connection: Connection, tenant_id: int) -> None:
-        """Delete all of the tenant's rows."""
-        await connection.execute(_CLEAR, tenant_id)
-        await connection.execute(_CLEAR_COUNTS, tenant_id)
-        await connection.execute(_CLEAR_UPDATES, tenant_id)
-        await connection.execute(_CLEAR_SNAPSHOTS, tenant_id)
 
 
 def _rows(
@@ -309,7 +298,7 @@ def _rows(
             shown.occurred_at,
             msgspec.json.encode(shown.view()).decode(),
         )
-        for shown, version in fold(streams, stored, evolve, keep)
+        for shown, version in replay_streams(streams, stored, evolve, keep)
     ]
     return rows, kept
 

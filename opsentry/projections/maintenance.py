@@ -1,6 +1,6 @@
 """Maintenance windows: serves `/maintenance…` and tells the scheduler what is due."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, cast
 
@@ -22,12 +22,13 @@ from opsentry.domain.maintenance import (
 )
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
-from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
+from opsentry.projections.engine.freshness import freshness
+from opsentry.projections.engine.projection import Replay, Streams, Table, by_stream, continued, replay_streams
 from opsentry.projections.page_request import PageRequest
 from opsentry.projections.timeline import (
     ENTRY,
     JOIN_AUTHORS,
-    UpdateView,
+    TimelineEntry,
     author_name,
     etag_of,
     id_array,
@@ -77,9 +78,6 @@ UPDATE maintenance_updates u SET body = row.body
 FROM unnest($2::bigint[], $3::int[], $4::text[]) AS row (maintenance_id, version, body)
 WHERE u.tenant_id = $1 AND u.maintenance_id = row.maintenance_id AND u.version = row.version
 """
-
-_CLEAR = "DELETE FROM maintenance WHERE tenant_id = $1"
-_CLEAR_UPDATES = "DELETE FROM maintenance_updates WHERE tenant_id = $1"
 
 # The answer with its links put in; see the same in incidents.
 _ANSWER = """
@@ -190,7 +188,7 @@ class MaintenanceView(msgspec.Struct, kw_only=True):
 class MaintenanceDetail(MaintenanceView, kw_only=True):
     """A window with its timeline, oldest entry first."""
 
-    updates: Sequence[UpdateView]
+    updates: Sequence[TimelineEntry]
 
 
 class MaintenanceFilter(NamedTuple):
@@ -250,10 +248,10 @@ def evolve_view(view: MaintenanceView | None, recorded: RecordedEvent) -> Mainte
 
 def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], token_names: Mapping[int, str]) -> bytes:
     """Return the window with its timeline, as its events leave it; see the same in incidents."""
-    ((view, _),) = fold(by_stream(history), {}, evolve_view)
+    ((view, _),) = replay_streams(by_stream(history), {}, evolve_view)
     view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
     updates = [
-        UpdateView.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
+        TimelineEntry.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
         for recorded in history
         if isinstance(recorded.event, MaintenanceUpdated)
     ]
@@ -314,17 +312,12 @@ class MaintenanceWindows:
             if rewritten := [(row["maintenance_id"], row["version"], redacted(row["body"])) for row in rows]:
                 await connection.execute(_REWRITE_UPDATES, tenant_id, *zip(*rewritten, strict=True))
 
-    def replayer(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Replay:
         """Return a function that gives the rows of whole streams."""
         return lambda _kind, streams: {
             WINDOWS.name: _rows(streams, {}, {}),
             UPDATES.name: [row for stream in streams.values() for row in update_rows(stream)],
         }
-
-    async def clear(self, connection: Connection, tenant_id: int) -> None:
-        """Delete all of the tenant's rows."""
-        await connection.execute(_CLEAR, tenant_id)
-        await connection.execute(_CLEAR_UPDATES, tenant_id)
 
 
 class _Window(NamedTuple):
@@ -360,7 +353,7 @@ def _rows(
             remind_since,
             msgspec.json.encode(view).decode(),
         )
-        for (view, remind_since), version in fold(streams, stored, _evolve)
+        for (view, remind_since), version in replay_streams(streams, stored, _evolve)
     ]
 
 

@@ -1,6 +1,6 @@
 """The registry of services: serves `/services`."""
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -12,7 +12,8 @@ from opsentry.domain.service import Service, ServiceEvent
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
 from opsentry.infrastructure.single_flight import BatchLoader
-from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
+from opsentry.projections.engine.freshness import freshness
+from opsentry.projections.engine.projection import Replay, Streams, Table, by_stream, continued, replay_streams
 from opsentry.projections.engine.projector import Projector
 from opsentry.projections.page_request import PageRequest
 
@@ -29,8 +30,6 @@ ON CONFLICT (tenant_id, service_id) DO UPDATE SET
     retired = excluded.retired, since = excluded.since, body = excluded.body, ref = excluded.ref
 WHERE services.version < excluded.version
 """
-
-_CLEAR = "DELETE FROM services WHERE tenant_id = $1"
 
 _ANSWER = (
     """replace(s.body, '"current_status":null', '"current_status":"' || coalesce(t.status, 'operational') || '"')"""
@@ -177,13 +176,9 @@ class Services:
             retired = {row["service_id"] for row in rows if row["retired"]}
         await connection.execute(_STORE, tenant_id, *zip(*_rows(streams, stored, retired), strict=True))
 
-    def replayer(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Replay:
         """Return a function that gives the rows of whole streams."""
         return lambda _kind, streams: {SERVICES.name: _rows(streams, {}, set())}
-
-    async def clear(self, connection: Connection, tenant_id: int) -> None:
-        """Delete all of the tenant's rows."""
-        await connection.execute(_CLEAR, tenant_id)
 
 
 def _rows(
@@ -201,7 +196,7 @@ def _rows(
             msgspec.json.encode(view).decode(),
             bytes(service_link(view)).decode(),
         )
-        for view, version in fold(streams, stored, evolve_view)
+        for view, version in replay_streams(streams, stored, evolve_view)
     ]
 
 
@@ -244,7 +239,7 @@ def links_from_row(row: Mapping[str, Any], service_ids: Iterable[int]) -> Servic
 
 def links_as_of(events: Iterable[RecordedEvent]) -> ServiceLinks:
     """Return the links to services after `events`, which are theirs from the beginning, stream by stream."""
-    folded = fold(by_stream(events), {}, evolve_view)
+    folded = replay_streams(by_stream(events), {}, evolve_view)
     return {view.id: service_link(view) for view, _ in folded}, [version for _, version in folded]
 
 

@@ -1,6 +1,6 @@
 """Subscriptions: serves `/subscriptions…`, and tells the sender whom it sends to."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +11,8 @@ from opsentry.domain import subscription
 from opsentry.domain.subscription import Subscription, SubscriptionEvent
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
-from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream, continued, fold, freshness
+from opsentry.projections.engine.freshness import freshness
+from opsentry.projections.engine.projection import Replay, Streams, Table, by_stream, continued, replay_streams
 from opsentry.projections.page_request import PageRequest
 
 # The rows that this batch goes on from.
@@ -30,8 +31,6 @@ ON CONFLICT (tenant_id, subscription_id) DO UPDATE SET
     body = excluded.body
 WHERE subscriptions.version < excluded.version
 """
-
-_CLEAR = "DELETE FROM subscriptions WHERE tenant_id = $1"
 
 _FOUND = """tenant_id = $1 AND status <> 'removed'
     AND ($2::text IS NULL OR channel = $2) AND ($3::text IS NULL OR status = $3)"""
@@ -132,7 +131,7 @@ def _evolve(known: _Known | None, recorded: RecordedEvent) -> _Known:
 
 def render(history: Sequence[RecordedEvent]) -> bytes:
     """Return the subscription as its events, all of them, leave it."""
-    ((known, _),) = fold(by_stream(history), {}, _evolve)
+    ((known, _),) = replay_streams(by_stream(history), {}, _evolve)
     return msgspec.json.encode(known.view())
 
 
@@ -162,13 +161,9 @@ class Subscriptions:
                 stored[number] = (version, _Known(number, _decode(state), created_at, created_at))
         await connection.execute(_STORE, tenant_id, *zip(*_rows(streams, stored), strict=True))
 
-    def replayer(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Replay:
         """Return a function that gives the rows of whole streams."""
         return lambda _kind, streams: {SUBSCRIPTIONS.name: _rows(streams, {})}
-
-    async def clear(self, connection: Connection, tenant_id: int) -> None:
-        """Delete all of the tenant's rows."""
-        await connection.execute(_CLEAR, tenant_id)
 
 
 def _rows(streams: Streams, stored: Mapping[int, tuple[int, _Known]]) -> list[tuple[Any, ...]]:
@@ -183,7 +178,7 @@ def _rows(streams: Streams, stored: Mapping[int, tuple[int, _Known]]) -> list[tu
             msgspec.json.encode(known.state).decode(),
             msgspec.json.encode(known.view()).decode(),
         )
-        for known, version in fold(streams, stored, _evolve)
+        for known, version in replay_streams(streams, stored, _evolve)
     ]
 
 

@@ -52,7 +52,7 @@ def name_authors(updates: bytes, token_ids: Iterable[int], token_names: Mapping[
     return updates
 
 
-class UpdateView(msgspec.Struct, kw_only=True, gc=False):
+class TimelineEntry(msgspec.Struct, kw_only=True, gc=False):
     """A timeline entry as the API answers it. `id` is its position in the tenant's ledger."""
 
     id: int
@@ -65,7 +65,7 @@ class UpdateView(msgspec.Struct, kw_only=True, gc=False):
     @classmethod
     def of(
         cls, recorded: RecordedEvent, event: IncidentUpdated | MaintenanceUpdated, author: str | None
-    ) -> "UpdateView":
+    ) -> "TimelineEntry":
         """Return the entry that `event`, recorded as `recorded`, makes."""
         return cls(
             id=recorded.position,
@@ -92,7 +92,7 @@ def update_rows(events: Iterable[RecordedEvent]) -> list[tuple[Any, ...]]:
             recorded.version,
             recorded.meta.actor.kind,
             recorded.meta.actor.id,
-            msgspec.json.encode(UpdateView.of(recorded, recorded.event, None)).decode(),
+            msgspec.json.encode(TimelineEntry.of(recorded, recorded.event, None)).decode(),
         )
         for recorded in events
         if isinstance(recorded.event, IncidentUpdated | MaintenanceUpdated)
@@ -101,7 +101,7 @@ def update_rows(events: Iterable[RecordedEvent]) -> list[tuple[Any, ...]]:
 
 def redacted(body: str) -> str:
     """Return a stored entry without its words."""
-    entry = msgspec.json.decode(body, type=UpdateView)
+    entry = msgspec.json.decode(body, type=TimelineEntry)
     entry.message = REDACTED
     return msgspec.json.encode(entry).decode()
 

@@ -40,7 +40,7 @@ async def test_how_read_models_stand_over_all_tenants(operator, api, other_api, 
     assert body == {"projections": msgspec.to_builtins([dict(row) for row in found])}
     rows = body["projections"]
     assert [row["projection"] for row in rows] == NAMES
-    assert {(row["tenants"], row["done"], row["behind"], row["halted"]) for row in rows} == {(2, 2, 0, 0)}
+    assert {(row["tenants"], row["up_to_date"], row["lagging"], row["halted"]) for row in rows} == {(2, 2, 0, 0)}
     assert {row["rebuilt_at"] for row in rows} == {"2026-01-02T01:04:05.678901Z"}
 
 

@@ -441,7 +441,7 @@ async def test_a_position_that_is_reached_while_it_is_waited_for_is_shown(api, p
     sleep = asyncio.sleep
 
     async def spy(seconds, *result):
-        if seconds == queries.HEAD_POLL_SECONDS == projector._POLL_SECONDS:
+        if seconds == queries.HEAD_POLL_SECONDS == projector.POSITION_POLL_SECONDS:
             polling.add(asyncio.current_task())
         return await sleep(seconds, *result)
 

@@ -34,10 +34,11 @@ async def test_status_counts_tenants_and_lag(run, parts, acme, globex, owner):
     await parts.projector.catch_up(globex.id, 0)
     found = await projection_status(run)
     assert set(found) == set(NAMES)
-    assert {(row["tenants"], row["done"], row["behind"], row["halted"]) for row in found.values()} == {(2, 2, 0, 0)}
+    counts = ("tenants", "up_to_date", "lagging", "halted")
+    assert {tuple(row[name] for name in counts) for row in found.values()} == {(2, 2, 0, 0)}
     await owner.execute("UPDATE checkpoints SET position = 1 WHERE projection = 'impact' AND tenant_id = $1", acme.id)
     row = (await projection_status(run))["impact"]
-    assert (row["done"], row["behind"]) == (1, 1)
+    assert (row["up_to_date"], row["lagging"]) == (1, 1)
     assert row["lag_events"] > 0
     assert row["lag_seconds"] > 0
     assert "impact" in await run("projections", "status")
@@ -52,8 +53,8 @@ async def test_verify_finds_a_changed_row_and_rebuild_restores_it(run, parts, ac
     assert ran.code == 1
     wrong = {row["slug"]: row["difference"] for row in json.loads(ran.out)}
     assert (wrong["globex"], wrong["acme"]["table"]) == (None, "incidents")
-    assert "Up" in wrong["acme"]["live"]["body"]
-    assert "Down" in wrong["acme"]["folded"]["body"]
+    assert "Up" in wrong["acme"]["stored"]["body"]
+    assert "Down" in wrong["acme"]["replayed"]["body"]
     ran = await opsentry(environment(settings), "projections", "verify", "incidents")
     assert [line.split(":")[0].strip() for line in ran.out.splitlines()] == [
         "1 of 2 projections of tenants equal the ledger", "acme incidents, table incidents", "live", "ledger"
@@ -106,10 +107,10 @@ async def test_projections_pause_and_resume(run, fail, parts, acme):
     assert "outbox: paused" in await fail(1, "projections", "rebuild", "outbox")
     await commands.change(parts, incident.DECIDER, acme.id, number, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme.id, 0)
-    assert {(row["behind"], row["paused"]) for row in (await projection_status(run)).values()} == {(1, True)}
+    assert {(row["lagging"], row["paused"]) for row in (await projection_status(run)).values()} == {(1, True)}
     assert json.loads(await run("projections", "resume", "impact", "--json")) == {"resumed": ["impact"]}
     await parts.projector.catch_up(acme.id, 0)
-    assert (await projection_status(run))["impact"]["behind"] == 0
+    assert (await projection_status(run))["impact"]["lagging"] == 0
     assert "impact" not in await run("projections", "resume", "--all")
 
 
@@ -125,12 +126,12 @@ async def test_halted_projections_are_listed_and_resume_without_the_cause(run, p
     ran = await opsentry(environment(settings), "projections", "rebuild", "incidents", "--json")
     assert ran.code == 1
     assert "incident.exploded" in json.loads(ran.out)["failed"][0]["error"]
-    assert json.loads(await run("projections", "halted", "--json"))[2]["at"] == "rebuilding"
+    assert json.loads(await run("projections", "halted", "--json"))[2]["phase"] == "rebuild"
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("UPDATE events SET type = 'incident.reopened' WHERE type = 'incident.exploded'")
     assert json.loads(await run("projections", "retry", "--all", "--json")) == {"retried": 3, "halted": 0}
     assert json.loads(await run("projections", "halted", "--json")) == []
-    assert {row["behind"] for row in (await projection_status(run)).values()} == {0}
+    assert {row["lagging"] for row in (await projection_status(run)).values()} == {0}
 
 
 async def test_wrong_use_names_the_mistake(fail):

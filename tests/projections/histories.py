@@ -143,6 +143,12 @@ async def apply(connection: Connection, projection: Projection, events: Iterable
         await projection.apply(connection, wanted[0].tenant_id, wanted)
 
 
+async def clear(connection: Connection, projection: Projection, tenant_id: int) -> None:
+    """Delete all of the tenant's rows of a projection."""
+    for table in projection.tables:
+        await connection.execute(f"DELETE FROM {table.name} WHERE tenant_id = $1", tenant_id)
+
+
 async def dump(connection: Connection, tables: Iterable[str] = TABLES) -> dict[str, list[str]]:
     return {
         table: [row["line"] for row in await connection.fetch(f"SELECT t::text AS line FROM {table} t ORDER BY 1")]

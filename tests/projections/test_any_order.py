@@ -11,7 +11,7 @@ from opsentry.domain.uptime import LEVELS
 from opsentry.projections import incident_view
 from opsentry.projections import incidents as incidents_module
 from opsentry.projections import maintenance as maintenance_module
-from tests.projections.histories import DECIDERS, apply, batches, dump, histories
+from tests.projections.histories import DECIDERS, apply, batches, clear, dump, histories
 
 with_a_database = hypothesis_settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -117,7 +117,7 @@ async def test_one_tenants_rows_are_untouched_by_another(app_connection, data):
         alone = await dump(app_connection)
         await from_scratch(app_connection, [second])
         for projection in projections():
-            await projection.clear(app_connection, second.tenant_id)
+            await clear(app_connection, projection, second.tenant_id)
         return alone, await dump(app_connection)
 
     alone, after = await undo_after(app_connection, both)
@@ -208,13 +208,13 @@ async def test_an_answer_to_a_command_is_what_a_read_of_the_row_gives(app_connec
             row["service_id"]: msgspec.Raw(row["ref"].encode())
             for row in await app_connection.fetch("SELECT service_id, ref FROM services")
         }
-        for kind, module, render in (
-            ("incident", incidents_module, incident_view.render),
-            ("maintenance", maintenance_module, maintenance_module.render),
+        for kind, select, render in (
+            ("incident", incidents_module.select_incident, incident_view.render),
+            ("maintenance", maintenance_module.select_window, maintenance_module.render),
         ):
             for stream_id in {e.stream_id for e in history.events if e.kind == kind}:
                 stream = [e for e in history.erased() if (e.kind, e.stream_id) == (kind, stream_id)]
-                row = await module.one(app_connection, history.tenant_id, stream_id)
+                row = await select(app_connection, history.tenant_id, stream_id)
                 assert row["body"] == render(stream, refs, {1: TOKEN_NAME})
 
     await owner.execute(

@@ -129,9 +129,9 @@ async def polls(connection: Any) -> dict[str, Cost]:
             await transaction.start()
             match name:
                 case "behind":
-                    await Projector(polled, projections()).behind()
+                    await Projector(polled, projections()).lagging_tenants()
                 case "left":
-                    await Rebuilder(polled, projections()).left(20, 300.0)
+                    await Rebuilder(polled, projections()).pending_tenants(20, 300.0)
                 case "backlog":
                     with suppress(TypeError):  # the explained query returns no row
                         await measure_backlog(polled, 1001)

@@ -11,7 +11,7 @@ from opsentry.notifications.delivery.management import measure_backlog
 from opsentry.projections.engine import management
 from opsentry.projections.engine.projector import Projector
 from opsentry.projections.engine.rebuild import Rebuilder
-from opsentry.projections.engine.replay import NoRoom
+from opsentry.projections.engine.replay import StagingFailed
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
 from tests import commands
@@ -42,27 +42,27 @@ async def test_a_rebuild_by_older_code_is_not_taken_for_the_newer_one(parts, acm
     for tenant in (acme, globex):
         await shown(parts, tenant)
     older, ours = Rebuilder(parts.database, [Incidents()]), Rebuilder(parts.database, [newer()])
-    await older.begin()
+    await older.request()
 
     async def release_the_newer_code():
         await management.register(app_connection, [newer()])
 
-    assert await older.rebuild(acme.id, breathe=release_the_newer_code) == []
+    assert await older.rebuild(acme.id, between_chunks=release_the_newer_code) == []
     assert await older.rebuild(globex.id) == []  # it had this one on its list before
-    assert sorted(await ours.left(10)) == sorted([acme.id, globex.id])
+    assert sorted(await ours.pending_tenants(10)) == sorted([acme.id, globex.id])
     assert await ours.rebuild(acme.id) == ["incidents"]
 
 
 async def test_a_rebuild_that_is_asked_for_while_one_is_under_way_is_done_too(parts, acme, app_connection):
     await shown(parts, acme)
     found = Rebuilder(parts.database, [Incidents()])
-    await found.begin()
+    await found.request()
 
     async def ask_again():
         await app_connection.execute("UPDATE projections SET generation = generation + 1")
 
-    assert await found.rebuild(acme.id, breathe=ask_again) == ["incidents"]
-    assert list(await found.left(10)) == [acme.id]
+    assert await found.rebuild(acme.id, between_chunks=ask_again) == ["incidents"]
+    assert list(await found.pending_tenants(10)) == [acme.id]
 
 
 async def test_what_older_code_adds_rests_before_it_is_derived_anew(parts, acme, app_connection):
@@ -73,8 +73,8 @@ async def test_what_older_code_adds_rests_before_it_is_derived_anew(parts, acme,
     assert await found.rebuild(acme.id) == ["incidents"]
     done = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme.id, done.position)
-    assert await found.left(10, rest=300) == {}
-    assert list(await found.left(10)) == [acme.id]
+    assert await found.pending_tenants(10, settle_seconds=300) == {}
+    assert list(await found.pending_tenants(10)) == [acme.id]
 
 
 async def test_a_pass_that_began_before_a_resume_hides_nothing_from_it(parts, acme, app_connection, monkeypatch):
@@ -91,10 +91,10 @@ async def test_a_pass_that_began_before_a_resume_hides_nothing_from_it(parts, ac
     monkeypatch.setattr(Incidents, "apply", while_it_applies)
     await parts.projector.catch_up(acme.id, 0)
     monkeypatch.undo()
-    assert await parts.projector.behind() == [acme.id]
+    assert await parts.projector.lagging_tenants() == [acme.id]
     assert (await measure_backlog(app_connection, 10)).unseen_events == 1
     await parts.projector.catch_up(acme.id, 0)
-    assert await parts.projector.behind() == []
+    assert await parts.projector.lagging_tenants() == []
     assert (await measure_backlog(app_connection, 10)).unseen_events == 0
 
 
@@ -103,7 +103,7 @@ async def test_a_paused_outbox_is_in_the_backlog(parts, acme, app_connection):
     await management.register(app_connection, projections())
     await management.pause(app_connection, ["outbox"])
     await shown(parts, acme)
-    assert await parts.projector.behind() == []
+    assert await parts.projector.lagging_tenants() == []
     assert (await measure_backlog(app_connection, 10)).unseen_events == 1
 
 
@@ -112,9 +112,9 @@ async def test_code_that_lacks_a_projection_does_not_hide_that_it_lags(parts, ac
     older = Projector(parts.database, [projection for projection in projections() if projection.name != "outbox"])
     made = await opened(parts, acme)
     await older.catch_up(acme.id, made.position)
-    assert await parts.projector.behind() == [acme.id]
+    assert await parts.projector.lagging_tenants() == [acme.id]
     await parts.projector.catch_up(acme.id, made.position)
-    assert await parts.projector.behind() == []
+    assert await parts.projector.lagging_tenants() == []
 
 
 async def test_a_pass_that_is_cut_off_between_two_projections_leaves_the_tenant_noted(parts, acme, owner, monkeypatch):
@@ -129,28 +129,28 @@ async def test_a_pass_that_is_cut_off_between_two_projections_leaves_the_tenant_
             raise error
         await real_apply(self, connection, tenant_id, events)
 
-    async def cut_off(self, connection, tenant_id, *, careful):
-        # The careful steps come one projection at a time: the first one is let through.
-        if careful and await owner.fetchval("SELECT max(position) FROM checkpoints") == made.position:
+    async def cut_off(self, connection, tenant_id, *, single):
+        # The single steps come one projection at a time: the first one is let through.
+        if single and await owner.fetchval("SELECT max(position) FROM checkpoints") == made.position:
             raise DatabaseUnavailable("killed here")
-        return await real_step(self, connection, tenant_id, careful=careful)
+        return await real_step(self, connection, tenant_id, single=single)
 
     monkeypatch.setattr(Impact, "apply", fail_once)
     monkeypatch.setattr(Projector, "_step", cut_off)
     with pytest.raises(DatabaseUnavailable):
         await parts.projector.catch_up(acme.id, made.position)
     monkeypatch.undo()
-    assert await parts.projector.behind() == [acme.id]
+    assert await parts.projector.lagging_tenants() == [acme.id]
 
 
 async def test_a_worker_that_starts_tries_again_what_stands_still(parts, acme, owner, app_connection):
     made = await shown(parts, acme)
     await plant(owner, acme.id, made.stream_id, 2, type="incident.exploded")
     found = Rebuilder(parts.database, projections())
-    await found.begin()
+    await found.request()
     await found.rebuild(acme.id)
     await parts.projector.catch_up(acme.id, 0)
-    assert {row["at"] for row in await management.halted(app_connection)} == {"catching up", "rebuilding"}
+    assert {row["phase"] for row in await management.list_halted(app_connection)} == {"catch_up", "rebuild"}
     # What a release that knows the event would read.
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("UPDATE events SET type = 'incident.updated' WHERE type = 'incident.exploded'")
@@ -160,7 +160,7 @@ async def test_a_worker_that_starts_tries_again_what_stands_still(parts, acme, o
             " JOIN projections p ON p.name = c.projection WHERE c.position < h.position OR c.generation < p.generation)"
         )
         await until(lambda: app_connection.fetchval(query))
-    assert await management.halted(app_connection) == []
+    assert await management.list_halted(app_connection) == []
     assert [await found.verify(projection, acme.id) for projection in projections()] == [None] * len(NAMES)
 
 
@@ -168,11 +168,11 @@ async def test_a_raised_version_tries_again_what_a_rebuild_could_not_do(parts, a
     made = await shown(parts, acme)
     await plant(owner, acme.id, made.stream_id, 2, type="incident.exploded")
     older = Rebuilder(parts.database, [Incidents()])
-    await older.begin()
+    await older.request()
     assert await older.rebuild(acme.id) == []
-    assert await older.left(10) == {}
+    assert await older.pending_tenants(10) == {}
     assert await management.register(app_connection, [newer()]) == ["incidents"]
-    assert list(await Rebuilder(parts.database, [newer()]).left(10)) == [acme.id]
+    assert list(await Rebuilder(parts.database, [newer()]).pending_tenants(10)) == [acme.id]
 
 
 async def test_rows_of_newer_code_that_older_code_cannot_go_on_from_are_left_to_the_newer(
@@ -191,39 +191,39 @@ async def test_rows_of_newer_code_that_older_code_cannot_go_on_from_are_left_to_
     done = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme.id, done.position)
     monkeypatch.undo()
-    assert [row["projection"] for row in await management.halted(app_connection)] == ["incidents"]
+    assert [row["projection"] for row in await management.list_halted(app_connection)] == ["incidents"]
     assert await found.rebuild(acme.id) == ["incidents"]
-    assert await management.halted(app_connection) == []
+    assert await management.list_halted(app_connection) == []
 
 
 async def test_rows_that_cannot_be_written_are_on_record_as_a_failed_rebuild(parts, acme, owner, app_connection):
     await shown(parts, acme)
     await owner.execute("ALTER TABLE incidents ADD CONSTRAINT refused CHECK (false) NOT VALID")
     found = Rebuilder(parts.database, projections())
-    await found.begin()
+    await found.request()
     with pytest.raises(Exception, match="refused"):
         await found.rebuild(acme.id)
-    rows = await management.halted(app_connection)
-    assert [(row["projection"], row["at"], row["position"]) for row in rows] == [(n, "rebuilding", None) for n in NAMES]
-    assert await found.left(10) == {}
+    rows = await management.list_halted(app_connection)
+    assert [(row["projection"], row["phase"], row["position"]) for row in rows] == [(n, "rebuild", None) for n in NAMES]
+    assert await found.pending_tenants(10) == {}
 
 
 async def test_no_room_for_rows_that_wait_is_no_lost_database(parts, acme, app_connection, monkeypatch, tmp_path):
     await shown(parts, acme)
-    monkeypatch.setattr("opsentry.projections.engine.replay._IN_MEMORY", 0)
+    monkeypatch.setattr("opsentry.projections.engine.replay.MAX_ROWS_IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     found = Rebuilder(parts.database, projections())
-    await found.begin()
-    with pytest.raises(NoRoom, match="nowhere"):
+    await found.request()
+    with pytest.raises(StagingFailed, match="nowhere"):
         await found.rebuild(acme.id)
-    assert {row["at"] for row in await management.halted(app_connection)} == {"rebuilding"}
+    assert {row["phase"] for row in await management.list_halted(app_connection)} == {"rebuild"}
 
 
 @pytest.mark.parametrize("in_memory", [0, 10**6])
 async def test_words_that_are_erased_while_a_rebuild_folds_are_in_none_of_its_rows(
     parts, acme, app_connection, monkeypatch, in_memory
 ):
-    monkeypatch.setattr("opsentry.projections.engine.replay._IN_MEMORY", in_memory)
+    monkeypatch.setattr("opsentry.projections.engine.replay.MAX_ROWS_IN_MEMORY", in_memory)
     opening = OpenIncident(title="SECRET title", description="SECRET description")
     made = await commands.create(parts, incident.DECIDER, acme.id, opening, META)
     for number in range(120):
@@ -231,7 +231,7 @@ async def test_words_that_are_erased_while_a_rebuild_folds_are_in_none_of_its_ro
         await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, said, META)
     await parts.projector.catch_up(acme.id, 0)
     found = Rebuilder(parts.database, projections())
-    await found.begin()
+    await found.request()
     erased: list[int] = []
 
     def erase(history):
@@ -245,7 +245,7 @@ async def test_words_that_are_erased_while_a_rebuild_folds_are_in_none_of_its_ro
             done = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, erase, META)
             erased.append(done.position)
 
-    assert sorted(await found.rebuild(acme.id, breathe=once)) == NAMES
+    assert sorted(await found.rebuild(acme.id, between_chunks=once)) == NAMES
     for table in ("incidents", "incident_updates", "incident_snapshots"):
         assert await app_connection.fetchval(f"SELECT count(*) FROM {table} t WHERE t::text LIKE '%SECRET%'") == 0
     assert [await found.verify(projection, acme.id) for projection in projections()] == [None] * len(NAMES)

@@ -13,7 +13,7 @@ from opsentry.domain.maintenance import (
 from opsentry.domain.subscription import ChangeSubscription, CreateSubscription
 from opsentry.projections.outbox.projection import Outbox
 from tests import commands
-from tests.projections.histories import META, apply, at, schedule
+from tests.projections.histories import META, apply, at, clear, schedule
 
 
 def subscriber_filter(**fields):
@@ -218,7 +218,7 @@ async def test_the_same_history_gives_the_same_ids_however_it_is_cut(intents, ap
     whole = await intents()
     assert len({row["intent_id"] for row in whole}) == 6
     assert {row["intent_id"].version for row in whole} == {8}
-    await Outbox().clear(app_connection, history.tenant_id)
+    await clear(app_connection, Outbox(), history.tenant_id)
     assert await intents([]) == []
     for event in history.events:
         singly = await intents([event])

@@ -63,9 +63,9 @@ async def test_an_event_that_cannot_be_applied_parks_who_reads_it_and_nobody_els
     for name, row in found.items():
         if name in stopped:
             assert (row["position"], row["halted_at"]) == (position - 1, position)
-            assert row["error"]
+            assert row["halt_error"]
         else:
-            assert (row["position"], row["halted_at"], row["error"]) == (after.position, None, None)
+            assert (row["position"], row["halted_at"], row["halt_error"]) == (after.position, None, None)
     assert {name: row["position"] for name, row in (await checkpoints(app_connection, globex.id)).items()} == (
         dict.fromkeys(NAMES, other.position)
     )
@@ -91,7 +91,7 @@ async def test_what_is_parked_is_not_tried_again_and_again(parts, acme, owner, m
     first = await opened(parts, acme)
     await plant(owner, acme.id, first.stream_id, 2, type="incident.exploded")
     await parts.projector.catch_up(acme.id, 0)
-    assert await parts.projector.behind() == []
+    assert await parts.projector.lagging_tenants() == []
     parkings: list[object] = []
     monkeypatch.setattr(parts.projector, "_halt", parkings.append)
     made = await registered(parts, acme, "web")
@@ -116,21 +116,21 @@ async def test_a_parked_projection_goes_on_where_it_stopped_once_the_cause_is_go
     last = await opened(parts, acme)
     await parts.projector.catch_up(acme.id, last.position)
     row = (await checkpoints(owner, acme.id))["impact"]
-    assert (row["position"], row["halted_at"], row["error"]) == (
+    assert (row["position"], row["halted_at"], row["halt_error"]) == (
         made.position - 1,
         made.position,
         "ZeroDivisionError: a defect",
     )
     assert await halted(owner, acme.id) == {"impact"}
     monkeypatch.undo()
-    await owner.execute("UPDATE checkpoints SET halted_at = NULL, error = NULL")
+    await owner.execute("UPDATE checkpoints SET halted_at = NULL, halt_error = NULL")
     await parts.projector.catch_up(acme.id, last.position)
     assert {r["position"] for r in (await checkpoints(owner, acme.id)).values()} == {last.position}
     assert await owner.fetchval("SELECT count(*) FROM impact_sources") == 2
 
 
 async def test_the_event_to_blame_is_found_in_the_middle_of_a_batch(parts, acme, owner, monkeypatch):
-    monkeypatch.setattr(runner_module, "_BATCH", 20)
+    monkeypatch.setattr(runner_module, "BATCH_EVENTS", 20)
     good = [await opened(parts, acme, str(number)) for number in range(8)]
     position = await plant(owner, acme.id, good[-1].stream_id, 2, data="{}")
     for number in range(8):
@@ -145,7 +145,7 @@ async def test_the_event_to_blame_is_found_in_the_middle_of_a_batch(parts, acme,
 
 
 async def test_an_unknown_kind_of_stream_stops_nobody(parts, acme, owner, monkeypatch):
-    monkeypatch.setattr(runner_module, "_BATCH", 4)
+    monkeypatch.setattr(runner_module, "BATCH_EVENTS", 4)
     for number in range(6):
         await plant(owner, acme.id, number + 1, 1, kind="weather", type="weather.changed")
         last = await opened(parts, acme, str(number))

@@ -15,7 +15,7 @@ from opsentry.projections import impact, incident_view, incidents, services
 from opsentry.projections.engine import projector as runner_module
 from opsentry.projections.engine.projector import Projector
 from tests import commands
-from tests.projections.histories import META, dump
+from tests.projections.histories import META, clear, dump
 from tests.projections.planting import age
 from tests.waiting import GENEROUS_SECONDS
 
@@ -61,10 +61,10 @@ async def test_batches_of_any_size_give_the_same_rows(parts, acme, app_connectio
     position = await busy_history(parts, acme)
     dumps = []
     for size in (500, 7, 1):
-        monkeypatch.setattr(runner_module, "_BATCH", size)
+        monkeypatch.setattr(runner_module, "BATCH_EVENTS", size)
         await owner.execute("DELETE FROM checkpoints")
         for projection in projections():
-            await projection.clear(owner, acme.id)
+            await clear(owner, projection, acme.id)
         await parts.projector.catch_up(acme.id, position)
         dumps.append(await dump(app_connection))
     assert dumps[0]["incidents"]
@@ -73,7 +73,7 @@ async def test_batches_of_any_size_give_the_same_rows(parts, acme, app_connectio
 
 
 async def test_a_projection_that_is_new_catches_up_by_itself(parts, acme, app_connection, owner, monkeypatch):
-    monkeypatch.setattr(runner_module, "_BATCH", 5)
+    monkeypatch.setattr(runner_module, "BATCH_EVENTS", 5)
     position = await busy_history(parts, acme)
     await parts.projector.catch_up(acme.id, position)
     before = await dump(app_connection)
@@ -87,7 +87,7 @@ async def test_a_projection_that_is_new_catches_up_by_itself(parts, acme, app_co
 
 
 async def test_many_runners_apply_each_event_once(parts, settings, acme, app_connection, monkeypatch):
-    monkeypatch.setattr(runner_module, "_BATCH", 3)
+    monkeypatch.setattr(runner_module, "BATCH_EVENTS", 3)
     position = await busy_history(parts, acme, 20)
     applied: list[tuple[str, int]] = []
 
@@ -248,15 +248,15 @@ async def test_one_tenants_pass_that_is_stuck_holds_up_no_other(parts, acme, glo
 
 
 async def test_who_is_behind_is_known(parts, acme, globex):
-    assert sorted(await parts.projector.behind()) == [acme.id, globex.id]
-    assert len(await parts.projector.behind(limit=1)) == 1
+    assert sorted(await parts.projector.lagging_tenants()) == [acme.id, globex.id]
+    assert len(await parts.projector.lagging_tenants(limit=1)) == 1
     for tenant in (acme, globex):
         await parts.projector.catch_up(tenant.id, 0)
-    assert await parts.projector.behind() == []
+    assert await parts.projector.lagging_tenants() == []
     await opened(parts, globex)
-    assert await parts.projector.behind() == [globex.id]
+    assert await parts.projector.lagging_tenants() == [globex.id]
     await parts.projector.catch_up(globex.id, 0)
-    assert await parts.projector.behind(after=globex.id) == []
+    assert await parts.projector.lagging_tenants(after=globex.id) == []
 
 
 async def test_a_pass_that_loses_its_connection_leaves_nothing_half_done(parts, acme, app_connection, monkeypatch):

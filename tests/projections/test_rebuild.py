@@ -17,7 +17,7 @@ from opsentry.projections.engine.projection import by_stream
 from opsentry.projections.engine.rebuild import Rebuilder
 from tests import commands
 from tests.conftest import META, make_service
-from tests.projections.histories import apply, batches, dump, histories, schedule
+from tests.projections.histories import apply, batches, clear, dump, histories, schedule
 from tests.projections.planting import plant
 
 # The order in which rows were last written shows nowhere; what they hold does.
@@ -62,7 +62,7 @@ def rebuilder(parts):
 
         async def rebuild(self, tenant_id, *chosen, **options):
             found = self.of(*chosen)
-            await found.begin(tenant_id)
+            await found.request(tenant_id)
             return await found.rebuild(tenant_id, **options)
 
         async def verify(self, tenant_id):
@@ -85,7 +85,7 @@ async def test_damaged_rows_are_found_and_derived_anew(rebuilder, busy, app_conn
     difference = await rebuilder.of().verify(projection, acme)
     assert difference is not None
     assert difference.table in {table.name for table in projection.tables}
-    assert difference.live != difference.folded
+    assert difference.stored != difference.replayed
     for tenant_id in (acme, globex):
         assert await rebuilder.rebuild(tenant_id, projection) == [projection.name]
         assert await rebuilder.verify(tenant_id) == RIGHT
@@ -100,8 +100,8 @@ async def test_rows_that_nothing_gave_rise_to_are_found_and_go(rebuilder, busy, 
         " occurred_at, body FROM incidents"
     )
     difference = await rebuilder.of().verify(ONE["incidents"], acme)
-    assert (difference.table, difference.folded) == ("incidents", None)
-    assert difference.live["incident_id"] == 10**9
+    assert (difference.table, difference.replayed) == ("incidents", None)
+    assert difference.stored["incident_id"] == 10**9
     await rebuilder.rebuild(acme, ONE["incidents"])
     await rebuilder.rebuild(busy[1], ONE["incidents"])
     assert await dump(app_connection) == right
@@ -112,23 +112,27 @@ async def test_totals_that_are_wrong_are_found_and_counted_anew(rebuilder, busy,
     right = await dump(app_connection)
     await app_connection.execute("UPDATE incident_counts SET incidents = 7 WHERE tenant_id = $1", acme)
     difference = await rebuilder.of().verify(ONE["incidents"], acme)
-    assert (difference.table, difference.live["incidents"], difference.folded["incidents"]) == ("incident_counts", 7, 1)
+    assert (difference.table, difference.stored["incidents"], difference.replayed["incidents"]) == (
+        "incident_counts",
+        7,
+        1,
+    )
     await rebuilder.rebuild(acme, ONE["incidents"])
     assert await dump(app_connection) == right
 
 
 @pytest.mark.parametrize("in_memory", [0, 10, 10**6])
 async def test_all_projections_are_derived_from_one_reading(rebuilder, busy, app_connection, monkeypatch, in_memory):
-    monkeypatch.setattr("opsentry.projections.engine.replay._IN_MEMORY", in_memory)
+    monkeypatch.setattr("opsentry.projections.engine.replay.MAX_ROWS_IN_MEMORY", in_memory)
     acme, globex, _ = busy
     right = await dump(app_connection)
     await app_connection.execute("UPDATE checkpoints SET position = 0")
     for projection in projections():
         for tenant_id in (acme, globex):
-            await projection.clear(app_connection, tenant_id)
+            await clear(app_connection, projection, tenant_id)
     for tenant_id in (acme, globex):
         read: list[int] = []
-        assert sorted(await rebuilder.rebuild(tenant_id, advance=read.append, chunk=7)) == sorted(ONE)
+        assert sorted(await rebuilder.rebuild(tenant_id, on_progress=read.append, chunk_events=7)) == sorted(ONE)
         kinds = [kind for projection in projections() for kind in projection.kinds]
         assert sum(read) == await app_connection.fetchval(
             "SELECT count(*) FROM events WHERE tenant_id = $1 AND stream_kind = ANY($2)", tenant_id, kinds
@@ -136,7 +140,7 @@ async def test_all_projections_are_derived_from_one_reading(rebuilder, busy, app
     assert await dump(app_connection) == right
     rows = await app_connection.fetch("SELECT generation, rebuilt_at FROM checkpoints")
     assert all(row["rebuilt_at"] is not None for row in rows)
-    assert await rebuilder.of().left(10) == {}
+    assert await rebuilder.of().pending_tenants(10) == {}
 
 
 async def test_commands_go_on_while_a_tenant_is_rebuilt_and_nothing_is_lost(rebuilder, busy, parts, app_connection):
@@ -154,7 +158,7 @@ async def test_commands_go_on_while_a_tenant_is_rebuilt_and_nothing_is_lost(rebu
 
     live = asyncio.create_task(command())
     for _ in range(3):
-        assert await rebuilder.rebuild(acme, chunk=10)
+        assert await rebuilder.rebuild(acme, chunk_events=10)
     stopping = True
     written = await live
     assert await rebuilder.verify(acme) == RIGHT
@@ -171,7 +175,7 @@ async def test_what_is_appended_while_it_folds_is_applied_before_the_swap(rebuil
         done = await commands.change(parts, incident.DECIDER, acme, number, change, META)
         late.append(done.position)
 
-    assert await rebuilder.rebuild(acme, breathe=append_more, chunk=50)
+    assert await rebuilder.rebuild(acme, between_chunks=append_more, chunk_events=50)
     assert late
     positions = await app_connection.fetch("SELECT position FROM checkpoints WHERE tenant_id = $1", acme)
     assert {row["position"] for row in positions} == {late[-1]}
@@ -187,7 +191,7 @@ async def test_readers_see_the_old_rows_until_the_new_ones_are_whole(rebuilder, 
     async def look():
         looked.append(await dump(app_connection) == before)
 
-    assert await rebuilder.rebuild(acme, ONE["incidents"], breathe=look, chunk=10)
+    assert await rebuilder.rebuild(acme, ONE["incidents"], between_chunks=look, chunk_events=10)
     assert looked
     assert all(looked)
     assert await rebuilder.verify(acme) == RIGHT
@@ -199,7 +203,7 @@ async def test_a_second_rebuild_of_the_same_leaves_it_to_the_first(rebuilder, bu
         await owner.execute("SELECT pg_advisory_xact_lock(hashtextextended('rebuild', $1))", acme)
         assert await rebuilder.rebuild(acme) == []
         assert await rebuilder.rebuild(globex)
-        assert list(await rebuilder.of().left(10)) == [acme]
+        assert list(await rebuilder.of().pending_tenants(10)) == [acme]
 
 
 async def test_poison_leaves_the_rows_of_those_it_stops_as_they_were(rebuilder, busy, owner, app_connection, parts):
@@ -212,20 +216,20 @@ async def test_poison_leaves_the_rows_of_those_it_stops_as_they_were(rebuilder, 
     )
     position = await plant(owner, acme, number, version + 1, type="incident.exploded")
     assert sorted(await rebuilder.rebuild(acme)) == ["maintenance", "services", "subscriptions"]
-    halted = await management.halted(app_connection)
-    assert {(row["projection"], row["at"], row["position"]) for row in halted} == {
-        (name, "rebuilding", position) for name in ("impact", "incidents", "outbox")
+    halted = await management.list_halted(app_connection)
+    assert {(row["projection"], row["phase"], row["position"]) for row in halted} == {
+        (name, "rebuild", position) for name in ("impact", "incidents", "outbox")
     }
     assert all("incident.exploded" in row["error"] for row in halted)
     assert await dump(app_connection) == right
-    assert await rebuilder.of().left(10) == {}
+    assert await rebuilder.of().pending_tenants(10) == {}
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("UPDATE events SET type = 'incident.updated' WHERE type = 'incident.exploded'")
     await management.retry_halted(app_connection, list(ONE), acme)
-    assert list(await rebuilder.of().left(10)) == [acme]
+    assert list(await rebuilder.of().pending_tenants(10)) == [acme]
     assert sorted(await rebuilder.of().rebuild(acme)) == ["impact", "incidents", "outbox"]
     assert await rebuilder.verify(acme) == RIGHT
-    assert await management.halted(app_connection) == []
+    assert await management.list_halted(app_connection) == []
 
 
 async def test_a_defect_in_a_fold_is_blamed_on_its_event(rebuilder, busy, app_connection, monkeypatch):
@@ -241,23 +245,23 @@ async def test_a_defect_in_a_fold_is_blamed_on_its_event(rebuilder, busy, app_co
 
     monkeypatch.setattr(impact_module, "evolve", broken)
     assert "impact" not in await rebuilder.rebuild(acme)
-    (row,) = await management.halted(app_connection)
+    (row,) = await management.list_halted(app_connection)
     assert (row["projection"], row["position"], row["error"]) == ("impact", position, "ZeroDivisionError: a defect")
 
 
 async def test_a_rebuild_of_all_goes_on_where_it_was(rebuilder, busy, app_connection):
     acme, globex, _ = busy
     found = rebuilder.of(ONE["incidents"])
-    await found.begin()
-    assert sorted(await found.left(10)) == sorted([acme, globex])
+    await found.request()
+    assert sorted(await found.pending_tenants(10)) == sorted([acme, globex])
     assert await found.rebuild(acme) == ["incidents"]
-    await found.begin()
-    assert list(await found.left(10)) == [globex]
+    await found.request()
+    assert list(await found.pending_tenants(10)) == [globex]
     assert await found.rebuild(acme) == []
     assert await found.rebuild(globex) == ["incidents"]
-    assert await found.left(10) == {}
-    await found.begin()
-    assert len(await found.left(10)) == 2
+    assert await found.pending_tenants(10) == {}
+    await found.request()
+    assert len(await found.pending_tenants(10)) == 2
     generations = await app_connection.fetch("SELECT generation FROM projections WHERE name = 'incidents'")
     assert [row["generation"] for row in generations] == [2]
 
@@ -272,15 +276,15 @@ async def test_a_raised_version_has_everything_derived_anew_and_older_code_never
     assert await management.register(app_connection, [newer]) == ["incidents"]
     assert await management.register(app_connection, [newer]) == []
     older, found = rebuilder.of(ONE["incidents"]), rebuilder.of(newer)
-    assert await older.left(10) == {}
-    assert sorted(await found.left(10)) == sorted([acme, globex])
+    assert await older.pending_tenants(10) == {}
+    assert sorted(await found.pending_tenants(10)) == sorted([acme, globex])
     for tenant_id in (acme, globex):
         assert await found.rebuild(tenant_id) == ["incidents"]
-    assert await found.left(10) == {}
+    assert await found.pending_tenants(10) == {}
     # A process of the version before, not yet replaced, answers a command.
     done = await commands.change(parts, incident.DECIDER, acme, number, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme, done.position)
-    assert list(await found.left(10)) == [acme]
+    assert list(await found.pending_tenants(10)) == [acme]
     assert await management.register(app_connection, projections()) == []
 
 
@@ -293,7 +297,7 @@ async def test_a_projection_that_is_new_is_derived_for_all(rebuilder, busy, app_
     await app_connection.execute("DELETE FROM impact_periods")
     await app_connection.execute("UPDATE projections SET version = 0 WHERE name = 'impact'")
     assert await management.register(app_connection, projections()) == ["impact"]
-    assert sorted(await rebuilder.of().left(10)) == sorted([acme, globex])
+    assert sorted(await rebuilder.of().pending_tenants(10)) == sorted([acme, globex])
     for tenant_id in (acme, globex):
         assert await rebuilder.of().rebuild(tenant_id) == ["impact"]
     assert await dump(app_connection) == right
@@ -309,21 +313,21 @@ async def test_a_paused_projection_stands_still_and_misses_nothing(rebuilder, bu
     positions = {r["projection"]: r["position"] for r in await app_connection.fetch("SELECT * FROM checkpoints")}
     assert await rebuilder.rebuild(acme, ONE["incidents"]) == []
     shown = {
-        row["projection"]: (row["behind"], row["paused"])
+        row["projection"]: (row["lagging"], row["paused"])
         for row in await management.projection_status(app_connection, projections())
     }
     assert shown["incidents"] == (1, True)
     assert shown["impact"] == (0, False)
     assert positions
-    assert await parts.projector.behind() == []
+    assert await parts.projector.lagging_tenants() == []
     row = await parts.projector.read(
         acme, lambda connection: incidents_module.select_incident(connection, acme, number)
     )
     assert b"paused" not in row["body"]
     assert await management.resume(app_connection, ["incidents"]) == ["incidents"]
-    assert await parts.projector.behind() == [acme]
+    assert await parts.projector.lagging_tenants() == [acme]
     await parts.projector.catch_up(acme, done.position)
-    assert await parts.projector.behind() == []
+    assert await parts.projector.lagging_tenants() == []
     row = await parts.projector.read(
         acme, lambda connection: incidents_module.select_incident(connection, acme, number)
     )

@@ -63,12 +63,12 @@ class Operator:
         return await self.client.send("GET", "/health/ready")
 
 
-FROM_BEFORE = "UPDATE checkpoints SET halted_at = position + 1, error = 'from before' WHERE tenant_id = $1"
+FROM_BEFORE = "UPDATE checkpoints SET halted_at = position + 1, halt_error = 'from before' WHERE tenant_id = $1"
 
 
 async def begun(owner, tenant):
     """Return when the worker has let go on what stood still before it: later on it tries nothing again by itself."""
-    standing_still = "SELECT EXISTS (SELECT FROM checkpoints WHERE tenant_id = $1 AND error = 'from before')"
+    standing_still = "SELECT EXISTS (SELECT FROM checkpoints WHERE tenant_id = $1 AND halt_error = 'from before')"
 
     async def let_go():
         return not await owner.fetchval(standing_still, tenant.id)
@@ -103,7 +103,7 @@ async def test_poison_is_seen_everywhere_stops_nothing_else_and_nothing_is_skipp
         in_incidents = await plant(owner, acme.id, number["id"], 2, type="incident.exploded")
         for name in OF_INCIDENTS:
             await worker.mentions(f'"projection": "{name}"')
-        assert worker.said.count("projection halted") == 1 + len(OF_INCIDENTS)
+        assert worker.said.count("projection_halted") == 1 + len(OF_INCIDENTS)
         halted = {(acme.slug, name, in_incidents) for name in OF_INCIDENTS} | {(acme.slug, "services", in_services)}
         await operator.sees_parked(halted)
         status, body, _ = await operator.ready()
@@ -137,7 +137,7 @@ async def test_poison_is_seen_everywhere_stops_nothing_else_and_nothing_is_skipp
         await operator.sees_parked(set())
         code, compared = await operator.runs("verify", "--all")
         assert (code, len(compared)) == (0, 2 * len(NAMES))
-        assert {row["done"] for row in (await operator.runs("status"))[1]} == {2}
+        assert {row["up_to_date"] for row in (await operator.runs("status"))[1]} == {2}
         await api.post(f"{incident}/updates", {"message": "after it"})
         status, body, headers = await api.get(incident)
         assert [entry["message"] for entry in body["updates"]] == ["planted", "after it"]

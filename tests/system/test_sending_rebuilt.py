@@ -63,7 +63,7 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
             async with parts.database.connection(10) as connection:
                 assert await management.register(connection, projections()) == ["outbox"]
             rebuilder = Rebuilder(parts.database, projections())
-            for tenant_id in await rebuilder.left(100, 0):
+            for tenant_id in await rebuilder.pending_tenants(100, 0):
                 await rebuilder.rebuild(tenant_id)
 
         telling = asyncio.create_task(go_on())

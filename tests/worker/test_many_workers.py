@@ -194,7 +194,7 @@ async def test_a_worker_frozen_in_a_pass_loses_its_locks_and_writes_nothing_late
             assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
             assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
         await thaws(parts, owner, acme, made.stream_id, trail, frozen)
-        await frozen.mentions("pass failed")
+        await frozen.mentions("catch_up_failed")
         frozen.process.terminate()
         assert await frozen.ended() == 0
         assert "Traceback" not in frozen.said

@@ -1,1 +1,1 @@
-"""Projections in general: applying events, freshness, rebuilds, comparison, management."""
+"""The engine of all projections: catching up, freshness, replay, rebuild, comparison, management."""

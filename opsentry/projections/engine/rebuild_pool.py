@@ -1,4 +1,4 @@
-"""Rebuilding in processes of their own, one for each core that is to be used."""
+"""Rebuild in several processes at once, one for each CPU core to be used."""
 
 import asyncio
 import ctypes
@@ -16,20 +16,19 @@ from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
 from opsentry.projections.engine.projection import Projection
 from opsentry.projections.engine.rebuild import Rebuilder
 
-# As many tenants as there may be.
-_ALL = 2**31 - 1
-_LOOK_SECONDS = 0.1
-_WAIT_SECONDS = 0.5
+_NO_LIMIT = 2**31 - 1
+PROGRESS_POLL_SECONDS = 0.1
+BUSY_TENANTS_POLL_SECONDS = 0.5
 # No request waits for a rebuild, so the database may take its time.
-_TIMEOUT_SECONDS = 60.0
+DATABASE_TIMEOUT_SECONDS = 60.0
 
 
 class RebuildProcessFailed(Exception):
-    """A process that rebuilds has ended before it was done; what it was at is as it was."""
+    """A rebuild process ended early; the rows of the tenants that it was rebuilding are unchanged."""
 
 
-class Job(NamedTuple):
-    """One of the processes: job `number` of `jobs`."""
+class RebuildJob(NamedTuple):
+    """The share of one process: job `number` of `jobs`, counted from 0."""
 
     url: str
     projections: Sequence[Projection]
@@ -46,72 +45,73 @@ async def rebuild(
     tenant_id: int | None = None,
     jobs: int,
     prepare: Callable[[], None],
-    begin: Callable[[int, int], None] = lambda _tenants, _events: None,
-    advance: Callable[[int], None] = lambda _events: None,
+    on_start: Callable[[int, int], None] = lambda _tenants, _events: None,
+    on_progress: Callable[[int], None] = lambda _events: None,
 ) -> None:
-    """Derive the rows of all tenants, or of one, anew; go on with what is under way already.
+    """Rebuild projections of all tenants, or of one; an unfinished rebuild continues.
 
     Args:
         url: The database.
-        projections: Those whose rows are meant.
-        tenant_id: One tenant; all if left out.
-        jobs: Processes at once.
-        prepare: Called in each of them, at its beginning; a function that can be pickled.
-        begin: Called with the numbers of tenants and of events that are to be done.
-        advance: Called with the number of events that were folded since it was last called.
+        projections: The projections to rebuild.
+        tenant_id: One tenant; all if `None`.
+        jobs: The number of processes.
+        prepare: Called once in each process before it starts; a function that can be pickled.
+        on_start: Called with the numbers of tenants and of events to rebuild.
+        on_progress: Called with the number of events that were replayed since the previous call.
 
     Raises:
-        DatabaseUnavailable: The database was lost; what is not done is as it was.
-        RebuildProcessFailed: A process was killed; what it was at is as it was.
+        DatabaseUnavailable: The database was lost; tenants that are not finished are unchanged.
+        RebuildProcessFailed: A process ended early; tenants that are not finished are unchanged.
     """
-    database = Database(url, size=1, timeout_seconds=_TIMEOUT_SECONDS)
+    database = Database(url, size=1, timeout_seconds=DATABASE_TIMEOUT_SECONDS)
     await database.open()
     try:
         rebuilder = Rebuilder(database, projections)
-        await rebuilder.begin(tenant_id)
-        left = _of(await rebuilder.left(_ALL), tenant_id)
-        begin(len(left), sum(left.values()))
-        numbered = [Job(url, projections, tenant_id, number, jobs, prepare) for number in range(jobs)]
-        if left and (codes := await _run(numbered, advance)):
-            # Where the database is lost, this says so itself.
-            undone = len(_of(await rebuilder.left(_ALL), tenant_id))
+        await rebuilder.request(tenant_id)
+        pending = _of(await rebuilder.pending_tenants(_NO_LIMIT), tenant_id)
+        on_start(len(pending), sum(pending.values()))
+        shares = [RebuildJob(url, projections, tenant_id, number, jobs, prepare) for number in range(jobs)]
+        if pending and (codes := await _run(shares, on_progress)):
+            # If the database is lost, this query raises the better error.
+            unfinished = len(_of(await rebuilder.pending_tenants(_NO_LIMIT), tenant_id))
             ended = ", ".join(f"by signal {-code}" if code < 0 else f"with exit code {code}" for code in codes)
             raise RebuildProcessFailed(
-                f"ended early: {ended}; {undone} tenants are left, and the same command goes on with them"
+                f"a rebuild process ended {ended}; {unfinished} tenants are not rebuilt yet and keep their rows;"
+                " run the same command again to continue"
             )
     finally:
         await database.close()
 
 
-def _of(left: dict[int, int], tenant_id: int | None) -> dict[int, int]:
-    return left if tenant_id is None else {t: events for t, events in left.items() if t == tenant_id}
+def _of(pending: dict[int, int], tenant_id: int | None) -> dict[int, int]:
+    return pending if tenant_id is None else {t: events for t, events in pending.items() if t == tenant_id}
 
 
-async def _run(jobs: Sequence[Job], advance: Callable[[int], None]) -> list[int]:
-    """Run a process for each job; return the exit codes of those that failed."""
-    # Spawned, not forked: a child must not inherit connections, nor an event loop.
+async def _run(jobs: Sequence[RebuildJob], on_progress: Callable[[int], None]) -> list[int]:
+    """Run one process for each job; return the exit codes of those that failed."""
+    # Spawned, not forked: a child process must not inherit connections nor an event loop.
     context = multiprocessing.get_context("spawn")
-    # Each counts for itself, without a lock that one that is killed could take along.
-    folded = [context.RawValue("q", 0) for _ in jobs]
+    # One counter for each process, without a lock: a killed process would keep the lock.
+    counters = [context.RawValue("q", 0) for _ in jobs]
     processes = [
-        context.Process(target=_in_process, args=(job, count), daemon=True)
-        for job, count in zip(jobs, folded, strict=True)
+        context.Process(target=_run_job, args=(job, counter), daemon=True)
+        for job, counter in zip(jobs, counters, strict=True)
     ]
     try:
-        # Ctrl-C reaches all processes of a terminal: the first one ends the others, which are born deaf to it.
-        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A terminal sends Ctrl-C to all its processes. Children inherit the ignored signal; this process kills them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             for process in processes:
                 process.start()
         finally:
-            signal.signal(signal.SIGINT, heard)
-        told, running = 0, True
-        while running:
-            running = any(process.is_alive() for process in processes)
-            now = sum(count.value for count in folded)
-            advance(now - told)
-            told = now
-            await asyncio.sleep(_LOOK_SECONDS)
+            signal.signal(signal.SIGINT, handler)
+        reported, is_running = 0, True
+        while is_running:
+            is_running = any(process.is_alive() for process in processes)
+            replayed = sum(counter.value for counter in counters)
+            on_progress(replayed - reported)
+            reported = replayed
+            await asyncio.sleep(PROGRESS_POLL_SECONDS)
     finally:
         for process in processes:
             if process.pid is not None:
@@ -119,47 +119,47 @@ async def _run(jobs: Sequence[Job], advance: Callable[[int], None]) -> list[int]
     return [process.exitcode for process in processes if process.exitcode]
 
 
-def _in_process(job: Job, folded: "ctypes.c_longlong") -> None:
+def _run_job(job: RebuildJob, replayed: "ctypes.c_longlong") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Whoever has to be answered goes first.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # Processes that answer requests go first.
     os.nice(10)
-    # Rows by the ten thousand, none of which refers to another: looking for cycles among them finds nothing.
+    # Tens of thousands of rows without references to each other: a search for cycles finds nothing.
     gc.set_threshold(100_000)
     job.prepare()
 
-    def advance(events: int) -> None:
-        folded.value += events
+    def on_progress(events: int) -> None:
+        replayed.value += events
 
     try:
-        uvloop.run(_work(job, advance))
+        uvloop.run(_rebuild_share(job, on_progress))
     except DatabaseUnavailable:
         raise SystemExit(1) from None
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-async def _work(job: Job, advance: Callable[[int], None]) -> None:
-    """Rebuild every so many-th tenant that is left, until none is: then the others' share too; each at most once."""
-    database = Database(job.url, size=2, timeout_seconds=_TIMEOUT_SECONDS)
+async def _rebuild_share(job: RebuildJob, on_progress: Callable[[int], None]) -> None:
+    """Rebuild the job's share of the pending tenants, then help with the others'; each tenant at most once."""
+    database = Database(job.url, size=2, timeout_seconds=DATABASE_TIMEOUT_SECONDS)
     await database.open()
     rebuilder = Rebuilder(database, job.projections)
     done: set[int] = set()
-    while left := [t for t in _of(await rebuilder.left(_ALL), job.tenant_id) if t not in done]:
-        before = len(done)
-        for tenant_id in left[job.number % len(left) :: job.jobs]:
+    while pending := [t for t in _of(await rebuilder.pending_tenants(_NO_LIMIT), job.tenant_id) if t not in done]:
+        done_before = len(done)
+        for tenant_id in pending[job.number % len(pending) :: job.jobs]:
             try:
-                if await rebuilder.rebuild(tenant_id, advance=advance):
+                if await rebuilder.rebuild(tenant_id, on_progress=on_progress):
                     done.add(tenant_id)
             except DatabaseUnavailable:
                 raise
-            except Exception:  # noqa: BLE001 - it is on record, among what is halted; the other tenants go on
+            except Exception:  # noqa: BLE001 - the checkpoint records it; the other tenants continue
                 done.add(tenant_id)
-        if len(done) == before:
-            await asyncio.sleep(_WAIT_SECONDS)  # somebody else is at what is left
+        if len(done) == done_before:
+            await asyncio.sleep(BUSY_TENANTS_POLL_SECONDS)  # other processes are rebuilding the pending tenants
     await database.close()

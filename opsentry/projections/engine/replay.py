@@ -1,4 +1,4 @@
-"""Folding a tenant's ledger into rows without writing them, whole streams at a time; rows that wait to be written."""
+"""Replay a tenant's ledger into rows without writing them, and stage such rows until they are written."""
 
 import tempfile
 from bisect import bisect_left
@@ -13,86 +13,99 @@ from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.projection import Projection, Rows, Streams
 from opsentry.projections.engine.projector import PoisonEvent
 
-# Rows beyond so many wait in a file.
-_IN_MEMORY = 30_000
+MAX_ROWS_IN_MEMORY = 30_000
+"""Staged rows beyond this number move to a temporary file."""
+
+_MAX_ID = 2**63 - 1
 
 
-class Chunk(NamedTuple):
-    """Rows of whole streams of a kind: all those with ids from `first` to `last`."""
+class ReplayedChunk(NamedTuple):
+    """The rows of whole streams of a kind: of all streams with ids from `first_id` to `last_id`."""
 
     kind: str
-    first: int
-    last: int
+    first_id: int
+    last_id: int
     events: int
     rows: Rows
 
 
-async def fold(
-    connection: Connection, projections: Sequence[Projection], tenant_id: int, until: int, size: int
-) -> AsyncIterator[Chunk]:
-    """Yield what `projections` make of a tenant's ledger up to position `until`, without writing anything.
+async def replay(
+    connection: Connection, projections: Sequence[Projection], tenant_id: int, until: int, chunk_events: int
+) -> AsyncIterator[ReplayedChunk]:
+    """Yield the rows that `projections` derive from a tenant's ledger up to position `until`.
+
+    Args:
+        connection: Reads the ledger; nothing is written.
+        projections: The projections to replay.
+        tenant_id: The tenant.
+        until: The last position to read.
+        chunk_events: The number of events in a chunk, give or take the last stream's.
 
     Raises:
         PoisonEvent: A projection cannot apply an event.
     """
     replayers = [(projection, projection.replayer()) for projection in projections]
     for kind in _kinds(projections):
-        readers = [(projection, replay) for projection, replay in replayers if kind in projection.kinds]
-        first = 0
-        pages = store.read_by_stream(connection, tenant_id, kind, until, size)
+        readers = [(projection, replayer) for projection, replayer in replayers if kind in projection.kinds]
+        first_id = 0
+        pages = store.read_by_stream(connection, tenant_id, kind, until, chunk_events)
         while True:
             try:
                 streams = await anext(pages, None)
             except UnknownEvent as error:
                 raise PoisonEvent(readers[0][0].name, error.position or 0, str(error)) from error
             rows: Rows = {}
-            for projection, replay in readers:
+            for projection, replayer in readers:
                 try:
-                    rows |= replay(kind, streams or {})
+                    rows |= replayer(kind, streams or {})
                 except Exception as error:
-                    raise _blame(projection, kind, streams or {}, error) from error
+                    raise _find_poison(projection, kind, streams or {}, error) from error
             if streams is None:
-                # Ids behind the last stream's belong to this chunk, which has no streams: nothing may be there.
-                yield Chunk(kind, first, 2**63 - 1, 0, rows)
+                # The last chunk covers the ids behind the last stream, so a comparison finds rows of no stream.
+                yield ReplayedChunk(kind, first_id, _MAX_ID, 0, rows)
                 break
-            last = max(streams)
-            yield Chunk(kind, first, last, sum(map(len, streams.values())), rows)
-            first = last + 1
+            last_id = max(streams)
+            yield ReplayedChunk(kind, first_id, last_id, sum(map(len, streams.values())), rows)
+            first_id = last_id + 1
 
 
 def _kinds(projections: Sequence[Projection]) -> list[str]:
-    """Return the kinds of streams that `projections` read, in an order that suits all of them."""
+    """Return the stream kinds that `projections` read, in an order that suits all of them."""
     kinds: list[str] = []
     for projection in sorted(projections, key=lambda projection: -len(projection.kinds)):
         kinds += [kind for kind in projection.kinds if kind not in kinds]
     return kinds
 
 
-def _blame(projection: Projection, kind: str, streams: Streams, error: Exception) -> PoisonEvent:
-    """Return the poison: the first event without which its stream can be folded up to there."""
+def _find_poison(projection: Projection, kind: str, streams: Streams, error: Exception) -> PoisonEvent:
+    """Find the first event that the projection cannot apply, and return it as a `PoisonEvent`.
 
-    def failure(number: int, length: int) -> Exception | None:
+    Raises:
+        Exception: The original `error`, if each stream alone can be replayed.
+    """
+
+    def failure(stream_id: int, length: int) -> Exception | None:
         try:
-            projection.replayer()(kind, {number: streams[number][:length]})
-        except Exception as blamed:  # noqa: BLE001 - whatever it is that the event is to blame for
-            return blamed
+            projection.replayer()(kind, {stream_id: streams[stream_id][:length]})
+        except Exception as cause:  # noqa: BLE001 - any failure of a projection is the event's
+            return cause
         return None
 
-    for number, stream in streams.items():
-        if failure(number, len(stream)) is not None:
-            # A stream that cannot be folded up to some event cannot be folded further either.
-            first = bisect_left(range(len(stream)), 1, key=lambda place: int(failure(number, place + 1) is not None))
-            blamed = failure(number, first + 1)
-            return PoisonEvent(projection.name, stream[first].position, f"{type(blamed).__name__}: {blamed}")
+    for stream_id, stream in streams.items():
+        if failure(stream_id, len(stream)) is not None:
+            # If a replay fails at an event, each longer replay of the stream fails too: bisection finds the first.
+            first = bisect_left(range(len(stream)), 1, key=lambda index: int(failure(stream_id, index + 1) is not None))
+            cause = failure(stream_id, first + 1)
+            return PoisonEvent(projection.name, stream[first].position, f"{type(cause).__name__}: {cause}")
     raise error
 
 
-class NoRoom(Exception):
-    """Rows that wait to be written found no room in a file."""
+class StagingFailed(Exception):
+    """Staged rows cannot be written to a temporary file; the tenant's rows are unchanged."""
 
 
 class StagedRows:
-    """Rows that were derived and are not written yet: in memory while they are few, then in a file."""
+    """Replayed rows that are not written to the database yet: in memory, and beyond a limit in a temporary file."""
 
     def __init__(self) -> None:
         self._rows: Rows = {}
@@ -108,19 +121,26 @@ class StagedRows:
             self._file.close()
 
     def add(self, rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
-        """Keep `rows` aside."""
+        """Stage `rows`, given by table.
+
+        Raises:
+            StagingFailed: The temporary file cannot be written.
+        """
         for table, new in rows.items():
             self._rows.setdefault(table, []).extend(new)
             self._count += len(new)
-        if self._count > _IN_MEMORY:
+        if self._count > MAX_ROWS_IN_MEMORY:
             self._spill()
 
     def _spill(self) -> None:
         try:
             self._write()
         except OSError as error:
-            # In words of its own, as it would pass for a lost database.
-            raise NoRoom(f"rows cannot be kept aside in {tempfile.gettempdir()}: {error}") from error
+            # An OSError would pass for a lost database.
+            raise StagingFailed(
+                f"cannot stage rows in {tempfile.gettempdir()}: {error}; the tenant's rows are unchanged;"
+                " free space there or set TMPDIR"
+            ) from error
         self._rows, self._count = {}, 0
 
     def _write(self) -> None:
@@ -132,10 +152,10 @@ class StagedRows:
             self._file.write(block)
 
     def of(self, table: str) -> Iterator[Sequence[Sequence[Any]]]:
-        """Yield all rows of a table, some at a time."""
-        for place, length in self._blocks.get(table, ()):
-            assert self._file is not None  # noqa: S101 - there are blocks
-            self._file.seek(place)
+        """Yield all staged rows of a table, in blocks."""
+        for offset, length in self._blocks.get(table, ()):
+            assert self._file is not None  # noqa: S101 - blocks exist only in the file
+            self._file.seek(offset)
             yield msgspec.msgpack.decode(self._file.read(length))
         if self._file is not None:
             self._file.seek(0, 2)

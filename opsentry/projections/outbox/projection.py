@@ -4,7 +4,7 @@ The only projection that looks at more than one stream: at subscriptions and act
 incidents that a window withheld, when it is over. It keeps what it has to know of them as its own rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import asyncpg
@@ -14,7 +14,7 @@ from opsentry.domain import incident, maintenance, subscription
 from opsentry.domain.maintenance import MaintenanceCompleted
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
-from opsentry.projections.engine.projection import Rows, Streams, Table, by_stream
+from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream
 from opsentry.projections.outbox.intents import Derivation, Derived, Intent, tells
 from opsentry.projections.outbox.rules import SubscriberFilter, Topic
 
@@ -50,9 +50,6 @@ FROM unnest($2::uuid[], $3::bigint[], $4::bigint[], $5::text[], $6::text[], $7::
             $10::timestamptz[])
 ON CONFLICT DO NOTHING
 """
-
-_CLEAR = "DELETE FROM outbox_intents WHERE tenant_id = $1"
-_CLEAR_STATE = "DELETE FROM outbox_state WHERE tenant_id = $1"
 
 _KINDS = (subscription.KIND, maintenance.KIND, incident.KIND)
 INTENTS = Table(
@@ -95,7 +92,7 @@ class Outbox:
             if derived.intents:
                 await connection.execute(_STORE_INTENTS, tenant_id, *zip(*derived.intents, strict=True))
 
-    def replayer(self) -> Callable[[str, Streams], Rows]:
+    def replayer(self) -> Replay:
         """Return a function that gives the rows of whole streams."""
         derivation = Derivation({}, {})
 
@@ -104,11 +101,6 @@ class Outbox:
             return {INTENTS.name: list(derived.intents), STATE.name: _state_rows(derived)}
 
         return replay
-
-    async def clear(self, connection: Connection, tenant_id: int) -> None:
-        """Delete all of the tenant's rows."""
-        await connection.execute(_CLEAR, tenant_id)
-        await connection.execute(_CLEAR_STATE, tenant_id)
 
 
 _S = TypeVar("_S", bound=msgspec.Struct)

@@ -29,7 +29,7 @@ class CatchUp:
     async def catch_up(self) -> None:
         """Go through the lagging tenants once, in random order."""
         after = 0
-        while lagging := await self._projector.behind(PAGE_SIZE_TENANTS, after):
+        while lagging := await self._projector.lagging_tenants(PAGE_SIZE_TENANTS, after):
             after = lagging[-1]
             is_last_page = len(lagging) < PAGE_SIZE_TENANTS
             # Workers that visit tenants in different orders wait less for each other's locks.
@@ -47,12 +47,12 @@ class CatchUp:
                 log_failure("catch_up", error, tenant_id=tenant_id)
 
     async def _catch_up_tenant(self, tenant_id: int) -> None:
-        running_seconds = self._projector.under_way(tenant_id)
+        running_seconds = self._projector.running_seconds(tenant_id)
         if running_seconds is None:
             # A longer pass continues in the background while this task serves other tenants.
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_INTERVAL_SECONDS):
                     await self._projector.catch_up(tenant_id, 0)
         elif running_seconds > EVICTION_AFTER_SECONDS:
-            for pid in await self._projector.evict():
+            for pid in await self._projector.terminate_stalled_sessions():
                 _log.warning("idle_session_evicted", pid=pid)

@@ -39,7 +39,7 @@ class Rebuild:
             await self._register()
             self._is_registered = True
         throttle = _Throttle()
-        tenant_ids = list(await self._rebuilder.left(BATCH_SIZE_TENANTS, SETTLE_SECONDS))
+        tenant_ids = list(await self._rebuilder.pending_tenants(BATCH_SIZE_TENANTS, SETTLE_SECONDS))
         random.shuffle(tenant_ids)
         for tenant_id in tenant_ids:
             try:
@@ -52,12 +52,12 @@ class Rebuild:
         async with self._app.database.connection(REGISTRATION_TIMEOUT_SECONDS) as connection:
             to_rebuild = await management.register(connection, self._projections)
             await management.retry_halted(connection, [projection.name for projection in self._projections])
-            await management.note_who_lags(connection)
+            await management.enqueue_lagging_tenants(connection)
         if to_rebuild:
             _log.info("rebuild_started", projections=to_rebuild)
 
     async def _rebuild_tenant(self, tenant_id: int, throttle: "_Throttle") -> None:
-        rebuilt = await self._rebuilder.rebuild(tenant_id, breathe=throttle, chunk=CHUNK_SIZE_EVENTS)
+        rebuilt = await self._rebuilder.rebuild(tenant_id, between_chunks=throttle, chunk_events=CHUNK_SIZE_EVENTS)
         if rebuilt:
             _log.info("rebuild_finished", tenant_id=tenant_id, projections=rebuilt)
         await throttle()
