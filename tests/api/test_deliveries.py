@@ -29,7 +29,7 @@ async def number(api):
 
 @pytest.fixture
 def put(app_connection, acme, number):
-    """Puts a delivery of the subscription into the ledger; returns what it is called."""
+    """Insert a delivery of the subscription; return its public id."""
 
     async def put(position, state="delivered", **more):
         waits = state == "pending"
@@ -62,7 +62,7 @@ async def endpoint(connection):
 # ---------------------------------------------------------------------------------------------------- read
 
 
-async def test_a_delivery_tells_what_came_of_it(api, app_connection, acme, number, put):
+async def test_a_delivery_shows_its_state_and_attempts(api, app_connection, acme, number, put):
     leader = uuid4()
     called = await put(5, "delivered", coalesced_into=leader)
     for n, answer, error in ((2, 204, None), (1, 500, "the endpoint answered 500")):
@@ -117,7 +117,7 @@ async def test_pages_go_from_the_newest_to_the_oldest(api, put, number):
         found += [item["id"] for item in some["deliveries"]]
         following = some["next"] and f"{path}?limit=2&before={some['next']}"
         assert ("Link" in headers) == bool(following)
-        await put(9)  # what comes meanwhile moves nobody's page
+        await put(9)  # new deliveries do not shift later pages
     assert found == newest
 
 
@@ -132,13 +132,13 @@ async def test_pages_are_filtered_by_state(api, put, number):
 
 
 @pytest.mark.parametrize("before", ["", "x", "msg_", "msg_1", "5", f"msg_{1:032x}", f"MSG_{1:032X}", f"{1:032x}"])
-async def test_a_page_behind_nothing_is_refused(api, put, number, before):
+async def test_an_unknown_before_is_refused(api, put, number, before):
     await put(1)
     status, answer, _ = await api.get(f"/subscriptions/{number}/deliveries?before={before}")
     assert (status, answer["error"].split(":")[0]) == (400, "before")
 
 
-async def test_what_the_client_has_is_not_sent_again(api, put, number):
+async def test_an_unchanged_page_answers_304(api, put, number):
     called = await put(1)
     for path in (f"/subscriptions/{number}/deliveries", f"/subscriptions/{number}/deliveries/{called}"):
         _, _, headers = await api.get(path)
@@ -165,11 +165,11 @@ async def test_missing_malformed_and_others_deliveries_are_the_same_404(api, oth
     assert (await endpoint(app_connection))["available_at"] is None
 
 
-# ---------------------------------------------------------------------------------------------------- send again
+# ---------------------------------------------------------------------------------------------------- redeliver
 
 
 @pytest.mark.parametrize("state", ["delivered", "suppressed", "withheld", "exhausted", "cancelled", "disabled"])
-async def test_what_came_to_its_end_is_sent_again(api, app_connection, put, number, state):
+async def test_a_final_delivery_is_redelivered(api, app_connection, put, number, state):
     called = await put(
         5, state, attempts_in_round=4, attempts_total=9, response_status=500, error="the endpoint answered 500"
     )
@@ -184,7 +184,7 @@ async def test_what_came_to_its_end_is_sent_again(api, app_connection, put, numb
     assert (await api.post(f"{path}/redeliver"))[:2] == (202, found)
 
 
-async def test_one_that_waits_goes_on_waiting(api, app_connection, put, number):
+async def test_redelivering_a_pending_delivery_changes_nothing(api, app_connection, put, number):
     called = await put(5, "pending", attempts_in_round=3, next_attempt_at=datetime(2036, 1, 1, tzinfo=UTC))
     status, found, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
     assert (status, found["next_attempt_at"]) == (202, "2036-01-01T00:00:00Z")
@@ -192,7 +192,7 @@ async def test_one_that_waits_goes_on_waiting(api, app_connection, put, number):
     assert (await endpoint(app_connection))["available_at"] is None
 
 
-async def test_one_that_was_told_by_another_is_not_sent_by_itself(api, app_connection, put, number):
+async def test_a_coalesced_delivery_is_not_redelivered(api, app_connection, put, number):
     leader = uuid4()
     called = await put(5, "coalesced", coalesced_into=leader)
     status, answer, _ = await api.post(f"/subscriptions/{number}/deliveries/{called}/redeliver")
@@ -200,7 +200,7 @@ async def test_one_that_was_told_by_another_is_not_sent_by_itself(api, app_conne
     assert (await row_of(app_connection, called))["state"] == "coalesced"
 
 
-async def test_to_who_is_sent_nothing_nothing_is_sent_again(api, parts, acme, app_connection, put, number):
+async def test_a_disabled_subscription_gets_no_redelivery(api, parts, acme, app_connection, put, number):
     called = await put(5)
     command = DisableSubscription(reason="endpoint_gone")
     executed = await commands.change(parts, subscription.DECIDER, acme.id, number, command, META)
@@ -211,7 +211,7 @@ async def test_to_who_is_sent_nothing_nothing_is_sent_again(api, parts, acme, ap
     assert (await row_of(app_connection, called))["state"] == "delivered"
 
 
-async def test_one_waits_behind_an_older_one_of_the_same_thing(api, put, number):
+async def test_a_redelivery_waits_behind_an_older_one_of_its_ordering_key(api, put, number):
     await put(4, "pending")
     await put(3, "pending", stream_id=8)
     behind, free = await put(5, "exhausted"), await put(2, "exhausted", stream_id=8)
@@ -229,7 +229,9 @@ async def test_one_waits_behind_an_older_one_of_the_same_thing(api, put, number)
         (datetime(2036, 1, 1, tzinfo=UTC), True, False),
     ],
 )
-async def test_whoever_sends_there_is_told_to_look(api, app_connection, acme, put, number, available_at, leased, moves):
+async def test_a_redelivery_makes_an_unleased_endpoint_available(
+    api, app_connection, acme, put, number, available_at, leased, moves
+):
     called = await put(5)
     await app_connection.execute(
         "UPDATE endpoints SET available_at = $3, lease = $4, consecutive_failures = 3"
@@ -248,16 +250,14 @@ async def test_whoever_sends_there_is_told_to_look(api, app_connection, acme, pu
 
 
 @pytest.mark.parametrize(
-    ("change", "anew"),
+    ("change", "resets"),
     [
         ({"target": "https://example.com/mended"}, True),
         ({"notify_incidents": False}, False),
         ({"enabled": True}, False),
     ],
 )
-async def test_another_target_is_tried_at_once_whatever_the_one_before_did(
-    api, app_connection, acme, number, change, anew
-):
+async def test_a_new_target_resets_the_health_of_the_endpoint(api, app_connection, acme, number, change, resets):
     await app_connection.execute(
         "INSERT INTO endpoints (tenant_id, subscription_id, channel, available_at, consecutive_failures, failing_since)"
         " VALUES ($1, $2, 'webhook', now() + interval '5 minutes', 12, now() - interval '2 days')",
@@ -265,5 +265,5 @@ async def test_another_target_is_tried_at_once_whatever_the_one_before_did(
     )  # fmt: skip
     assert (await api.patch(f"/subscriptions/{number}", change))[0] == 200
     found = await endpoint(app_connection)
-    assert (found["consecutive_failures"], found["failing_since"] is None) == ((0, True) if anew else (12, False))
-    assert (found["available_at"] <= datetime.now(UTC)) == anew
+    assert (found["consecutive_failures"], found["failing_since"] is None) == ((0, True) if resets else (12, False))
+    assert (found["available_at"] <= datetime.now(UTC)) == resets

@@ -19,15 +19,15 @@ from opsentry.infrastructure.encryption import SecretBox
 from opsentry.notifications.delivery.service import DeliveryService
 from opsentry.notifications.messages.builder import MessageBuilder
 from opsentry.projections.as_of import AsOfQueries
-from tests.notifications.desk import Desk
-from tests.notifications.sending import Scripted
+from tests.notifications.driver import DeliveryDriver
+from tests.notifications.scripted_channel import ScriptedChannel
 from tests.waiting import until
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 
 
 class Names(AbstractResolver):
-    """A resolver that answers what a test says; each look-up takes the next of a name's answers, the last for ever."""
+    """A scripted resolver. Each lookup of a name takes its next answer; the last answer repeats."""
 
     def __init__(self, answers: Mapping[str, Sequence[Sequence[str]]]) -> None:
         self.left = {name: list(said) for name, said in answers.items()}
@@ -54,7 +54,7 @@ class Names(AbstractResolver):
 
 
 class Listener:
-    """Listens on 127.0.0.1 and [::1], on the same port, answers 200 to everything, and counts who connects."""
+    """Listens on one port of 127.0.0.1 and [::1], answers 200 to every request, and counts connections."""
 
     def __init__(self) -> None:
         self.connections = 0
@@ -96,7 +96,7 @@ async def answering(handler: Callable[[web.Request], Awaitable[web.Response]], s
 
 
 async def tried(session: aiohttp.ClientSession, url: str) -> BaseException | int:
-    """Post to `url`; return the status, or what went wrong."""
+    """Post to `url`; return the status or the exception."""
     try:
         async with session.post(url, data=b"{}", allow_redirects=False, timeout=aiohttp.ClientTimeout(total=5)) as got:
             return got.status
@@ -106,7 +106,7 @@ async def tried(session: aiohttp.ClientSession, url: str) -> BaseException | int
 
 @pytest.fixture
 def certified(tmp_path):
-    """A context for servers called receiver.example, and the file of who vouches for it."""
+    """A server's TLS context for receiver.example, and the file of its certificate authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "receiver.example")])
     now = datetime.now(UTC)
@@ -132,52 +132,52 @@ def certified(tmp_path):
     return context, str(file)
 
 
-# ------------------------------------------------------------------------------------------------ senders
+# ------------------------------------------------------------------------------------------------ delivery
 
 
 @pytest.fixture
 def channel():
-    return Scripted()
+    return ScriptedChannel()
 
 
 @pytest.fixture
-def desk(parts, acme):
-    return Desk(parts, acme)
+def driver(parts, acme):
+    return DeliveryDriver(parts, acme)
 
 
 @pytest.fixture
 def sending(parts, channel):
-    """Runs a sender with `channel`, or with the `channels` that are given."""
+    """Run a delivery service with `channel`, or with the given `channels`."""
 
     @asynccontextmanager
     async def run(channels=None, **options):
-        composer = MessageBuilder(AsOfQueries(parts.database, parts.projector), parts.database)
+        builder = MessageBuilder(AsOfQueries(parts.database, parts.projector), parts.database)
         known = {each.name: each for each in channels or [channel]}
-        sender = DeliveryService(
+        service = DeliveryService(
             parts.database,
             LedgerSubscriptionDisabler(parts.application),
-            composer,
+            builder,
             known,
             SecretBox(()),
             **{"coalesce_seconds": 0.0, **options},
         )
-        sender.start()
-        yield sender
-        await sender.stop()
+        service.start()
+        yield service
+        await service.stop()
 
     return run
 
 
 @pytest.fixture
-def settled(desk):
-    """Waits until all is told that can be told now."""
+def wait_until_idle(driver):
+    """Wait until nothing is left to enqueue or to send now."""
 
     async def wait():
-        await until(desk_is_quiet)
+        await until(is_idle)
 
-    async def desk_is_quiet():
-        await desk.parts.projector.catch_up(desk.tenant.id, 0)
-        return not await desk.parts.database.fetch(
+    async def is_idle():
+        await driver.parts.projector.catch_up(driver.tenant.id, 0)
+        return not await driver.parts.database.fetch(
             "SELECT tenant_id FROM outbox_backlog UNION ALL"
             " SELECT tenant_id FROM endpoints WHERE available_at <= now() OR lease IS NOT NULL"
         )

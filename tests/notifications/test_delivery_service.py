@@ -1,4 +1,4 @@
-"""The sender: retries, probes, ends, fairness; what it sends with is a channel that answers as it is told."""
+"""The delivery service: retries, probes, final states and fairness, with a scripted channel."""
 
 import asyncio
 
@@ -7,102 +7,106 @@ from opsentry.domain.incident import PostUpdate, ResolveIncident
 from opsentry.notifications.channel import Outcome
 from tests import commands
 from tests.conftest import META
-from tests.notifications.desk import Desk
-from tests.notifications.sending import BROKEN, OK, hurry
+from tests.notifications.driver import DeliveryDriver
+from tests.notifications.scripted_channel import BROKEN, OK, advance_time
 from tests.waiting import until
 
 
-async def test_what_happens_is_sent_in_order_with_its_state_of_then(desk, channel, sending, settled):
-    await desk.subscribe()
+async def test_changes_are_sent_in_order_with_the_state_of_their_time(driver, channel, sending, wait_until_idle):
+    await driver.subscribe()
     async with sending():
-        one = await desk.open()
-        await desk.tell(one, PostUpdate(message="a", status="identified"), ResolveIncident())
-        await settled()
-    told = [(m.type, m.subject["status"], m.position) for m in channel.to("https://example.com/x")]
+        one = await driver.open_incident()
+        await driver.change_incident(one, PostUpdate(message="a", status="identified"), ResolveIncident())
+        await wait_until_idle()
+    told = [(m.type, m.subject["status"], m.position) for m in channel.sent_to("https://example.com/x")]
     assert [what[1] for what in told] == ["investigating", "identified", "identified", "resolved"]
     assert (told[0][0], told[-1][0]) == ("incident.opened", "incident.resolved")
     assert [what[2] for what in told] == sorted(what[2] for what in told)
-    assert await desk.states() == ["delivered"] * len(told)
+    assert await driver.states() == ["delivered"] * len(told)
 
 
-async def test_a_failure_is_tried_again_after_the_steps_of_the_ladder_and_then_parked(
-    desk, channel, sending, settled, owner
+async def test_a_failed_delivery_is_retried_by_the_schedule_and_then_exhausted(
+    driver, channel, sending, wait_until_idle, owner
 ):
-    await desk.subscribe()
-    channel.answers["https://example.com/x"] = BROKEN
-    await desk.open()
+    await driver.subscribe()
+    channel.outcomes["https://example.com/x"] = BROKEN
+    await driver.open_incident()
     waits = []
     async with sending():
         for step in range(8):
-            await settled()
-            (row,) = await desk.rows()
+            await wait_until_idle()
+            (row,) = await driver.rows()
             assert (row["attempts_in_round"], row["error"], row["response_status"]) == (step + 1, "answered 500", 500)
             if row["state"] == "pending":
                 waits.append(
                     await owner.fetchval("SELECT extract(epoch FROM next_attempt_at - now())::float8 FROM deliveries")
                 )
-                await hurry(owner, 50_000)
+                await advance_time(owner, 50_000)
     assert row["state"] == "exhausted"
     for wait, ladder in zip(waits, (5, 300, 1800, 7200, 18000, 36000, 36000), strict=True):
         assert ladder * 0.8 - 5 <= wait <= ladder * 1.2
-    assert len({message.id for message in channel.to("https://example.com/x")}) == 1
+    assert len({message.id for message in channel.sent_to("https://example.com/x")}) == 1
     assert [row["number"] for row in await owner.fetch("SELECT number FROM delivery_attempts ORDER BY 1")] == list(
         range(1, 9)
     )
 
 
-async def test_retry_after_is_honoured_and_the_endpoint_left_alone(desk, channel, sending, settled, owner):
-    await desk.subscribe()
-    channel.answers["https://example.com/x"] = Outcome("answered 429", 429, retry_after=1000.0)
+async def test_retry_after_delays_the_whole_endpoint(driver, channel, sending, wait_until_idle, owner):
+    await driver.subscribe()
+    channel.outcomes["https://example.com/x"] = Outcome("answered 429", 429, retry_after=1000.0)
     for _ in range(3):
-        await desk.open()
+        await driver.open_incident()
     async with sending():
-        await settled()
+        await wait_until_idle()
     assert len(channel.sent) == 1
     wait = await owner.fetchval("SELECT extract(epoch FROM available_at - now())::float8 FROM endpoints")
     assert 990 < wait <= 1000
 
 
-async def test_ten_failures_in_a_row_leave_one_probe_at_a_time_until_it_answers(desk, channel, sending, settled, owner):
-    await desk.subscribe()
-    channel.answers["https://example.com/x"] = BROKEN
+async def test_ten_consecutive_failures_leave_one_probe_at_a_time_until_a_success(
+    driver, channel, sending, wait_until_idle, owner
+):
+    await driver.subscribe()
+    channel.outcomes["https://example.com/x"] = BROKEN
     for _ in range(30):
-        await desk.open()
+        await driver.open_incident()
     async with sending():
-        await settled()
+        await wait_until_idle()
         while len(channel.sent) < 10:
-            await hurry(owner, 300)
-            await settled()
-        await settled()
+            await advance_time(owner, 300)
+            await wait_until_idle()
+        await wait_until_idle()
         assert len(channel.sent) == 10
         for probe in range(1, 4):
-            await hurry(owner, 400)
-            await settled()
+            await advance_time(owner, 400)
+            await wait_until_idle()
             assert len(channel.sent) == 10 + probe
-        channel.answers["https://example.com/x"] = OK
-        await hurry(owner, 400)
-        await settled()
-        await hurry(owner, 100_000)
-        await settled()
-    assert await desk.states() == ["delivered"] * 30
+        channel.outcomes["https://example.com/x"] = OK
+        await advance_time(owner, 400)
+        await wait_until_idle()
+        await advance_time(owner, 100_000)
+        await wait_until_idle()
+    assert await driver.states() == ["delivered"] * 30
 
 
-async def test_five_days_of_failing_disable_and_the_ledger_says_so(desk, channel, sending, settled, owner):
-    number = await desk.subscribe()
-    channel.answers["https://example.com/x"] = BROKEN
+async def test_five_days_of_failures_disable_the_subscription_in_the_ledger(
+    driver, channel, sending, wait_until_idle, owner
+):
+    number = await driver.subscribe()
+    channel.outcomes["https://example.com/x"] = BROKEN
     for _ in range(12):
-        await desk.open()
+        await driver.open_incident()
     async with sending():
-        await settled()
+        await wait_until_idle()
         while len(channel.sent) < 10:
-            await hurry(owner, 300)
-            await settled()
-        await hurry(owner, 5 * 86400)
+            await advance_time(owner, 300)
+            await wait_until_idle()
+        await advance_time(owner, 5 * 86400)
         await until(lambda: owner.fetchval("SELECT EXISTS (SELECT FROM events WHERE type = 'subscription.disabled')"))
-        await settled()
-        await desk.open()
-        await settled()
-    assert set(await desk.states()) == {"disabled"}
+        await wait_until_idle()
+        await driver.open_incident()
+        await wait_until_idle()
+    assert set(await driver.states()) == {"disabled"}
     assert (
         await owner.fetchval("SELECT data FROM events WHERE type = 'subscription.disabled'")
         == '{"reason":"endpoint_failing"}'
@@ -110,127 +114,138 @@ async def test_five_days_of_failing_disable_and_the_ledger_says_so(desk, channel
     assert number
 
 
-async def test_gone_disables_at_once(desk, channel, sending, settled, owner):
-    await desk.subscribe()
-    channel.answers["https://example.com/x"] = Outcome("answered 410", 410, endpoint_gone=True)
+async def test_an_endpoint_that_is_gone_disables_the_subscription_at_once(
+    driver, channel, sending, wait_until_idle, owner
+):
+    await driver.subscribe()
+    channel.outcomes["https://example.com/x"] = Outcome("answered 410", 410, endpoint_gone=True)
     for _ in range(3):
-        await desk.open()
+        await driver.open_incident()
     async with sending():
-        await settled()
+        await wait_until_idle()
         assert len(channel.sent) == 1
-        assert set(await desk.states()) == {"disabled"}
+        assert set(await driver.states()) == {"disabled"}
     assert (
         await owner.fetchval("SELECT data FROM events WHERE type = 'subscription.disabled'")
         == '{"reason":"endpoint_gone"}'
     )
 
 
-async def test_what_fails_for_a_reason_of_ours_says_nothing_of_the_endpoint(desk, channel, sending, settled, owner):
-    await desk.subscribe()
-    channel.answers["https://example.com/x"] = Outcome("the mail relay is down", internal_failure=True)
-    await desk.open()
+async def test_an_internal_failure_does_not_count_against_the_endpoint(
+    driver, channel, sending, wait_until_idle, owner
+):
+    await driver.subscribe()
+    channel.outcomes["https://example.com/x"] = Outcome("the mail relay is down", internal_failure=True)
+    await driver.open_incident()
     async with sending():
         for _ in range(12):
-            await settled()
-            await hurry(owner, 100)
-        await settled()
+            await wait_until_idle()
+            await advance_time(owner, 100)
+        await wait_until_idle()
         assert await owner.fetchval("SELECT consecutive_failures FROM endpoints") == 0
-        (row,) = await desk.rows()
+        (row,) = await driver.rows()
         assert (row["state"], row["attempts_in_round"], row["error"]) == ("pending", 0, "the mail relay is down")
-        # Attempts say what *they* did.
+        # Attempts record only the behaviour of the endpoint.
         assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 0
-        channel.answers["https://example.com/x"] = OK
-        await hurry(owner, 100)
-        await settled()
-    assert await desk.states() == ["delivered"]
+        channel.outcomes["https://example.com/x"] = OK
+        await advance_time(owner, 100)
+        await wait_until_idle()
+    assert await driver.states() == ["delivered"]
 
 
-async def test_an_endpoint_is_trusted_with_more_as_it_answers_well_and_with_one_once_it_fails(
-    desk, channel, sending, settled, owner
+async def test_concurrency_grows_with_successes_and_falls_to_one_with_a_failure(
+    driver, channel, sending, wait_until_idle, owner
 ):
-    await desk.subscribe()
+    await driver.subscribe()
+
+    async def respond_late():
+        # Longer than the start of eight attempts takes on a busy machine, so that all overlap.
+        await asyncio.sleep(0.03)
+        return OK
+
+    channel.outcomes["https://example.com/x"] = respond_late
     for _ in range(200):
-        await desk.open()
+        await driver.open_incident()
     async with sending():
-        await settled()
-        assert channel.widest["https://example.com/x"] == 8
+        await wait_until_idle()
+        assert channel.max_in_flight["https://example.com/x"] == 8
         assert await owner.fetchval("SELECT concurrency FROM endpoints") == 8
-        channel.answers["https://example.com/x"] = BROKEN
-        await desk.open()
-        await settled()
+        channel.outcomes["https://example.com/x"] = BROKEN
+        await driver.open_incident()
+        await wait_until_idle()
     assert await owner.fetchval("SELECT concurrency FROM endpoints") == 1
 
 
-async def test_endpoints_that_hang_leave_room_for_the_others(desk, channel, sending, settled):
+async def test_hanging_endpoints_leave_room_for_others(driver, channel, sending, wait_until_idle):
     hanging = asyncio.Event()
     for number in range(20):
-        await desk.subscribe(target=f"https://example.com/hangs/{number}")
-        channel.answers[f"https://example.com/hangs/{number}"] = hanging
+        await driver.subscribe(target=f"https://example.com/hangs/{number}")
+        channel.outcomes[f"https://example.com/hangs/{number}"] = hanging
     for number in range(20):
-        await desk.subscribe(target=f"https://example.com/well/{number}")
+        await driver.subscribe(target=f"https://example.com/well/{number}")
     async with sending(max_concurrent_deliveries=100):
-        await desk.open()
-        await desk.parts.projector.catch_up(desk.tenant.id, 0)
+        await driver.open_incident()
+        await driver.parts.projector.catch_up(driver.tenant.id, 0)
         async with asyncio.timeout(20):
             for _ in range(3):
                 await until(
-                    lambda: asyncio.sleep(0, all(channel.to(f"https://example.com/well/{n}") for n in range(20)))
+                    lambda: asyncio.sleep(0, all(channel.sent_to(f"https://example.com/well/{n}") for n in range(20)))
                 )
-                await desk.open()
+                await driver.open_incident()
         hanging.set()
-        await settled()
+        await wait_until_idle()
 
 
-async def test_a_tenant_with_very_many_endpoints_leaves_room_for_another(desk, globex, channel, sending):
-    other = Desk(desk.parts, globex)
+async def test_a_tenant_with_many_endpoints_leaves_room_for_another_tenant(driver, globex, channel, sending):
+    other = DeliveryDriver(driver.parts, globex)
     hanging = asyncio.Event()
     for number in range(40):
-        await desk.subscribe(target=f"https://example.com/hangs/{number}")
-        channel.answers[f"https://example.com/hangs/{number}"] = hanging
+        await driver.subscribe(target=f"https://example.com/hangs/{number}")
+        channel.outcomes[f"https://example.com/hangs/{number}"] = hanging
     await other.subscribe(target="https://example.com/other")
     async with sending(max_concurrent_deliveries=32):
-        await desk.open()
-        await desk.parts.projector.catch_up(desk.tenant.id, 0)
+        await driver.open_incident()
+        await driver.parts.projector.catch_up(driver.tenant.id, 0)
         await until(lambda: asyncio.sleep(0, len(channel.sent) >= 8))
-        await other.open()
+        await other.open_incident()
         await other.parts.projector.catch_up(globex.id, 0)
-        await until(lambda: asyncio.sleep(0, bool(channel.to("https://example.com/other"))))
+        await until(lambda: asyncio.sleep(0, bool(channel.sent_to("https://example.com/other"))))
         hanging.set()
 
 
-async def test_nothing_is_sent_to_who_was_disabled_or_removed(desk, channel, sending, settled):
+async def test_disabled_and_removed_subscriptions_get_nothing(driver, channel, sending, wait_until_idle):
     kept, gone = (
-        await desk.subscribe(target="https://example.com/a"),
-        await desk.subscribe(target="https://example.com/b"),
+        await driver.subscribe(target="https://example.com/a"),
+        await driver.subscribe(target="https://example.com/b"),
     )
-    await desk.open()
-    await desk.take_over()
+    await driver.open_incident()
+    await driver.enqueue()
     for number, command in (
         (kept, subscription.ChangeSubscription(enabled=False)),
         (gone, subscription.RemoveSubscription()),
     ):
-        await commands.change(desk.parts, subscription.DECIDER, desk.tenant.id, number, command, META)
-    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+        await commands.change(driver.parts, subscription.DECIDER, driver.tenant.id, number, command, META)
+    await driver.parts.projector.catch_up(driver.tenant.id, 0)
     async with sending():
-        await settled()
+        await wait_until_idle()
     assert channel.sent == []
-    assert await desk.states() == ["disabled", "disabled"]
+    assert await driver.states() == ["disabled", "disabled"]
 
 
-async def test_secrets_that_no_key_opens_hold_their_messages_back_and_nobody_elses(
-    desk, channel, sending, settled, owner
+async def test_a_secret_that_no_key_decrypts_delays_only_its_own_deliveries(
+    driver, channel, sending, wait_until_idle, owner
 ):
     channel.signs_messages = True
     for number in range(5):
-        await desk.subscribe(
+        await driver.subscribe(
             target=f"https://example.com/encrypted_secret/{number}",
             encrypted_secret="encrypted_secret with a key that is lost",
         )
-    await desk.subscribe(target="https://example.com/open")
+    await driver.subscribe(target="https://example.com/open")
     for _ in range(20):
-        await desk.open()
+        await driver.open_incident()
     async with sending(max_concurrent_deliveries=4):
-        await settled()
+        await wait_until_idle()
     assert len(channel.sent) == 20
     rows = await owner.fetch(
         "SELECT DISTINCT state, attempts_in_round, error FROM deliveries"

@@ -1,4 +1,4 @@
-"""Dispatchers: each channel has its own, and what came of messages is recorded whatever else happens."""
+"""Each channel has its own dispatcher. Results are recorded even if other work fails."""
 
 import asyncio
 
@@ -11,8 +11,8 @@ from opsentry.notifications.delivery import dispatcher, enqueue, recorder, resul
 from opsentry.notifications.delivery.dispatcher import Dispatcher
 from tests import commands
 from tests.conftest import META
-from tests.notifications.desk import Desk
-from tests.notifications.sending import BROKEN, OK, Scripted, hurry
+from tests.notifications.driver import DeliveryDriver
+from tests.notifications.scripted_channel import BROKEN, OK, ScriptedChannel, advance_time
 from tests.waiting import until
 
 X = "https://example.com/x"
@@ -22,133 +22,133 @@ async def has(*said):
     return all(said)
 
 
-async def test_a_channel_that_hangs_holds_up_no_other(desk, channel, sending, settled):
-    mail, hanging = Scripted("email", max_concurrency=3), asyncio.Event()
+async def test_a_hanging_channel_delays_no_other_channel(driver, channel, sending, wait_until_idle):
+    mail, hanging = ScriptedChannel("email", max_concurrency=3), asyncio.Event()
     for number in range(40):
-        await desk.subscribe(channel="email", target=f"kim{number}@example.com")
-        mail.answers[f"kim{number}@example.com"] = hanging
+        await driver.subscribe(channel="email", target=f"kim{number}@example.com")
+        mail.outcomes[f"kim{number}@example.com"] = hanging
     for number in range(8):
-        await desk.subscribe(target=f"https://example.com/{number}")
+        await driver.subscribe(target=f"https://example.com/{number}")
     async with sending([mail, channel], max_concurrent_deliveries=8):
-        await desk.open()
-        await desk.parts.projector.catch_up(desk.tenant.id, 0)
+        await driver.open_incident()
+        await driver.parts.projector.catch_up(driver.tenant.id, 0)
         await until(lambda: has(len(mail.sent) == 3, len(channel.sent) == 8))
         hanging.set()
-        await settled()
+        await wait_until_idle()
     assert len(mail.sent) == 40
-    # All at once that may be, though none of them has answered well before: it is not theirs to answer.
-    assert mail.most == 3
+    # The full concurrency is used though no endpoint is proven: the shared relay answers, not the endpoints.
+    assert mail.max_total == 3
 
 
-async def test_what_another_channel_is_to_send_is_left_alone(desk, channel, sending, settled, owner):
-    await desk.subscribe(channel="pager", target="kim")
-    await desk.subscribe()
-    await desk.open()
+async def test_a_dispatcher_leases_endpoints_of_its_own_channel_only(driver, channel, sending, wait_until_idle, owner):
+    await driver.subscribe(channel="pager", target="kim")
+    await driver.subscribe()
+    await driver.open_incident()
     async with sending():
-        await desk.parts.projector.catch_up(desk.tenant.id, 0)
+        await driver.parts.projector.catch_up(driver.tenant.id, 0)
         await until(lambda: has(channel.sent))
-    assert sorted(await desk.states()) == ["delivered", "pending"]
+    assert sorted(await driver.states()) == ["delivered", "pending"]
     assert await owner.fetchval("SELECT count(*) FROM endpoints WHERE lease IS NOT NULL") == 0
 
 
-async def test_what_is_under_way_ends_before_a_sender_stops(desk, channel, sending):
+async def test_stopping_waits_for_messages_in_flight(driver, channel, sending):
     hanging = asyncio.Event()
-    await desk.subscribe()
-    channel.answers["https://example.com/x"] = hanging
-    await desk.open()
+    await driver.subscribe()
+    channel.outcomes["https://example.com/x"] = hanging
+    await driver.open_incident()
     async with sending() as sender:
-        await desk.parts.projector.catch_up(desk.tenant.id, 0)
+        await driver.parts.projector.catch_up(driver.tenant.id, 0)
         await until(lambda: asyncio.sleep(0, bool(channel.sent)))
         stopping = asyncio.create_task(sender.stop())
         hanging.set()
         await stopping
-    assert await desk.states() == ["delivered"]
+    assert await driver.states() == ["delivered"]
 
 
-async def test_stopping_begins_nothing_more_and_records_what_came_though_something_hangs(
-    desk, channel, sending, owner, monkeypatch
+async def test_stopping_starts_nothing_and_records_results_though_an_endpoint_hangs(
+    driver, channel, sending, owner, monkeypatch
 ):
     monkeypatch.setattr(dispatcher, "_STOP_SECONDS", 0.3)
     monkeypatch.setattr(dispatcher, "_RECORD_SECONDS", 10.0)
-    hanging, answered = await desk.subscribe(target="https://example.com/hangs"), await desk.subscribe()
-    channel.answers["https://example.com/hangs"] = asyncio.Event()
-    channel.answers[X] = answer = asyncio.Event()
+    hanging, answered = await driver.subscribe(target="https://example.com/hangs"), await driver.subscribe()
+    channel.outcomes["https://example.com/hangs"] = asyncio.Event()
+    channel.outcomes[X] = answer = asyncio.Event()
     for _ in range(20):
-        await desk.open()
-    await desk.take_over()
+        await driver.open_incident()
+    await driver.enqueue()
     async with sending() as sender:
-        await until(lambda: has(channel.to("https://example.com/hangs"), channel.to(X)))
+        await until(lambda: has(channel.sent_to("https://example.com/hangs"), channel.sent_to(X)))
         async with owner.transaction():
-            # Whoever holds this lock keeps results from being recorded.
+            # This lock keeps results from being recorded.
             await owner.execute("SELECT FROM endpoints WHERE subscription_id = $1 FOR UPDATE", answered)
             stopping = asyncio.create_task(sender.stop())
             await asyncio.sleep(0)
             answer.set()
-            await until(lambda: has(not channel.open.total()))
+            await until(lambda: has(not channel.in_flight.total()))
             assert not stopping.done()
         await stopping
     assert len(channel.sent) == 2
-    rows = await desk.rows()
+    rows = await driver.rows()
     assert sum(row["state"] == "delivered" for row in rows) == 1
     assert {row["state"] for row in rows if row["subscription_id"] == hanging} == {"pending"}
 
 
-async def test_what_cannot_be_recorded_holds_up_nothing_else(desk, channel, sending, owner):
-    await desk.subscribe(target="https://example.com/odd")
-    await desk.subscribe()
-    # Nothing that PostgreSQL takes for text.
-    channel.answers["https://example.com/odd"] = Outcome("answered \0", 500)
+async def test_a_result_that_cannot_be_recorded_delays_no_other(driver, channel, sending, owner):
+    await driver.subscribe(target="https://example.com/odd")
+    await driver.subscribe()
+    # PostgreSQL rejects NUL in text.
+    channel.outcomes["https://example.com/odd"] = Outcome("answered \0", 500)
     async with sending(max_concurrent_deliveries=2):
         for _ in range(5):
-            await desk.open()
-        await desk.take_over()
+            await driver.open_incident()
+        await driver.enqueue()
         await until(lambda: owner.fetchval("SELECT count(*) = 5 FROM deliveries WHERE state = 'delivered'"))
         await until(lambda: owner.fetchval("SELECT count(*) = 0 FROM endpoints WHERE lease IS NOT NULL"))
-    # Sent again later, not again and again.
-    sent = [message.id for message in channel.to("https://example.com/odd")]
+    # The message is repeated only after a backoff.
+    sent = [message.id for message in channel.sent_to("https://example.com/odd")]
     assert len(sent) == len(set(sent))
     assert await owner.fetchval("SELECT max(available_at) > now() + interval '30 seconds' FROM endpoints")
-    odd = [row for row in await desk.rows() if row["state"] != "delivered"]
+    odd = [row for row in await driver.rows() if row["state"] != "delivered"]
     assert [(row["state"], row["attempts_total"]) for row in odd] == [("pending", 0)] * 5
 
 
-async def test_disabling_waits_for_its_tenant_and_nobody_waits_for_that(desk, globex, channel, sending, owner):
-    other = Desk(desk.parts, globex)
-    await desk.subscribe()
+async def test_disabling_waits_for_a_busy_tenant_without_delaying_others(driver, globex, channel, sending, owner):
+    other = DeliveryDriver(driver.parts, globex)
+    await driver.subscribe()
     await other.subscribe(target="https://example.com/other")
-    channel.answers[X] = BROKEN
-    await desk.open()
-    await desk.take_over()
+    channel.outcomes[X] = BROKEN
+    await driver.open_incident()
+    await driver.enqueue()
     await owner.execute("UPDATE endpoints SET consecutive_failures = 12, failing_since = now() - interval '6 days'")
     async with sending():
         async with owner.transaction():
-            await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", desk.tenant.id)
-            await until(lambda: has(channel.to(X)))
+            await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", driver.tenant.id)
+            await until(lambda: has(channel.sent_to(X)))
             for number in range(3):
-                await other.open()
-                await other.take_over()
-                await until(lambda: has(len(channel.to("https://example.com/other")) == number + 1))  # noqa: B023
+                await other.open_incident()
+                await other.enqueue()
+                await until(lambda: has(len(channel.sent_to("https://example.com/other")) == number + 1))  # noqa: B023
                 await until(lambda: _delivered(other, number + 1))  # noqa: B023
 
-        # If waiting for the tenant took too long, the next probe asks for it again.
+        # If disabling timed out, the next probe triggers it again.
         async def disabled():
-            await hurry(owner, 400)
+            await advance_time(owner, 400)
             return await owner.fetchval("SELECT count(*) FROM events WHERE type = 'subscription.disabled'")
 
         await until(disabled)
-        await until(lambda: _ended(desk))
+        await until(lambda: _ended(driver))
     assert await owner.fetchval("SELECT count(*) FROM events WHERE type = 'subscription.disabled'") == 1
 
 
-async def _delivered(desk, number):
-    return (await desk.states()).count("delivered") == number
+async def _delivered(driver, number):
+    return (await driver.states()).count("delivered") == number
 
 
-async def _ended(desk):
-    return set(await desk.states()) == {"disabled"}
+async def _ended(driver):
+    return set(await driver.states()) == {"disabled"}
 
 
-async def test_a_loop_that_fails_begins_again(desk, channel, sending, settled, monkeypatch):
+async def test_a_loop_restarts_after_a_failure(driver, channel, sending, wait_until_idle, monkeypatch):
     claim = Dispatcher._lease
     failed: list[int] = []
 
@@ -159,64 +159,62 @@ async def test_a_loop_that_fails_begins_again(desk, channel, sending, settled, m
         return await claim(self)
 
     monkeypatch.setattr(Dispatcher, "_lease", failing)
-    await desk.subscribe()
-    await desk.open()
+    await driver.subscribe()
+    await driver.open_incident()
     async with sending():
-        await settled()
+        await wait_until_idle()
     assert (len(failed), len(channel.sent)) == (2, 1)
 
 
 @pytest.mark.parametrize("answer", [Outcome("answered 410", 410, endpoint_gone=True), OK])
-async def test_a_subscription_that_was_changed_meanwhile_is_not_disabled_for_its_old_target(
-    desk, channel, sending, settled, owner, answer
+async def test_a_subscription_with_a_new_target_is_not_disabled_for_its_old_one(
+    driver, channel, sending, wait_until_idle, owner, answer
 ):
-    number, asked = await desk.subscribe(), asyncio.Event()
+    number, asked = await driver.subscribe(), asyncio.Event()
 
     async def late():
         await asked.wait()
         return answer
 
-    channel.answers[X] = late
-    await desk.open()
+    channel.outcomes[X] = late
+    await driver.open_incident()
     async with sending():
-        await desk.take_over()
-        await until(lambda: has(channel.to(X)))
+        await driver.enqueue()
+        await until(lambda: has(channel.sent_to(X)))
         change = subscription.ChangeSubscription(target="https://example.com/mended")
-        await commands.change(desk.parts, subscription.DECIDER, desk.tenant.id, number, change, META)
-        await desk.parts.projector.catch_up(desk.tenant.id, 0)
+        await commands.change(driver.parts, subscription.DECIDER, driver.tenant.id, number, change, META)
+        await driver.parts.projector.catch_up(driver.tenant.id, 0)
         asked.set()
-        await settled()
-        await desk.open()
-        await settled()
-        await hurry(owner, 10)
-        await settled()
-    # What the old target did not take goes to the new one.
-    assert len(channel.to("https://example.com/mended")) == (2 if answer.endpoint_gone else 1)
-    assert await desk.states() == ["delivered"] * 2
+        await wait_until_idle()
+        await driver.open_incident()
+        await wait_until_idle()
+        await advance_time(owner, 10)
+        await wait_until_idle()
+    # The new target gets a message that the old one did not accept.
+    assert len(channel.sent_to("https://example.com/mended")) == (2 if answer.endpoint_gone else 1)
+    assert await driver.states() == ["delivered"] * 2
     assert await owner.fetchval("SELECT count(*) FROM events WHERE type = 'subscription.disabled'") == 0
 
 
-async def test_a_channel_that_fails_by_a_defect_ends_nobodys_turn(desk, channel, sending, settled, owner):
-    await desk.subscribe()
+async def test_a_defect_of_a_channel_is_a_failed_attempt(driver, channel, sending, wait_until_idle, owner):
+    await driver.subscribe()
 
     async def defect():
         raise KeyError("a type of newer code")
 
-    channel.answers[X] = defect
-    await desk.open()
+    channel.outcomes[X] = defect
+    await driver.open_incident()
     async with sending():
-        await settled()
-        (row,) = await desk.rows()
+        await wait_until_idle()
+        (row,) = await driver.rows()
         assert (row["state"], row["attempts_in_round"], row["error"]) == ("pending", 1, "the message could not be sent")
-        channel.answers[X] = OK
-        await hurry(owner, 400)
-        await settled()
-    assert await desk.states() == ["delivered"]
+        channel.outcomes[X] = OK
+        await advance_time(owner, 400)
+        await wait_until_idle()
+    assert await driver.states() == ["delivered"]
 
 
-async def test_a_database_that_refuses_for_the_moment_makes_nothing_be_sent_again(
-    desk, channel, sending, settled, monkeypatch
-):
+async def test_a_transient_database_failure_repeats_no_message(driver, channel, sending, wait_until_idle, monkeypatch):
     record = results.record_results
     refused: list[int] = []
 
@@ -227,72 +225,72 @@ async def test_a_database_that_refuses_for_the_moment_makes_nothing_be_sent_agai
         return await record(*arguments)
 
     monkeypatch.setattr(results, "record_results", refusing)
-    await desk.subscribe()
-    await desk.open()
+    await driver.subscribe()
+    await driver.open_incident()
     async with sending(lease_seconds=1000.0):
-        await settled()
+        await wait_until_idle()
     assert (len(refused), len(channel.sent)) == (3, 1)
-    assert await desk.states() == ["delivered"]
+    assert await driver.states() == ["delivered"]
 
 
-async def test_few_sockets_are_enough_for_who_answers_well(desk, globex, channel, sending, settled):
-    other = Desk(desk.parts, globex)
-    await desk.subscribe()
-    for _ in range(3):
-        await desk.open()
-    async with sending(max_concurrent_deliveries=4):
-        await settled()  # it has shown that it answers well
-        for each, target in ((desk, "https://example.com/hangs"), (other, "https://example.com/too")):
-            await each.subscribe(target=target)
-            channel.answers[target] = asyncio.Event()
-        await other.open()
-        await other.take_over()
-        await until(lambda: has(channel.to("https://example.com/too")))
-        for number in range(4, 7):
-            await desk.open()
-            await desk.take_over()
-            await until(lambda: has(len(channel.to(X)) == number))  # noqa: B023
-        assert channel.to("https://example.com/hangs")
-
-
-async def test_a_tenant_whose_intents_cannot_be_taken_over_holds_up_no_other(
-    desk, globex, channel, sending, monkeypatch
+async def test_a_proven_endpoint_is_served_beside_hanging_ones_with_little_concurrency(
+    driver, globex, channel, sending, wait_until_idle
 ):
-    take_over, other = enqueue.enqueue_intents, Desk(desk.parts, globex)
+    other = DeliveryDriver(driver.parts, globex)
+    await driver.subscribe()
+    for _ in range(3):
+        await driver.open_incident()
+    async with sending(max_concurrent_deliveries=4):
+        await wait_until_idle()  # its concurrency is above 1 now
+        for each, target in ((driver, "https://example.com/hangs"), (other, "https://example.com/too")):
+            await each.subscribe(target=target)
+            channel.outcomes[target] = asyncio.Event()
+        await other.open_incident()
+        await other.enqueue()
+        await until(lambda: has(channel.sent_to("https://example.com/too")))
+        for number in range(4, 7):
+            await driver.open_incident()
+            await driver.enqueue()
+            await until(lambda: has(len(channel.sent_to(X)) == number))  # noqa: B023
+        assert channel.sent_to("https://example.com/hangs")
+
+
+async def test_a_tenant_whose_intents_cannot_be_enqueued_delays_no_other(driver, globex, channel, sending, monkeypatch):
+    enqueue_intents, other = enqueue.enqueue_intents, DeliveryDriver(driver.parts, globex)
 
     async def failing(connection, tenant_ids, *more):
-        if desk.tenant.id in tenant_ids:
+        if driver.tenant.id in tenant_ids:
             raise ZeroDivisionError
-        return await take_over(connection, tenant_ids, *more)
+        return await enqueue_intents(connection, tenant_ids, *more)
 
     monkeypatch.setattr(enqueue, "enqueue_intents", failing)
-    for each, target in ((desk, X), (other, "https://example.com/other")):
+    for each, target in ((driver, X), (other, "https://example.com/other")):
         await each.subscribe(target=target)
-        await each.open()
+        await each.open_incident()
         await each.parts.projector.catch_up(each.tenant.id, 0)
     async with sending():
-        await until(lambda: has(channel.to("https://example.com/other")))
-    assert channel.to(X) == []
+        await until(lambda: has(channel.sent_to("https://example.com/other")))
+    assert channel.sent_to(X) == []
 
 
-async def test_very_many_endpoints_that_are_off_are_ended_some_at_a_time(desk, sending, channel, owner, monkeypatch):
+async def test_deliveries_of_many_disabled_endpoints_end_in_batches(driver, sending, channel, owner, monkeypatch):
     monkeypatch.setattr(recorder, "MAX_BATCH", 20)
     monkeypatch.setattr(results, "_DISABLE_BATCH", 40)
     record, sizes = results.record_results, []
 
-    async def noting(connection, work, burst):
-        sizes.append(len(work))
-        return await record(connection, work, burst)
+    async def noting(connection, batch, coalesce_seconds):
+        sizes.append(len(batch))
+        return await record(connection, batch, coalesce_seconds)
 
     monkeypatch.setattr(results, "record_results", noting)
-    numbers = [await desk.subscribe(target=f"https://example.com/{number}") for number in range(100)]
+    numbers = [await driver.subscribe(target=f"https://example.com/{number}") for number in range(100)]
     for _ in range(5):
-        await desk.open()
-    await desk.take_over()
+        await driver.open_incident()
+    await driver.enqueue()
     for number in numbers:
         command = subscription.ChangeSubscription(enabled=False)
-        await commands.change(desk.parts, subscription.DECIDER, desk.tenant.id, number, command, META)
-    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+        await commands.change(driver.parts, subscription.DECIDER, driver.tenant.id, number, command, META)
+    await driver.parts.projector.catch_up(driver.tenant.id, 0)
     async with sending():
         await until(lambda: owner.fetchval("SELECT count(*) = 500 FROM deliveries WHERE state = 'disabled'"))
     assert max(sizes) <= 20

@@ -102,23 +102,23 @@ def refused(got):
 
 
 @pytest.mark.parametrize("address", CLOSED)
-def test_what_is_not_public_is_closed(address):
+def test_special_addresses_are_blocked(address):
     assert not is_allowed(ip_address(address), ())
 
 
 @pytest.mark.parametrize("address", OPEN)
-def test_what_is_public_is_open(address):
+def test_public_addresses_are_allowed(address):
     assert is_allowed(ip_address(address), ())
 
 
 @pytest.mark.parametrize("host", NOTATIONS)
-def test_a_closed_address_is_refused_at_once_in_any_notation(host):
+def test_a_url_with_a_blocked_address_is_refused_in_any_notation(host):
     with pytest.raises(BadTarget, match="is blocked: only public addresses are allowed"):
         check_url(f"https://{host}:8443/hook?a=1", ())
 
 
 @pytest.mark.parametrize("url", NO_TARGET)
-def test_what_is_no_target(url):
+def test_invalid_urls_are_refused(url):
     with pytest.raises(BadTarget) as caught:
         check_url(url, ())
     assert len(str(caught.value)) < 300
@@ -141,16 +141,16 @@ def test_what_is_no_target(url):
         "https://x/" + "a" * 1_990,
     ],
 )
-def test_what_is_a_target_is_kept_as_it_is(url):
+def test_valid_urls_are_kept_unchanged(url):
     assert check_url(url, ()) == url
 
 
-def test_a_name_that_leads_nowhere_good_is_not_resolved_when_checked(monkeypatch):
+def test_checking_a_url_resolves_no_name(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", None)
     assert check_url("https://metadata.google.internal/", ()) == "https://metadata.google.internal/"
 
 
-def test_opened_networks_are_open_in_both_forms():
+def test_an_allowed_network_is_allowed_in_ipv4_and_mapped_form():
     networks = (ip_network("10.1.0.0/16"), ip_network("fd00:1::/32"))
     assert check_url("http://10.1.2.3:8000/", networks)
     assert check_url("http://[::ffff:10.1.2.3]/", networks)
@@ -162,7 +162,7 @@ def test_opened_networks_are_open_in_both_forms():
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_no_notation_makes_us_connect(listener, scheme):
+async def test_no_notation_of_a_blocked_address_gets_a_connection(listener, scheme):
     async with http_session((), 10) as session:
         for host in NOTATIONS:
             got = await tried(session, f"{scheme}://{host}:{listener.port}/")
@@ -172,7 +172,7 @@ async def test_no_notation_makes_us_connect(listener, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_no_name_makes_us_connect(listener, scheme):
+async def test_no_name_of_a_blocked_address_gets_a_connection(listener, scheme):
     names = Names({f"n{number}.example": [[address]] for number, address in enumerate(CLOSED)})
     async with http_session((), 10, names) as session:
         for name in list(names.left):
@@ -182,14 +182,14 @@ async def test_no_name_makes_us_connect(listener, scheme):
     assert listener.connections == 0
 
 
-async def test_a_name_with_many_addresses_is_judged_by_each(listener):
+async def test_each_address_of_a_name_is_checked(listener):
     names = Names({"many.example": [["127.0.0.1", "::1", "10.0.0.1", "::ffff:127.0.0.1"] * 5]})
     async with http_session((), 10, names) as session:
         assert refused(await tried(session, f"http://many.example:{listener.port}/"))
     assert listener.connections == 0
 
 
-async def test_what_a_name_resolves_to_when_it_is_dialled_counts(listener, monkeypatch):
+async def test_the_address_at_the_moment_of_connecting_counts(listener, monkeypatch):
     # ::1 stands for the public address that the name has when it is looked at.
     monkeypatch.setattr("opsentry.notifications.transport.egress._DNS_CACHE_SECONDS", -1)
     names = Names({"rebinding.example": [["::1"], ["127.0.0.1"], ["::1"]]})
@@ -201,14 +201,14 @@ async def test_what_a_name_resolves_to_when_it_is_dialled_counts(listener, monke
     assert listener.connections == 2
 
 
-async def test_a_resolver_that_answers_a_name_is_refused(listener):
+async def test_a_resolver_that_answers_a_name_gets_no_connection(listener):
     names = Names({"again.example": [["localhost"]]})
     async with http_session(LOOPBACK, 10, names) as session:
         assert refused(await tried(session, f"http://again.example:{listener.port}/"))
     assert listener.connections == 0
 
 
-async def test_an_opened_network_is_dialled_in_any_way(listener):
+async def test_an_allowed_network_gets_connections_by_name_and_by_address(listener):
     names = Names({"four.example": [["127.0.0.1"]], "six.example": [["::1"]], "mapped.example": [["::ffff:127.0.0.1"]]})
     async with http_session(LOOPBACK, 10, names) as session:
         for host in (*names.left, "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"):
@@ -216,7 +216,7 @@ async def test_an_opened_network_is_dialled_in_any_way(listener):
     assert listener.connections == 6
 
 
-async def test_the_system_s_resolver_is_asked(listener):
+async def test_the_system_resolver_is_the_default(listener):
     async with http_session(LOOPBACK, 10) as session:
         assert await tried(session, f"http://localhost:{listener.port}/") == 200
         got = await tried(session, "http://no-such-name.invalid/")
@@ -255,7 +255,7 @@ async def test_cookies_are_not_kept():
     assert seen == [{}, {}]
 
 
-async def test_a_host_that_many_share_is_asked_by_all_at_once():
+async def test_connections_to_one_host_are_unlimited():
     together = asyncio.Barrier(200)
 
     async def answer(_):

@@ -1,4 +1,4 @@
-"""Deliveries are sent in order, by whoever holds the lease."""
+"""Deliveries keep their order. Only the holder of a lease records results."""
 
 import asyncio
 from uuid import uuid4
@@ -10,21 +10,21 @@ from opsentry.notifications.delivery.results import DeliveryResult, EndpointResu
 from opsentry.notifications.delivery.retry_policy import RETRY_SECONDS, EndpointHealth
 from tests import commands
 from tests.conftest import META
-from tests.notifications.desk import AGE, Desk, delivered
+from tests.notifications.driver import AGE, DeliveryDriver, delivered
 
 
-async def test_only_the_oldest_of_a_lane_is_due_and_its_end_makes_the_next_due(desk):
-    first, second = await desk.subscribe(), await desk.subscribe()
-    one, other = await desk.open(), await desk.open()
-    await desk.tell(one, PostUpdate(message="m"), ResolveIncident())
-    await desk.tell(other, ResolveIncident())
-    await desk.take_over()
+async def test_only_the_oldest_delivery_of_an_ordering_key_is_due(driver):
+    first, second = await driver.subscribe(), await driver.subscribe()
+    one, other = await driver.open_incident(), await driver.open_incident()
+    await driver.change_incident(one, PostUpdate(message="m"), ResolveIncident())
+    await driver.change_incident(other, ResolveIncident())
+    await driver.enqueue()
     told = []
-    while (claimed := await desk.claim())[0]:
+    while (claimed := await driver.lease())[0]:
         endpoints, dues = claimed
         assert len({(due.subscription_id, due.stream_id) for due in dues}) == len(dues)
         told += [(due.subscription_id, due.stream_id, due.position) for due in dues]
-        await desk.record(
+        await driver.record(
             *(delivered(e, *(d for d in dues if d.subscription_id == e.subscription_id)) for e in endpoints)
         )
     assert len(told) == 10
@@ -34,26 +34,26 @@ async def test_only_the_oldest_of_a_lane_is_due_and_its_end_makes_the_next_due(d
             assert positions == sorted(positions)
 
 
-async def test_one_that_waits_for_its_retry_holds_up_its_lane_only(desk):
-    await desk.subscribe()
-    one, other = await desk.open(), await desk.open()
-    await desk.tell(one, ResolveIncident())
-    await desk.take_over()
-    (endpoint,), dues = await desk.claim()
+async def test_a_retry_delays_its_own_ordering_key_only(driver):
+    await driver.subscribe()
+    one, other = await driver.open_incident(), await driver.open_incident()
+    await driver.change_incident(one, ResolveIncident())
+    await driver.enqueue()
+    (endpoint,), dues = await driver.lease()
     failed = next(due for due in dues if due.stream_id == one)
     fine = next(due for due in dues if due.stream_id == other)
-    await desk.record(
+    await driver.record(
         EndpointResults(endpoint, [DeliveryResult(failed, "pending", 300.0, 500, "answered 500", 5)]),
         delivered(endpoint, fine),
     )
-    assert await desk.states() == ["pending", "delivered", "pending"]
-    assert await desk.claim() == ([], [])
-    await desk.tell(other, ResolveIncident())
-    await desk.take_over()
-    (endpoint,), (due,) = await desk.claim()
+    assert await driver.states() == ["pending", "delivered", "pending"]
+    assert await driver.lease() == ([], [])
+    await driver.change_incident(other, ResolveIncident())
+    await driver.enqueue()
+    (endpoint,), (due,) = await driver.lease()
     assert due.stream_id == other
-    await desk.record(delivered(endpoint, due))
-    rows = await desk.rows()
+    await driver.record(delivered(endpoint, due))
+    rows = await driver.rows()
     assert [
         (row["attempts_in_round"], row["next_attempt_at"] is not None) for row in rows if row["stream_id"] == one
     ] == [
@@ -62,129 +62,129 @@ async def test_one_that_waits_for_its_retry_holds_up_its_lane_only(desk):
     ]
 
 
-async def test_what_ends_in_failure_lets_the_next_one_go(desk):
-    await desk.subscribe()
-    one = await desk.open()
-    await desk.tell(one, ResolveIncident())
-    await desk.take_over()
-    (endpoint,), (due,) = await desk.claim()
-    await desk.record(
+async def test_an_exhausted_delivery_lets_the_next_one_follow(driver):
+    await driver.subscribe()
+    one = await driver.open_incident()
+    await driver.change_incident(one, ResolveIncident())
+    await driver.enqueue()
+    (endpoint,), (due,) = await driver.lease()
+    await driver.record(
         EndpointResults(
             endpoint, [DeliveryResult(due, "exhausted", None, 500, "answered 500", 5)], Release(EndpointHealth(1, 1))
         )
     )
-    (endpoint,), (due,) = await desk.claim()
+    (endpoint,), (due,) = await driver.lease()
     assert endpoint.health.consecutive_failures == 1
     assert due.changes[0].type == "incident.resolved"
 
 
-async def test_changes_within_the_burst_become_one_message_and_stay_it(parts, acme, owner):
-    desk = Desk(parts, acme, burst=30.0)
-    await desk.subscribe()
-    one = await desk.open(description="We look into it.")
-    await desk.take_over()
-    assert await desk.claim() == ([], [])
-    await desk.tell(one, PostUpdate(message="m"))
-    await desk.take_over()
+async def test_changes_within_the_coalescing_time_share_one_message_in_every_attempt(parts, acme, owner):
+    driver = DeliveryDriver(parts, acme, coalesce_seconds=30.0)
+    await driver.subscribe()
+    one = await driver.open_incident(description="We look into it.")
+    await driver.enqueue()
+    assert await driver.lease() == ([], [])
+    await driver.change_incident(one, PostUpdate(message="m"))
+    await driver.enqueue()
     await owner.execute(AGE, 31.0)
     await owner.execute("UPDATE endpoints SET available_at = now() - interval '1 second'")
-    _, (due,) = await desk.claim(seconds=0.0)
+    _, (due,) = await driver.lease(lease_seconds=0.0)
     assert [change.type for change in due.changes] == ["incident.opened", "incident.updated", "incident.updated"]
-    assert await desk.states() == ["pending", "coalesced", "coalesced"]
-    # A later one, even if it seems to fall within, is told by itself: the message must not become another one.
-    await desk.tell(one, PostUpdate(message="late"))
-    await desk.take_over()
+    assert await driver.states() == ["pending", "coalesced", "coalesced"]
+    # A later change gets its own message even within the time: every attempt must send the same content.
+    await driver.change_incident(one, PostUpdate(message="late"))
+    await driver.enqueue()
     await owner.execute(
         "UPDATE deliveries SET created_at = created_at - interval '30 seconds' WHERE finalized_at IS NULL"
     )
-    (endpoint,), (again,) = await desk.claim()
+    (endpoint,), (again,) = await driver.lease()
     assert again.intent_id == due.intent_id
     assert [change.position for change in again.changes] == [change.position for change in due.changes]
-    await desk.record(delivered(endpoint, again))
-    assert await desk.states() == ["delivered", "coalesced", "coalesced", "pending"]
+    await driver.record(delivered(endpoint, again))
+    assert await driver.states() == ["delivered", "coalesced", "coalesced", "pending"]
 
 
-async def test_who_lost_the_lease_records_nothing(desk):
-    await desk.subscribe()
-    await desk.open()
-    await desk.take_over()
-    (slow,), (due,) = await desk.claim(seconds=0.0)
-    (other,), (same,) = await desk.claim()
+async def test_a_sender_that_lost_its_lease_records_nothing(driver):
+    await driver.subscribe()
+    await driver.open_incident()
+    await driver.enqueue()
+    (slow,), (due,) = await driver.lease(lease_seconds=0.0)
+    (other,), (same,) = await driver.lease()
     assert same == due
-    await desk.record(delivered(slow, due))
-    assert await desk.states() == ["pending"]
-    await desk.record(delivered(other, same))
-    assert await desk.states() == ["delivered"]
+    await driver.record(delivered(slow, due))
+    assert await driver.states() == ["pending"]
+    await driver.record(delivered(other, same))
+    assert await driver.states() == ["delivered"]
 
 
-async def test_an_attempt_is_recorded_once_though_it_is_said_twice(desk, owner):
-    await desk.subscribe()
-    await desk.open()
-    await desk.take_over()
-    (endpoint,), (due,) = await desk.claim()
+async def test_a_result_recorded_twice_counts_as_one_attempt(driver, owner):
+    await driver.subscribe()
+    await driver.open_incident()
+    await driver.enqueue()
+    (endpoint,), (due,) = await driver.lease()
     failed = EndpointResults(endpoint, [DeliveryResult(due, "pending", 5.0, 500, "answered 500", 3)])
-    await desk.record(failed)
-    await desk.record(failed)
-    (row,) = await desk.rows()
+    await driver.record(failed)
+    await driver.record(failed)
+    (row,) = await driver.rows()
     assert (row["attempts_in_round"], row["attempts_total"]) == (1, 1)
     assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 1
 
 
-async def test_a_claim_is_of_one_channel(desk):
-    await desk.subscribe()
-    await desk.subscribe(channel="email", target="kim@example.com")
-    await desk.open()
-    await desk.take_over()
-    (endpoint,), (due,) = await desk.claim()
+async def test_a_lease_covers_endpoints_of_one_channel(driver):
+    await driver.subscribe()
+    await driver.subscribe(channel="email", target="kim@example.com")
+    await driver.open_incident()
+    await driver.enqueue()
+    (endpoint,), (due,) = await driver.lease()
     assert endpoint.subscription is not None
     assert (endpoint.subscription.channel, due.subscription_id) == ("webhook", endpoint.subscription_id)
-    assert await desk.claim() == ([], [])
+    assert await driver.lease() == ([], [])
 
 
-async def test_tenants_with_their_share_and_unproven_endpoints_are_passed_over(desk, globex):
-    other = Desk(desk.parts, globex)
-    for each in (desk, other):
+async def test_tenants_at_their_share_and_unproven_endpoints_are_skipped(driver, globex):
+    other = DeliveryDriver(driver.parts, globex)
+    for each in (driver, other):
         await each.subscribe()
-        await each.open()
-        await each.take_over()
-    assert await desk.claim(proven_only=True) == ([], [])
-    (endpoint,), _ = await desk.claim(passing_over=[desk.tenant.id])
+        await each.open_incident()
+        await each.enqueue()
+    assert await driver.lease(proven_only=True) == ([], [])
+    (endpoint,), _ = await driver.lease(skipped_tenants=[driver.tenant.id])
     assert endpoint.tenant_id == globex.id
 
 
-async def test_pausing_holds_back_one_tenant_or_all(desk, owner):
-    await desk.subscribe()
-    await desk.open()
-    await desk.take_over()
-    for tenant_id in (desk.tenant.id, 0):
+async def test_a_pause_stops_one_tenant_or_all(driver, owner):
+    await driver.subscribe()
+    await driver.open_incident()
+    await driver.enqueue()
+    for tenant_id in (driver.tenant.id, 0):
         await owner.execute("INSERT INTO sending_pauses (tenant_id) VALUES ($1)", tenant_id)
-        assert await desk.claim() == ([], [])
+        assert await driver.lease() == ([], [])
         await owner.execute("DELETE FROM sending_pauses")
-    assert len((await desk.claim())[1]) == 1
+    assert len((await driver.lease())[1]) == 1
 
 
-async def test_an_endpoint_that_fails_for_days_is_told_apart_and_turning_it_off_ends_what_waits(desk, owner):
-    await desk.subscribe()
-    one = await desk.open()
-    await desk.tell(one, ResolveIncident())
-    await desk.take_over()
-    (endpoint,), (due,) = await desk.claim()
+async def test_an_endpoint_that_fails_for_days_is_reported_and_disabling_ends_its_deliveries(driver, owner):
+    await driver.subscribe()
+    one = await driver.open_incident()
+    await driver.change_incident(one, ResolveIncident())
+    await driver.enqueue()
+    (endpoint,), (due,) = await driver.lease()
     failed = DeliveryResult(due, "pending", RETRY_SECONDS[0], None, "no answer", 15_000)
-    assert await desk.record(EndpointResults(endpoint, [failed], Release(EndpointHealth(10, 1, 0.0)))) == []
+    assert await driver.record(EndpointResults(endpoint, [failed], Release(EndpointHealth(10, 1, 0.0)))) == []
     await owner.execute("UPDATE endpoints SET failing_since = failing_since - interval '6 days', available_at = now()")
     await owner.execute("UPDATE deliveries SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL")
-    (endpoint,), (due,) = await desk.claim()
-    # Not where nothing was tried, for a reason of ours.
-    assert await desk.record(EndpointResults(endpoint, [], Release(EndpointHealth(10, 1, 0.0)))) == []
-    (endpoint,), (due,) = await desk.claim()
+    (endpoint,), (due,) = await driver.lease()
+    # Without a failed attempt in this turn, the endpoint is not reported.
+    assert await driver.record(EndpointResults(endpoint, [], Release(EndpointHealth(10, 1, 0.0)))) == []
+    (endpoint,), (due,) = await driver.lease()
     failed = failed._replace(delivery=due)
-    hopeless = await desk.record(
+    hopeless = await driver.record(
         EndpointResults(endpoint, [failed], Release(EndpointHealth(11, 1, 300.0), has_failed=True))
     )
     assert hopeless == [endpoint]
-    async with desk.parts.database.transaction(10) as connection:
+    async with driver.parts.database.transaction(10) as connection:
         await results.disable_pending(connection, endpoint)
-    assert await desk.states() == ["disabled", "disabled"]
+    assert await driver.states() == ["disabled", "disabled"]
     assert dict(await owner.fetchrow("SELECT consecutive_failures, failing_since, available_at FROM endpoints")) == {
         "consecutive_failures": 0,
         "failing_since": None,
@@ -192,107 +192,107 @@ async def test_an_endpoint_that_fails_for_days_is_told_apart_and_turning_it_off_
     }
 
 
-async def test_what_comes_while_another_ends_is_never_forgotten(desk, owner):
-    """Taking over and recording in the same lane at the same time, again and again: the last one becomes due always."""
-    await desk.subscribe()
-    one = await desk.open()
-    await desk.take_over()
+async def test_a_delivery_enqueued_while_another_ends_is_always_scheduled(driver, owner):
+    """Enqueue and record for one ordering key concurrently, many times: the last delivery always becomes due."""
+    await driver.subscribe()
+    one = await driver.open_incident()
+    await driver.enqueue()
     for _ in range(30):
-        (endpoint,), (due,) = await desk.claim()
-        await desk.tell(one, PostUpdate(message="m"))
-        await desk.parts.projector.catch_up(desk.tenant.id, 0)
-        await asyncio.gather(desk.take_over([desk.tenant.id]), desk.record(delivered(endpoint, due)))
-    assert (await desk.states()).count("pending") == 1
-    assert len((await desk.claim())[1]) == 1
+        (endpoint,), (due,) = await driver.lease()
+        await driver.change_incident(one, PostUpdate(message="m"))
+        await driver.parts.projector.catch_up(driver.tenant.id, 0)
+        await asyncio.gather(driver.enqueue([driver.tenant.id]), driver.record(delivered(endpoint, due)))
+    assert (await driver.states()).count("pending") == 1
+    assert len((await driver.lease())[1]) == 1
 
 
-async def test_a_session_that_stands_still_with_the_locks_is_thrown_out(desk, owner):
-    await desk.subscribe()
-    await desk.open()
-    await desk.take_over()
-    async with desk.parts.database.connection(10) as connection, connection.transaction():
+async def test_the_server_ends_a_session_that_idles_with_locks(driver, owner):
+    await driver.subscribe()
+    await driver.open_incident()
+    await driver.enqueue()
+    async with driver.parts.database.connection(10) as connection, connection.transaction():
         await leases.lease_endpoints(connection, uuid4(), "webhook", lease_seconds=60, limit=1)
         assert await connection.fetchval("SHOW idle_in_transaction_session_timeout") == "3s"
 
 
-async def test_what_follows_on_what_is_turned_off_goes_on(desk, owner):
-    """Up to which event a subscription is off is known at the claim; what comes later is looked at then."""
-    await desk.subscribe()
-    one, _ = await desk.open(), await desk.open()
-    await desk.take_over()
-    (endpoint,), dues = await desk.claim()
-    await desk.tell(one, ResolveIncident())
-    await desk.take_over()
+async def test_events_after_the_projected_position_survive_disabling(driver, owner):
+    """The lease knows the subscription up to a position; later deliveries are looked at afterwards."""
+    await driver.subscribe()
+    one, _ = await driver.open_incident(), await driver.open_incident()
+    await driver.enqueue()
+    (endpoint,), dues = await driver.lease()
+    await driver.change_incident(one, ResolveIncident())
+    await driver.enqueue()
     gone = DeliveryResult(next(due for due in dues if due.stream_id != one), "disabled", None, 410, "answered 410", 3)
-    await desk.record(EndpointResults(endpoint, [gone], Release(EndpointHealth(1, 1), is_disabled=True)))
-    assert await desk.states() == ["disabled", "disabled", "pending"]
-    assert (await desk.rows())[-1]["next_attempt_at"] is not None
-    assert len((await desk.claim())[1]) == 1
+    await driver.record(EndpointResults(endpoint, [gone], Release(EndpointHealth(1, 1), is_disabled=True)))
+    assert await driver.states() == ["disabled", "disabled", "pending"]
+    assert (await driver.rows())[-1]["next_attempt_at"] is not None
+    assert len((await driver.lease())[1]) == 1
 
 
-async def test_what_comes_while_an_endpoint_is_given_up_is_looked_at(desk, owner):
-    await desk.subscribe()
-    await desk.open()
-    await desk.take_over()
-    (endpoint,), _ = await desk.claim()
-    await desk.record(EndpointResults(endpoint, [], Release(EndpointHealth(11, 1, 300.0))))
-    await desk.open()
-    await desk.take_over()
-    async with desk.parts.database.transaction(10) as connection:
+async def test_a_delivery_enqueued_while_its_endpoint_is_disabled_is_looked_at(driver, owner):
+    await driver.subscribe()
+    await driver.open_incident()
+    await driver.enqueue()
+    (endpoint,), _ = await driver.lease()
+    await driver.record(EndpointResults(endpoint, [], Release(EndpointHealth(11, 1, 300.0))))
+    await driver.open_incident()
+    await driver.enqueue()
+    async with driver.parts.database.transaction(10) as connection:
         await results.disable_pending(connection, endpoint)
-    assert await desk.states() == ["disabled", "pending"]
-    assert len((await desk.claim())[1]) == 1
+    assert await driver.states() == ["disabled", "pending"]
+    assert len((await driver.lease())[1]) == 1
 
 
-async def test_very_much_that_is_turned_off_ends_some_at_a_time(desk, monkeypatch):
+async def test_deliveries_of_a_disabled_endpoint_end_in_batches(driver, monkeypatch):
     monkeypatch.setattr(results, "_DISABLE_BATCH", 2)
-    await desk.subscribe()
+    await driver.subscribe()
     for _ in range(5):
-        await desk.open()
-    await desk.take_over()
+        await driver.open_incident()
+    await driver.enqueue()
     ended = []
-    while (claimed := await desk.claim())[0]:
-        await desk.record(EndpointResults(claimed[0][0], [], Release(EndpointHealth(0, 1), is_disabled=True)))
-        ended.append((await desk.states()).count("disabled"))
+    while (claimed := await driver.lease())[0]:
+        await driver.record(EndpointResults(claimed[0][0], [], Release(EndpointHealth(0, 1), is_disabled=True)))
+        ended.append((await driver.states()).count("disabled"))
     assert ended == [2, 4, 5]
 
 
-async def test_what_came_back_goes_before_what_is_tried_again(desk, owner):
-    number = await desk.subscribe()
-    one = await desk.open()
-    await desk.tell(one, PostUpdate(message="m"))
-    await desk.take_over()
-    (endpoint,), (first,) = await desk.claim()
-    await desk.record(
+async def test_a_redelivery_precedes_a_younger_retry(driver, owner):
+    number = await driver.subscribe()
+    one = await driver.open_incident()
+    await driver.change_incident(one, PostUpdate(message="m"))
+    await driver.enqueue()
+    (endpoint,), (first,) = await driver.lease()
+    await driver.record(
         EndpointResults(
             endpoint, [DeliveryResult(first, "exhausted", None, 500, "answered 500", 3)], Release(EndpointHealth(0, 1))
         )
     )
-    (endpoint,), (second,) = await desk.claim()
-    async with desk.parts.database.transaction(10) as connection:
-        assert await history.redeliver(connection, desk.tenant.id, number, first.intent_id)
-    await desk.record(
+    (endpoint,), (second,) = await driver.lease()
+    async with driver.parts.database.transaction(10) as connection:
+        assert await history.redeliver(connection, driver.tenant.id, number, first.intent_id)
+    await driver.record(
         EndpointResults(
             endpoint, [DeliveryResult(second, "pending", 5.0, 500, "answered 500", 3)], Release(EndpointHealth(0, 1))
         )
     )
-    assert [row["next_attempt_at"] is None for row in await desk.rows()] == [False, True]
-    (endpoint,), (again,) = await desk.claim()
+    assert [row["next_attempt_at"] is None for row in await driver.rows()] == [False, True]
+    (endpoint,), (again,) = await driver.lease()
     assert again.intent_id == first.intent_id
-    await desk.record(delivered(endpoint, again))
-    assert [due.intent_id for due in (await desk.claim())[1]] == [second.intent_id]
+    await driver.record(delivered(endpoint, again))
+    assert [due.intent_id for due in (await driver.lease())[1]] == [second.intent_id]
 
 
-async def test_how_it_went_says_nothing_of_a_subscription_that_was_changed_meanwhile(desk, owner):
-    number = await desk.subscribe()
-    await desk.open()
-    await desk.take_over()
-    (endpoint,), (due,) = await desk.claim()
+async def test_health_restarts_if_the_subscription_changed_during_the_lease(driver, owner):
+    number = await driver.subscribe()
+    await driver.open_incident()
+    await driver.enqueue()
+    (endpoint,), (due,) = await driver.lease()
     change = subscription.ChangeSubscription(target="https://example.com/mended")
-    await commands.change(desk.parts, subscription.DECIDER, desk.tenant.id, number, change, META)
-    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    await commands.change(driver.parts, subscription.DECIDER, driver.tenant.id, number, change, META)
+    await driver.parts.projector.catch_up(driver.tenant.id, 0)
     failed = DeliveryResult(due, "pending", 0.0, None, "no answer", 15_000)
-    await desk.record(EndpointResults(endpoint, [failed], Release(EndpointHealth(10, 1, 300.0), has_failed=True)))
-    (endpoint,), _ = await desk.claim()
+    await driver.record(EndpointResults(endpoint, [failed], Release(EndpointHealth(10, 1, 300.0), has_failed=True)))
+    (endpoint,), _ = await driver.lease()
     assert (endpoint.health.consecutive_failures, endpoint.health.concurrency) == (0, 1)
     assert await owner.fetchval("SELECT failing_since FROM endpoints") is None

@@ -1,4 +1,4 @@
-"""What operators see of sending and do about it, and what readiness makes of it."""
+"""Operators measure, retry, cancel and pause sending; readiness reports its backlog."""
 
 import json
 from uuid import UUID
@@ -18,7 +18,7 @@ from opsentry.notifications.delivery.states import CANCELLABLE_STATES, RETRYABLE
 from opsentry.projections.engine import management as projecting
 from tests import commands
 from tests.conftest import META, expire_caches
-from tests.notifications.desk import delivered
+from tests.notifications.driver import delivered
 from tests.projections.planting import plant
 from tests.system.processes import environment, opsentry
 
@@ -51,9 +51,9 @@ def ready(anonymous, monkeypatch):
 
 @pytest.fixture
 def backlog(parts):
-    async def ask(at_most=10):
+    async def ask(limit=10):
         async with parts.database.transaction(10) as connection:
-            return await management.measure_backlog(connection, at_most)
+            return await management.measure_backlog(connection, limit)
 
     return ask
 
@@ -62,58 +62,58 @@ async def move(parts, how, chosen):
     return await how(parts.database, chosen, seconds=10)
 
 
-async def parked(desk):
-    """One delivery that is parked, and one behind it that waits; the ids of both."""
-    await desk.subscribe()
-    one = await desk.open()
-    await desk.tell(one, ResolveIncident())
-    await desk.take_over()
-    (endpoint,), (due,) = await desk.claim()
+async def exhausted(driver):
+    """Make an exhausted delivery and a pending one behind it; return the intents of both."""
+    await driver.subscribe()
+    one = await driver.open_incident()
+    await driver.change_incident(one, ResolveIncident())
+    await driver.enqueue()
+    (endpoint,), (due,) = await driver.lease()
     result = DeliveryResult(due, "exhausted", None, 500, "answered 500", 5)
-    await desk.record(EndpointResults(endpoint, [result], Release(EndpointHealth(1, 1))))
-    return [row["intent_id"] for row in await desk.rows()]
+    await driver.record(EndpointResults(endpoint, [result], Release(EndpointHealth(1, 1))))
+    return [row["intent_id"] for row in await driver.rows()]
 
 
-async def test_the_backlog_counts_due_deliveries_and_unseen_events(desk, globex, backlog, owner):
-    for tenant in (desk.tenant, globex):
-        await desk.parts.projector.catch_up(tenant.id, 0)
+async def test_the_backlog_counts_due_deliveries_and_unseen_events(driver, globex, backlog, owner):
+    for tenant in (driver.tenant, globex):
+        await driver.parts.projector.catch_up(tenant.id, 0)
     assert await backlog() == SendingBacklog(
         0, 0, None, 0, 0, is_paused=False, unseen_events=0, oldest_unseen_seconds=None, halted_tenants=0
     )
-    await desk.subscribe()
-    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    await driver.subscribe()
+    await driver.parts.projector.catch_up(driver.tenant.id, 0)
     for _ in range(3):
-        await desk.open()
+        await driver.open_incident()
     lagging = await backlog()
     assert (lagging.due, lagging.unseen_events) == (0, 3)
     assert lagging.oldest_unseen_seconds >= 0
-    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    await driver.parts.projector.catch_up(driver.tenant.id, 0)
     projected = await backlog()
     assert (projected.due, projected.due_deliveries, projected.unseen_events) == (3, 0, 0)
     assert projected.oldest_due_seconds >= 0
     assert (await backlog(2)).due == 2
-    await desk.take_over()
+    await driver.enqueue()
     enqueued = await backlog()
     assert (enqueued.due, enqueued.due_deliveries, enqueued.pending_deliveries) == (3, 3, 3)
     assert (await backlog(2)).due == 2
-    (endpoint,), dues = await desk.claim(seconds=60.0)
+    (endpoint,), dues = await driver.lease(lease_seconds=60.0)
     leased = await backlog()
     assert (leased.due, leased.pending_deliveries) == (0, 3)
     await owner.execute("UPDATE endpoints SET available_at = now() - interval '1 second'")
     assert (await backlog()).due == 3, "the sender died and its lease expired"
-    await desk.record(delivered(endpoint, *dues))
+    await driver.record(delivered(endpoint, *dues))
     assert (await backlog()).pending_deliveries == 0
     await plant(owner, globex.id, 1, 1, data="{")
-    await desk.parts.projector.catch_up(globex.id, 0)
+    await driver.parts.projector.catch_up(globex.id, 0)
     halted = await backlog()
     assert (halted.unseen_events, halted.halted_tenants) == (1, 1)
 
 
-async def test_a_dead_worker_does_not_look_healthy(desk, ready, owner):
-    """Neither while nobody takes intents over, nor once they were."""
-    await desk.subscribe()
-    await desk.open()
-    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+async def test_readiness_fails_while_nobody_sends(driver, ready, owner):
+    """It fails both before and after the intents are enqueued."""
+    await driver.subscribe()
+    await driver.open_incident()
+    await driver.parts.projector.catch_up(driver.tenant.id, 0)
     assert (await ready())[0] == 200
     await owner.execute(
         "INSERT INTO outbox_intents SELECT tenant_id, gen_random_uuid(), position, subscription_id, channel, topic,"
@@ -121,20 +121,20 @@ async def test_a_dead_worker_does_not_look_healthy(desk, ready, owner):
     )
     status, outbox = await ready()
     assert (status, outbox["pending"]) == (503, 1001)
-    await desk.take_over()
+    await driver.enqueue()
     status, outbox = await ready()
     assert (status, outbox["pending"]) == (503, 1001)
-    await desk.take_over()
-    while (claimed := await desk.claim(each=100))[0]:
+    await driver.enqueue()
+    while (claimed := await driver.lease(per_endpoint=100))[0]:
         (endpoint,), dues = claimed
-        await desk.record(delivered(endpoint, *dues))
+        await driver.record(delivered(endpoint, *dues))
     assert (await ready())[0] == 200
 
 
-async def test_one_that_is_due_for_five_minutes_is_too_old(desk, ready, owner):
-    await desk.subscribe()
-    await desk.open()
-    await desk.take_over()
+async def test_readiness_fails_once_a_delivery_is_due_for_five_minutes(driver, ready, owner):
+    await driver.subscribe()
+    await driver.open_incident()
+    await driver.enqueue()
     for table, column in (("endpoints", "available_at"), ("deliveries", "next_attempt_at")):
         await owner.execute(f"UPDATE {table} SET {column} = now() - interval '299 seconds'")
     assert (await ready())[0] == 200
@@ -143,48 +143,48 @@ async def test_one_that_is_due_for_five_minutes_is_too_old(desk, ready, owner):
     status, outbox = await ready()
     assert status == 503
     assert outbox["oldest_pending_seconds"] > 300
-    (endpoint,), dues = await desk.claim()
-    await desk.record(delivered(endpoint, *dues))
+    (endpoint,), dues = await driver.lease()
+    await driver.record(delivered(endpoint, *dues))
     assert (await ready())[0] == 200
 
 
-async def test_events_that_a_stopped_outbox_has_not_seen_are_too_many_or_too_old(desk, ready, owner, monkeypatch):
-    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+async def test_readiness_fails_once_unseen_events_are_too_old(driver, ready, owner, monkeypatch):
+    await driver.parts.projector.catch_up(driver.tenant.id, 0)
     await projecting.register(owner, projections())
     await projecting.pause(owner, ["outbox"])
-    await desk.open()
-    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    await driver.open_incident()
+    await driver.parts.projector.catch_up(driver.tenant.id, 0)
     status, outbox = await ready()
     assert (status, outbox["lag_events"]) == (200, 1)
     monkeypatch.setattr(readiness, "MAX_PENDING_AGE_SECONDS", 0)
     assert (await ready())[0] == 503
     await projecting.resume(owner, ["outbox"])
-    await desk.parts.projector.catch_up(desk.tenant.id, 0)
+    await driver.parts.projector.catch_up(driver.tenant.id, 0)
     assert (await ready())[0] == 200
 
 
-async def test_what_waits_for_its_hour_is_shown_and_drains_nothing(desk, ready, owner):
-    await owner.execute(MANY, desk.tenant.id, 5000, 3600, 3)
-    await owner.execute(ENDPOINT, desk.tenant.id, 3600)
+async def test_scheduled_and_paused_deliveries_never_fail_readiness(driver, ready, owner):
+    await owner.execute(MANY, driver.tenant.id, 5000, 3600, 3)
+    await owner.execute(ENDPOINT, driver.tenant.id, 3600)
     status, outbox = await ready()
     assert (status, outbox["scheduled"], outbox["pending"]) == (200, 5000, 0)
-    # Due, but at an endpoint that is probed later.
+    # The delivery is due, but its endpoint is not available yet.
     await owner.execute("UPDATE deliveries SET next_attempt_at = now() - interval '1 hour'")
     status, outbox = await ready()
     assert (status, outbox["scheduled"], outbox["pending"]) == (200, 5000, 0)
     await owner.execute("UPDATE endpoints SET available_at = now()")
     status, outbox = await ready()
     assert (status, outbox["pending"]) == (503, 1001)
-    async with desk.parts.database.transaction(10) as connection:
+    async with driver.parts.database.transaction(10) as connection:
         await management.pause_sending(connection, management.ALL_TENANTS)
     status, outbox = await ready()
     assert (status, outbox["pending"], outbox["paused"], outbox["scheduled"]) == (200, 0, True, 5000)
 
 
-async def test_retrying_begins_anew_and_dropping_lets_the_next_go(desk, parts, owner):
-    first, second = await parked(desk)
-    (endpoint,), dues = await desk.claim()
-    await desk.record(
+async def test_a_retry_starts_a_new_round_and_a_cancellation_lets_the_next_follow(driver, parts, owner):
+    first, second = await exhausted(driver)
+    (endpoint,), dues = await driver.lease()
+    await driver.record(
         EndpointResults(
             endpoint,
             [DeliveryResult(dues[0], "pending", 7200.0, 500, "answered 500", 5)],
@@ -192,48 +192,49 @@ async def test_retrying_begins_anew_and_dropping_lets_the_next_go(desk, parts, o
         )
     )
     assert (
-        await move(parts, management.retry_deliveries, DeliverySelection(("exhausted",), tenant_id=desk.tenant.id)) == 1
+        await move(parts, management.retry_deliveries, DeliverySelection(("exhausted",), tenant_id=driver.tenant.id))
+        == 1
     )
-    _, (again,) = await desk.claim(seconds=0.0)
+    _, (again,) = await driver.lease(lease_seconds=0.0)
     assert (again.intent_id, again.attempts_in_round) == (first, 0)
     assert await move(parts, management.cancel_deliveries, DeliverySelection(CANCELLABLE_STATES, [first])) == 1
     assert await move(parts, management.cancel_deliveries, DeliverySelection(CANCELLABLE_STATES, [UUID(int=7)])) == 0
     assert await move(parts, management.retry_deliveries, DeliverySelection(RETRYABLE_STATES, [second])) == 1
-    assert await desk.states() == ["cancelled", "pending"]
-    _, (other,) = await desk.claim()
+    assert await driver.states() == ["cancelled", "pending"]
+    _, (other,) = await driver.lease()
     assert other.intent_id == second
 
 
-async def test_what_is_retried_goes_before_what_is_younger_of_the_same_thing(desk, parts):
-    first, second = await parked(desk)
+async def test_a_retried_delivery_precedes_younger_ones_of_its_ordering_key(driver, parts):
+    first, second = await exhausted(driver)
     assert await move(parts, management.retry_deliveries, DeliverySelection(("exhausted",))) == 1
-    _, dues = await desk.claim(seconds=0.0)
+    _, dues = await driver.lease(lease_seconds=0.0)
     assert [due.intent_id for due in dues] == [first]
     assert second not in {due.intent_id for due in dues}
 
 
-async def test_what_is_retried_at_an_endpoint_that_is_only_probed_follows_if_the_first_is_taken(desk, parts, owner):
-    await desk.subscribe()
+async def test_retries_at_a_probed_endpoint_follow_its_first_success(driver, parts, owner):
+    await driver.subscribe()
     for _ in range(3):
-        await desk.open()
-    await desk.take_over()
+        await driver.open_incident()
+    await driver.enqueue()
     await owner.execute("UPDATE endpoints SET consecutive_failures = 12, available_at = now() + interval '5 minutes'")
-    assert await desk.claim() == ([], [])
+    assert await driver.lease() == ([], [])
     assert await move(parts, management.retry_deliveries, DeliverySelection(("pending",))) == 3
-    (endpoint,), dues = await desk.claim()
+    (endpoint,), dues = await driver.lease()
     assert (endpoint.health.consecutive_failures, len(dues)) == (9, 3)
 
 
-async def test_what_ended_with_its_subscription_is_retried_once_that_is_on_again(desk, parts, owner):
-    number = await desk.subscribe()
-    await desk.open()
-    await desk.take_over()
+async def test_a_disabled_delivery_can_be_retried_once_its_subscription_is_enabled(driver, parts, owner):
+    number = await driver.subscribe()
+    await driver.open_incident()
+    await driver.enqueue()
     await owner.execute("UPDATE deliveries SET state = 'disabled', finalized_at = now(), next_attempt_at = NULL")
 
     async def switch(*, enabled):
         command = ChangeSubscription(enabled=enabled)
-        done = await commands.change(parts, subscription.DECIDER, desk.tenant.id, number, command, META)
-        await parts.projector.catch_up(desk.tenant.id, done.position)
+        done = await commands.change(parts, subscription.DECIDER, driver.tenant.id, number, command, META)
+        await parts.projector.catch_up(driver.tenant.id, done.position)
 
     await switch(enabled=False)
     assert await move(parts, management.retry_deliveries, DeliverySelection(RETRYABLE_STATES)) == 0
@@ -241,39 +242,39 @@ async def test_what_ended_with_its_subscription_is_retried_once_that_is_on_again
     assert await move(parts, management.retry_deliveries, DeliverySelection(RETRYABLE_STATES)) == 1
 
 
-async def test_very_many_are_moved_some_at_a_time(desk, parts, owner, monkeypatch):
+async def test_many_deliveries_are_moved_in_batches(driver, parts, owner, monkeypatch):
     monkeypatch.setattr(management, "_MOVE_BATCH", 7)
-    await owner.execute(MANY, desk.tenant.id, 50, 3600, 3)
+    await owner.execute(MANY, driver.tenant.id, 50, 3600, 3)
     assert await move(parts, management.retry_deliveries, DeliverySelection(("pending",))) == 50
     assert await move(parts, management.cancel_deliveries, DeliverySelection(CANCELLABLE_STATES)) == 50
-    assert set(await desk.states()) == {"cancelled"}
+    assert set(await driver.states()) == {"cancelled"}
 
 
-async def test_one_in_flight_that_is_dropped_stays_dropped(desk, parts):
-    await desk.subscribe()
-    await desk.open()
-    await desk.take_over()
-    (endpoint,), (due,) = await desk.claim()
+async def test_a_delivery_cancelled_in_flight_stays_cancelled(driver, parts):
+    await driver.subscribe()
+    await driver.open_incident()
+    await driver.enqueue()
+    (endpoint,), (due,) = await driver.lease()
     assert (
         await move(
             parts,
             management.cancel_deliveries,
-            DeliverySelection(CANCELLABLE_STATES, tenant_id=desk.tenant.id),
+            DeliverySelection(CANCELLABLE_STATES, tenant_id=driver.tenant.id),
         )
         == 1
     )
-    await desk.record(delivered(endpoint, due))
-    assert await desk.states() == ["cancelled"]
-    assert await desk.claim() == ([], [])
+    await driver.record(delivered(endpoint, due))
+    assert await driver.states() == ["cancelled"]
+    assert await driver.lease() == ([], [])
 
 
-async def test_the_command_line(desk, settings):
+async def test_the_commands_for_deliveries_and_sending(driver, settings):
     async def run(*arguments):
         ran = await opsentry(environment(settings), *arguments)
         assert "Traceback" not in ran.err
         return ran
 
-    first, second = await parked(desk)
+    first, second = await exhausted(driver)
     names = [f"msg_{first.hex}", f"msg_{second.hex}"]
     (row,) = json.loads((await run("deliveries", "status", "--json")).out)
     assert (row["slug"], row["due"], row["exhausted"], row["paused"], row["failing"]) == ("acme", 1, 1, False, 1)
@@ -291,7 +292,7 @@ async def test_the_command_line(desk, settings):
     assert (ran.code, ran.out) == (1, "cancelled 1 delivery\n")
     ran = await run("deliveries", "cancel", "--all", "--tenant", "acme", "--yes", "--json")
     assert (ran.code, json.loads(ran.out)) == (0, {"cancelled": 1})
-    assert await desk.states() == ["cancelled", "cancelled"]
+    assert await driver.states() == ["cancelled", "cancelled"]
     for arguments in (
         ("retry",),
         ("retry", "x"),

@@ -87,7 +87,7 @@ async def channel_to(url):
     "address",
     ["kim@example.com", "Kim.O'Hara+status@mail.example.co.uk", "kim@b\u00fccher.example", "a@xn--bcher-kva.example"],
 )
-def test_addresses_are_kept_as_they_are(address):
+def test_valid_addresses_are_kept_unchanged(address):
     channel = email.make(Dependencies(SETTINGS, None))  # type: ignore[arg-type]
     assert channel.validate_target(address) == channel.display_target(address) == address
     assert (channel.name, channel.signs_messages, channel.has_secret_target) == ("email", False, False)
@@ -126,15 +126,15 @@ def test_addresses_are_kept_as_they_are(address):
         "kim@" + "example." * 40 + "com",
     ],
 )
-def test_what_is_no_address(address):
+def test_invalid_addresses_are_refused(address):
     with pytest.raises(BadTarget):
         email.make(Dependencies(SETTINGS, None)).validate_target(address)  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------ the relay
+# ------------------------------------------------------------------------------------------------ the pool
 
 
-async def test_letters_arrive_over_one_connection():
+async def test_emails_in_sequence_share_one_connection():
     inbox = Inbox()
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
         for number in range(3):
@@ -149,7 +149,7 @@ async def test_letters_arrive_over_one_connection():
     assert letters[0]["To"] == "kim@xn--bcher-kva.example"
 
 
-async def test_as_many_connections_as_there_are_letters_at_once():
+async def test_each_email_in_flight_has_its_own_connection():
     inbox = Inbox()
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
         for _ in range(3):
@@ -162,7 +162,7 @@ async def test_as_many_connections_as_there_are_letters_at_once():
     assert len(inbox.letters) == 24
 
 
-async def test_connections_that_the_relay_has_closed_are_replaced():
+async def test_a_connection_that_the_relay_closed_is_replaced():
     inbox = Inbox()
     async with inbox.open(timeout=0.1) as address, channel_to(f"smtp://{address}") as channel:
         assert (await channel.send(endpoint("kim@example.com"), message())).error is None
@@ -182,7 +182,7 @@ async def test_idle_connections_are_closed(monkeypatch):
 
 
 @pytest.mark.parametrize("answer", ["550 No such user \x01 here", "451 Try later"])
-async def test_an_address_that_is_refused_is_not_our_fault(answer):
+async def test_a_refused_address_is_no_internal_failure(answer):
     inbox = Inbox()
     inbox.refusals["RCPT"] = answer
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
@@ -203,7 +203,7 @@ async def test_an_address_that_is_refused_is_not_our_fault(answer):
         ("DATA", "554", Outcome("the mail relay answered 554 to the message", 554)),
     ],
 )
-async def test_what_else_the_relay_refuses_is_ours_unless_it_never_wants_this_letter(step, answer, outcome):
+async def test_other_rejections_are_internal_failures_unless_permanent_for_the_message(step, answer, outcome):
     inbox = Inbox()
     inbox.refusals[step] = f"{answer} 5.7.1 relay-7.internal says no"
     async with inbox.open() as address, channel_to(f"smtp://{address}") as channel:
@@ -212,7 +212,7 @@ async def test_what_else_the_relay_refuses_is_ours_unless_it_never_wants_this_le
         assert (await channel.send(endpoint("kim@example.com"), message())).error is None
 
 
-async def test_no_relay_is_ours(unused_tcp_port):
+async def test_an_unreachable_relay_is_an_internal_failure(unused_tcp_port):
     async with channel_to("") as channel:
         outcome = await channel.send(endpoint("kim@example.com"), message())
         assert outcome == Outcome("no mail relay is set up (OPSENTRY_SMTP_URL)", internal_failure=True)
@@ -224,7 +224,7 @@ async def test_no_relay_is_ours(unused_tcp_port):
         assert outcome == Outcome("no connection to the mail relay", internal_failure=True)
 
 
-async def test_a_relay_that_says_nothing_is_not_waited_for_and_then_left_alone(monkeypatch):
+async def test_a_silent_relay_opens_the_circuit(monkeypatch):
     monkeypatch.setattr(smtp, "SEND_TIMEOUT_SECONDS", 0.2)
     asked = []
 
@@ -240,7 +240,7 @@ async def test_a_relay_that_says_nothing_is_not_waited_for_and_then_left_alone(m
     assert asked == [1]
 
 
-async def test_a_relay_that_was_left_alone_is_tried_again(monkeypatch, unused_tcp_port):
+async def test_the_circuit_closes_after_a_pause(monkeypatch, unused_tcp_port):
     monkeypatch.setattr(smtp, "CIRCUIT_OPEN_SECONDS", 0.1)
     async with channel_to(f"smtp://127.0.0.1:{unused_tcp_port}") as channel:
         assert (await channel.send(endpoint("kim@example.com"), message())).internal_failure
@@ -254,7 +254,7 @@ async def test_a_relay_that_was_left_alone_is_tried_again(monkeypatch, unused_tc
     assert len(inbox.letters) == 1
 
 
-async def test_no_key_is_ours():
+async def test_a_missing_encryption_key_is_an_internal_failure():
     made = email.make(Dependencies(Settings(smtp_url="smtp://127.0.0.1:1"), None))  # type: ignore[arg-type]
     outcome = await made.send(endpoint("kim@example.com"), message())
     assert outcome.internal_failure
@@ -263,7 +263,7 @@ async def test_no_key_is_ours():
 
 
 @pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS", "ignore:Session.login_data")
-async def test_it_logs_in_where_that_is_safe_and_says_so_where_the_password_is_wrong(certified, monkeypatch):
+async def test_login_needs_tls_and_a_wrong_password_is_reported(certified, monkeypatch):
     asked = []
 
     def check(server, session, envelope, mechanism, data):
@@ -290,7 +290,7 @@ async def test_it_logs_in_where_that_is_safe_and_says_so_where_the_password_is_w
     assert asked == []
 
 
-async def test_tls_is_used_where_it_is_offered_and_certificates_count(certified, monkeypatch):
+async def test_tls_is_used_if_offered_and_certificates_are_verified(certified, monkeypatch):
     context, file = certified
     inbox = Inbox()
     trusting = ssl.create_default_context(cafile=file)

@@ -1,4 +1,4 @@
-"""Receivers of webhooks on loopback, which remember what came in which order."""
+"""Receive webhooks on loopback and remember them in order."""
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -10,7 +10,7 @@ from aiohttp import web
 
 
 class Arrival(NamedTuple):
-    """A request that came: its headers as far as they are ours, and its body."""
+    """A received request: message id, lower-case headers and body."""
 
     id: str
     headers: dict[str, str]
@@ -22,7 +22,7 @@ class Arrival(NamedTuple):
 
 
 class Receivers:
-    """As many endpoints as there are paths."""
+    """An endpoint for each path."""
 
     def __init__(self) -> None:
         self.base = ""
@@ -30,7 +30,7 @@ class Receivers:
         self.count = 0
         self.answers: dict[str, int] = {}
         self.quiet: Callable[[], bool] = lambda: True
-        """Whether nobody is connected: whoever was killed has nothing on its way any more."""
+        """Returns whether no connection is open, so that nothing of a killed sender is still on its way."""
 
     def url(self, name: object) -> str:
         return f"{self.base}/{name}"

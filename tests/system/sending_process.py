@@ -1,6 +1,6 @@
-"""A sender in a process of its own, which kills itself at a point on the way from claim to record.
+"""Run a sender that kills itself at a given point between leasing and recording.
 
-Arguments: for how many seconds it leases, the point, or `-`, and at which passing of it.
+Arguments: the seconds of a lease, the point or `-`, and the number of the passing that kills the process.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from opsentry.notifications.delivery.endpoint_worker import EndpointWorker
 from opsentry.notifications.messages.builder import MessageBuilder
 from opsentry.settings import Settings
 
-# What is called there, and whether it dies before or after that was done. What is taken and recorded is not committed
-# yet when the call ends.
+# Each point is a call, and True to die after it instead of before. Leases and results are not committed yet when their
+# call ends.
 POINTS: dict[str, tuple[Any, str, bool]] = {
     "taking": (leases, "take_deliveries", True),
     "reserved": (EndpointWorker, "serve", False),
@@ -31,7 +31,7 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
 
 
 def plant(point: str, nth: int) -> None:
-    """Have the process die at the `nth` passing of a point."""
+    """Kill the process at the `nth` passing of a point."""
     where, name, after = POINTS[point]
     do: Callable[..., Any] = getattr(where, name)
     passed = 0

@@ -1,4 +1,4 @@
-"""A sender that is killed in its midst, again and again: all arrives, in order, and hardly anything twice."""
+"""A sender is killed many times at every point: all messages arrive in order, and few arrive twice."""
 
 import asyncio
 import random
@@ -29,10 +29,10 @@ from tests.system.sending_process import POINTS
 from tests.waiting import until
 
 LEASE = 1.0
-# So many messages may be under way at once, and as many others be recorded.
-SOCKETS = 12
-# What was claimed by the last sender and has not come to an end: it may be under way.
-UNDER_WAY = """
+# The limit of messages in flight. As many others may wait to be recorded.
+MAX_CONCURRENCY = 12
+# Pending deliveries that the last sender leased: they may be in flight.
+IN_FLIGHT = """
 SELECT d.intent_id FROM deliveries d JOIN endpoints e USING (tenant_id, subscription_id)
 WHERE d.state = 'pending' AND d.last_position IS NOT NULL AND e.lease IS NOT NULL AND e.lease <> ALL($1)
 """
@@ -40,8 +40,8 @@ LEASES = "SELECT coalesce(array_agg(lease), '{}') FROM endpoints WHERE lease IS 
 SESSIONS = """
 SELECT count(*) = 0 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sender'
 """
-WAITING = "SELECT count(*) FROM deliveries WHERE state = 'pending'"
-FRESH = "SELECT count(*) FROM outbox_backlog"
+PENDING = "SELECT count(*) FROM deliveries WHERE state = 'pending'"
+BACKLOG = "SELECT count(*) FROM outbox_backlog"
 
 
 @asynccontextmanager
@@ -60,7 +60,7 @@ async def sender(settings, point="-", nth=0):
 
 
 async def tell_all(parts, tenant, subscribers, key, url, incidents, updates):
-    """Subscribe, and let things happen: `subscribers` times `incidents` times 1 + `updates` intents."""
+    """Create subscriptions and events that give `subscribers` times `incidents` times 1 + `updates` intents."""
     secrets = {}
     for number in range(subscribers):
         secret = new_secret()
@@ -85,9 +85,9 @@ async def kill_again_and_again(settings, owner, *, subscribers, incidents, updat
         encryption_keys=(key,),
         webhook_allowed_networks=(ip_network("127.0.0.0/8"),),
         coalesce_seconds=0,
-        max_concurrent_deliveries=SOCKETS,
+        max_concurrent_deliveries=MAX_CONCURRENCY,
     )
-    # Many messages are taken and recorded in one go.
+    # These points are passed less often: one transaction covers many messages.
     rounds = [
         (point, nth)
         for point in POINTS
@@ -98,7 +98,7 @@ async def kill_again_and_again(settings, owner, *, subscribers, incidents, updat
     expected = subscribers * incidents * (1 + updates)
     step = expected // (len(rounds) + 2)
     kills: Counter[str] = Counter()
-    under_way, unrecorded = 0, 0
+    in_flight, unrecorded = 0, 0
     async with core(settings) as parts, receivers() as there:
         tenant = await make_tenant(parts, "acme")
         secrets = await tell_all(parts, tenant, subscribers, key, there.url, incidents, updates)
@@ -112,12 +112,12 @@ async def kill_again_and_again(settings, owner, *, subscribers, incidents, updat
                 assert await run.ended() == -9, run.said
             await until(lambda: owner.fetchval(SESSIONS))
             await until(partial(is_quiet, there))
-            left = {f"msg_{row['intent_id'].hex}" for row in await owner.fetch(UNDER_WAY, earlier)}
+            left = {f"msg_{row['intent_id'].hex}" for row in await owner.fetch(IN_FLIGHT, earlier)}
             came = {arrival.id for one in there.arrived.values() for arrival in one}
             kills[point] += 1
-            under_way += len(left)
+            in_flight += len(left)
             unrecorded += len(left & came)
-        left_over = await owner.fetchval(WAITING)
+        left_over = await owner.fetchval(PENDING)
         assert left_over, "all was sent before the last kill"
         async with sender(settings):
             await until(lambda: all_sent(owner), seconds=300)
@@ -140,14 +140,14 @@ async def kill_again_and_again(settings, owner, *, subscribers, incidents, updat
             assert bodies.setdefault(arrival.id, arrival.body) == arrival.body
     assert distinct == expected
     repeats = there.count - expected
-    assert repeats <= unrecorded <= under_way
-    assert repeats <= len(rounds) * 2 * SOCKETS
+    assert repeats <= unrecorded <= in_flight
+    assert repeats <= len(rounds) * 2 * MAX_CONCURRENCY
     return kills, {
         "messages": expected,
-        "waiting after the last kill": left_over,
+        "pending after the last kill": left_over,
         "arrived": there.count,
         "repeats": repeats,
-        "under way at the kills": under_way,
+        "in flight at the kills": in_flight,
         "of these, arrived and not recorded": unrecorded,
     }
 
@@ -161,8 +161,8 @@ async def reached(there, enough, run):
 
 
 async def all_sent(owner):
-    # In this order: what is taken over in between is still found.
-    return not await owner.fetchval(FRESH) and not await owner.fetchval(WAITING)
+    # The backlog first: an intent that is enqueued in between is then found as a pending delivery.
+    return not await owner.fetchval(BACKLOG) and not await owner.fetchval(PENDING)
 
 
 def show(kills, figures):

@@ -1,4 +1,4 @@
-"""Rebuilds while messages are sent, a raised version, a new rule: nobody is told anything twice, or of old things."""
+"""Rebuilds during sending, a raised version and a changed rule repeat no message and report no old event."""
 
 import asyncio
 from dataclasses import replace
@@ -59,7 +59,7 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
             assert len({arrival.id for one in there.arrived.values() for arrival in one}) == there.count
 
         async def derive_anew():
-            """Do what workers do whose code has another version of the outbox."""
+            """Rebuild as a worker does whose code has another version of the outbox."""
             async with parts.database.connection(10) as connection:
                 assert await management.register(connection, projections()) == ["outbox"]
             rebuilder = Rebuilder(parts.database, projections())
@@ -76,7 +76,7 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
         await telling
         await quiet()
 
-        # A rule by which edits are told too, old ones as well.
+        # A changed rule derives intents for edits, old ones included.
         number = await tell(OpenIncident(title="Down"))
         await tell(ChangeIncident(title="Very much down"), number)
         told += 1

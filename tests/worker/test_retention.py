@@ -6,7 +6,7 @@ from opsentry.worker.tasks.delivery_retention import DeliveryRetention
 from opsentry.worker.tasks.idempotency_keys import IdempotencyKeys
 from tests import commands
 from tests.conftest import META
-from tests.notifications.desk import Desk, delivered
+from tests.notifications.driver import DeliveryDriver, delivered
 
 
 async def test_expired_idempotency_keys_are_deleted_and_others_stay(parts, acme, owner, monkeypatch):
@@ -24,17 +24,17 @@ async def test_expired_idempotency_keys_are_deleted_and_others_stay(parts, acme,
 
 async def test_old_final_deliveries_are_deleted_and_pending_ones_stay(parts, acme, owner, monkeypatch):
     monkeypatch.setattr(delivery_retention, "BATCH_SIZE_DELIVERIES", 3)
-    desk = Desk(parts, acme)
-    await desk.subscribe()
+    driver = DeliveryDriver(parts, acme)
+    await driver.subscribe()
     for _ in range(9):
-        await desk.open()
-    await desk.take_over()
-    (endpoint,), dues = await desk.claim()
-    await desk.record(delivered(endpoint, *dues[:8]))
+        await driver.open_incident()
+    await driver.enqueue()
+    (endpoint,), dues = await driver.lease()
+    await driver.record(delivered(endpoint, *dues[:8]))
     await owner.execute(
         "UPDATE deliveries SET finalized_at = finalized_at - interval '31 days' WHERE intent_id = ANY($1)",
         [due.intent_id for due in dues[:7]],
     )
     await DeliveryRetention(parts.application, retention_days=30).delete_old_deliveries()
-    assert sorted(await desk.states()) == ["delivered", "pending"]
+    assert sorted(await driver.states()) == ["delivered", "pending"]
     assert await owner.fetchval("SELECT count(*) FROM delivery_attempts") == 1

@@ -1,4 +1,4 @@
-"""A sender's hands, for the tests of what it does step by step."""
+"""Drive deliveries step by step: enqueue, lease, record."""
 
 from collections.abc import Sequence
 from uuid import uuid4
@@ -21,45 +21,48 @@ UPDATE deliveries SET next_attempt_at = next_attempt_at - $1 * interval '1 secon
 """
 
 
-class Desk:
-    """A sender's hands: what it does to the ledger, step by step."""
+class DeliveryDriver:
+    """Does each step of a sender for one tenant."""
 
-    def __init__(self, parts, tenant, burst=0.0):
+    def __init__(self, parts, tenant, coalesce_seconds=0.0):
         self.parts = parts
         self.tenant = tenant
-        self.burst = burst
+        self.coalesce_seconds = coalesce_seconds
 
     async def subscribe(self, **fields):
         command = CreateSubscription(**{"channel": "webhook", "target": "https://example.com/x", **fields})
         made = await commands.create(self.parts, subscription.DECIDER, self.tenant.id, command, META)
         return made.stream_id
 
-    async def open(self, **fields):
+    async def open_incident(self, **fields):
         opened = await commands.create(
             self.parts, incident.DECIDER, self.tenant.id, OpenIncident(**{"title": "Down", **fields}), META
         )
         return opened.stream_id
 
-    async def tell(self, number, *changes):
+    async def change_incident(self, incident_id, *changes):
         for command in changes:
-            await commands.change(self.parts, incident.DECIDER, self.tenant.id, number, command, META)
+            await commands.change(self.parts, incident.DECIDER, self.tenant.id, incident_id, command, META)
 
-    async def take_over(self, tenants: Sequence[int] | None = None, **options):
+    async def enqueue(self, tenants: Sequence[int] | None = None, **options):
         await self.parts.projector.catch_up(self.tenant.id, 0)
         async with self.parts.database.transaction(10) as connection:
             found = await enqueue.tenants_with_backlog(connection, 0, 100) if tenants is None else tenants
-            return await enqueue.enqueue_intents(connection, found, self.burst, **options) if found else 0
+            return await enqueue.enqueue_intents(connection, found, self.coalesce_seconds, **options) if found else 0
 
-    async def claim(self, seconds=60.0, at_most=10, passing_over=(), *, each=10, **options):
+    async def lease(self, *, lease_seconds=60.0, limit=10, per_endpoint=10, **options):
         async with self.parts.database.transaction(10) as connection:
-            options = {"lease_seconds": seconds, "limit": at_most, "skipped_tenants": passing_over, **options}
-            claimed = await leases.lease_endpoints(connection, uuid4(), "webhook", **options)
-            due = await leases.take_deliveries(connection, [(one, each) for one in claimed], self.burst)
-        return claimed, due
+            leased = await leases.lease_endpoints(
+                connection, uuid4(), "webhook", lease_seconds=lease_seconds, limit=limit, **options
+            )
+            due = await leases.take_deliveries(
+                connection, [(each, per_endpoint) for each in leased], self.coalesce_seconds
+            )
+        return leased, due
 
-    async def record(self, *work: EndpointResults):
+    async def record(self, *batch: EndpointResults):
         async with self.parts.database.transaction(10) as connection:
-            return await results.record_results(connection, work, self.burst)
+            return await results.record_results(connection, batch, self.coalesce_seconds)
 
     async def rows(self):
         return await self.parts.database.fetch(DELIVERIES, self.tenant.id)
@@ -69,5 +72,6 @@ class Desk:
 
 
 def delivered(endpoint: LeasedEndpoint, *due: DueDelivery, release=True) -> EndpointResults:
+    """Return the results of successful attempts, with the release of the endpoint."""
     done = [DeliveryResult(each, "delivered", None, 200, None, 3) for each in due]
     return EndpointResults(endpoint, done, Release(EndpointHealth(0, 2)) if release else None)

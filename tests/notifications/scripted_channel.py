@@ -1,4 +1,4 @@
-"""What the tests of the sender send with: a channel that answers as it is told."""
+"""A channel with scripted outcomes, for tests of the delivery service."""
 
 import asyncio
 from collections import Counter, defaultdict
@@ -10,8 +10,8 @@ OK = Outcome(response_status=200)
 BROKEN = Outcome("answered 500", 500)
 
 
-class Scripted:
-    """A channel of our own making: `answers` says what each target answers, and `sent` what was sent there."""
+class ScriptedChannel:
+    """Returns the outcome in `outcomes` for a target, after an event or by a callable; `sent` has all messages."""
 
     signs_messages = False
     has_secret_target = False
@@ -19,11 +19,11 @@ class Scripted:
     def __init__(self, name="webhook", max_concurrency=None):
         self.name = name
         self.max_concurrency: int | None = max_concurrency
-        self.answers: dict[str, Any] = defaultdict(lambda: OK)
+        self.outcomes: dict[str, Any] = defaultdict(lambda: OK)
         self.sent: list[tuple[str, Message]] = []
-        self.open: Counter[str] = Counter()
-        self.widest: Counter[str] = Counter()
-        self.most = 0
+        self.in_flight: Counter[str] = Counter()
+        self.max_in_flight: Counter[str] = Counter()
+        self.max_total = 0
 
     def validate_target(self, target):
         return target
@@ -33,30 +33,30 @@ class Scripted:
 
     async def send(self, endpoint, message):
         self.sent.append((endpoint.target, message))
-        self.open[endpoint.target] += 1
-        self.most = max(self.most, self.open.total())
-        self.widest[endpoint.target] = max(self.widest[endpoint.target], self.open[endpoint.target])
+        self.in_flight[endpoint.target] += 1
+        self.max_total = max(self.max_total, self.in_flight.total())
+        self.max_in_flight[endpoint.target] = max(self.max_in_flight[endpoint.target], self.in_flight[endpoint.target])
         try:
-            answer = self.answers[endpoint.target]
-            if callable(answer):
-                return await answer()
-            if isinstance(answer, asyncio.Event):
-                await answer.wait()
+            outcome = self.outcomes[endpoint.target]
+            if callable(outcome):
+                return await outcome()
+            if isinstance(outcome, asyncio.Event):
+                await outcome.wait()
                 return OK
             await asyncio.sleep(0.005)
-            return answer
+            return outcome
         finally:
-            self.open[endpoint.target] -= 1
+            self.in_flight[endpoint.target] -= 1
 
     async def close(self):
         pass
 
-    def to(self, target):
-        return [message for where, message in self.sent if where == target]
+    def sent_to(self, target):
+        return [message for sent_target, message in self.sent if sent_target == target]
 
 
-async def hurry(owner, seconds):
-    """Let time pass for what waits."""
+async def advance_time(owner, seconds):
+    """Move deliveries and endpoints as if this time had passed."""
     await owner.execute(
         "UPDATE deliveries SET next_attempt_at = next_attempt_at - $1 * interval '1 second'"
         " WHERE next_attempt_at IS NOT NULL",
