@@ -1,8 +1,9 @@
-"""Appends through the ledger beside one plain INSERT a transaction, and beside other event stores."""
+"""Appends to the ledger beside a plain INSERT per transaction, and beside other event stores."""
 
 import asyncio
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -30,24 +31,23 @@ EVENT = IncidentOpened(
 )
 
 
-def measure(servers: Servers) -> list[Figure]:
+def measure(servers: Servers) -> Iterator[Figure]:
+    """Yield appends a second for few and many waiting commands, one tenant and many."""
     url = servers.database("appends")
     asyncio.run(_tenants(url))
     plain = _pgbench(servers, url)
-    figures = []
     best: dict[int, float] = {}
     for waiting in (16, 64):
         for tenants in (TENANTS, 1):
             ours = uvloop.run(_appends(url, waiting, tenants))
             best[waiting] = max(best.get(waiting, 0), ours)
             name = f"appends, {waiting} waiting, {tenants:,} tenant{'s' if tenants > 1 else ''}"
-            figures.append(Figure(name, "/s", ours, "pgbench, one INSERT a transaction, 16 clients", plain, 1.0))
+            yield Figure(name, "/s", ours, "pgbench, one INSERT a transaction, 16 clients", plain, 1.0)
     for waiting in (16, 64):
         rate, note = peers.emmett(servers, waiting, SECONDS)
-        figures.append(Figure(f"appends, {waiting} waiting", "/s", best[waiting], "Emmett", rate, 5.0, note))
+        yield Figure(f"appends, {waiting} waiting", "/s", best[waiting], "Emmett", rate, 5.0, note)
     rate, note = peers.eventsourcing(servers, 16, SECONDS)
-    figures.append(Figure("appends, 16 waiting", "/s", best[16], "pyeventsourcing", rate, 5.0, note))
-    return figures
+    yield Figure("appends, 16 waiting", "/s", best[16], "pyeventsourcing", rate, 5.0, note)
 
 
 async def _tenants(url: str) -> None:

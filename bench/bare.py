@@ -1,4 +1,4 @@
-"""The least that could answer: aiohttp with nothing around it, and aiohttp with asyncpg running the same SQL.
+"""The peer of our server: aiohttp alone, and aiohttp with asyncpg that runs the same SQL.
 
 `python -m bench.bare [DATABASE_URL TENANT_ID]` prints its URL.
 """

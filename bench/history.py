@@ -41,7 +41,7 @@ _BATCH = 200
 
 
 def streams(events: int) -> Iterator[tuple[str, Sequence[AnyEvent]]]:
-    """Yield the streams of a tenant with so many events: mostly incidents of six events, a window in fifty of them."""
+    """Yield a tenant's streams, `events` events in all: incidents of six events, and one window for 49 of them."""
     for number in range(SERVICES):
         yield "service", [ServiceRegistered(slug=f"service-{number}", name=f"Service {number}", visibility="public")]
     yield "subscription", [SUBSCRIPTION]
@@ -88,7 +88,7 @@ def _incident(number: int) -> list[AnyEvent]:
 
 
 async def fill(url: str, tenants: int, events: int) -> None:
-    """Make `tenants` with `events` each."""
+    """Create `tenants` tenants and append `events` events to each."""
     connection = await asyncpg.connect(url)
     rows = await connection.fetch(
         "INSERT INTO tenants (slug, name) SELECT 't' || i, 'T' FROM generate_series(1, $1::int) i RETURNING tenant_id",

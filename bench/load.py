@@ -1,8 +1,8 @@
-"""An HTTP/1.1 load generator that costs little: keep-alive connections, ready-made requests, one at a time on each.
+"""A cheap HTTP/1.1 load generator: keep-alive connections that send prepared requests, one at a time.
 
 `python -m bench.load` reads {"url", "method", "path", "headers", "body", "connections", "seconds"} from standard
-input and prints {"rate", "errors", "p50_ms", "p99_ms"}. Of a list of paths each connection takes one after another.
-With "see" it declares incidents and looks for them.
+input and prints {"rate", "errors", "p50_ms", "p99_ms"}. Given a list of paths, each connection takes them in turn.
+With "see" it declares incidents and reads the list until it shows them.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ import uvloop
 
 
 class Connection(asyncio.Protocol):
-    """Sends the next request as soon as an answer is complete, until the end."""
+    """Send the next request when a response is complete, until the end."""
 
     def __init__(
         self, requests: Iterator[bytes], end: float, latencies: list[float], done: "asyncio.Future[int]"
@@ -98,13 +98,13 @@ async def generate(order: dict[str, Any]) -> dict[str, float]:
 
 
 class Answers(asyncio.Protocol):
-    """One keep-alive connection, for requests that depend on the answers before them."""
+    """Hold a keep-alive connection for requests that depend on earlier responses."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
 
     async def ask(self, request: bytes) -> bytes:
-        """Send a request and return its answer, head and body."""
+        """Send a request and return the response, head and body."""
         self._answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._received = b""
         self._transport.write(request)
@@ -122,7 +122,7 @@ class Answers(asyncio.Protocol):
 
 
 async def see(order: dict[str, Any]) -> dict[str, float]:
-    """Declare incidents, one after the other on each connection, and look for each until the list shows it."""
+    """Declare incidents in turn on each connection; measure the time until the list shows each."""
     where = urlsplit(order["url"])
     headers = f"Host: {where.netloc}\r\nAuthorization: Bearer {order['token']}\r\n"
     look = f"GET /api/v1/incidents?limit=20 HTTP/1.1\r\n{headers}\r\n".encode()
@@ -144,7 +144,7 @@ async def see(order: dict[str, Any]) -> dict[str, float]:
             while mark.encode() not in await answers.ask(look):
                 pass
             took.append(time.perf_counter() - began)
-            # Not as fast as possible: what is measured is how long it takes, not how much fits.
+            # A pause: the figure is the delay, not the throughput.
             await asyncio.sleep(order["pause"])
 
     await asyncio.gather(*(client(number) for number in range(order["connections"])))
@@ -153,7 +153,7 @@ async def see(order: dict[str, Any]) -> dict[str, float]:
 
 
 def visible(url: str, token: str, connections: int, seconds: float) -> dict[str, float]:
-    """Return how long it takes from sending an incident until a list shows it, measured by a process of its own."""
+    """Measure the time from an append until a list shows it, in a separate process."""
     order = {"see": True, "url": url, "token": token, "connections": connections, "seconds": seconds, "pause": 0.01}
     done = subprocess.run(
         [sys.executable, "-m", "bench.load"], input=json.dumps(order), check=True, capture_output=True, text=True
@@ -165,7 +165,11 @@ def visible(url: str, token: str, connections: int, seconds: float) -> dict[str,
 def load(
     url: str, method: str, path: str | Sequence[str], connections: int, seconds: float, **more: Any
 ) -> dict[str, float]:
-    """Generate load from a process of its own; raise where any answer was no success."""
+    """Generate load in a separate process.
+
+    Raises:
+        RuntimeError: A response was no success.
+    """
     order = {"url": url, "method": method, "path": path, "connections": connections, "seconds": seconds, **more}
     done = subprocess.run(
         [sys.executable, "-m", "bench.load"], input=json.dumps(order), check=True, capture_output=True, text=True

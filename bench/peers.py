@@ -1,4 +1,4 @@
-"""Other event stores, from their packages, on the same PostgreSQL. Each is set up in a folder of its own, once."""
+"""Other event stores on the same PostgreSQL. Each is installed from its package on first use, in its own folder."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ Rate = tuple[float | None, str]
 
 
 def emmett(servers: Servers, waiting: int, seconds: float) -> Rate:
-    """Return appends a second of one event to new streams, or why it cannot be told."""
+    """Return appends a second of one event to new streams, or the reason why there is no figure."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         return None, "needs Node and npm"
     try:
@@ -30,7 +30,7 @@ def emmett(servers: Servers, waiting: int, seconds: float) -> Rate:
 
 
 def eventsourcing(servers: Servers, waiting: int, seconds: float) -> Rate:
-    """Return saves a second of one new aggregate, or why it cannot be told."""
+    """Return saves a second of one new aggregate, or the reason why there is no figure."""
     return _in_python(servers, "peer_eventsourcing.py", str(waiting), str(seconds))
 
 

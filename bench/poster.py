@@ -1,6 +1,6 @@
-"""The least that could send: a bare aiohttp client that posts a body again and again.
+"""The peer of our sender: a bare aiohttp client that posts one body repeatedly.
 
-`python -m bench.poster URL COUNT AT_ONCE` reads the body from standard input and prints posts a second.
+`python -m bench.poster URL COUNT CONNECTIONS` reads the body from standard input and prints posts a second.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import aiohttp
 import uvloop
 
 
-async def post(url: str, count: int, at_once: int) -> float:
+async def post(url: str, count: int, connections: int) -> float:
     body = sys.stdin.buffer.read()
     left = iter(range(count))
     headers = {"Content-Type": "application/json"}
@@ -21,9 +21,9 @@ async def post(url: str, count: int, at_once: int) -> float:
             async with session.post(f"{url}/{number % 50}", data=body, headers=headers) as response:
                 await response.read()
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=at_once)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections)) as session:
         began = time.perf_counter()
-        await asyncio.gather(*(some(session, number) for number in range(at_once)))
+        await asyncio.gather(*(some(session, number) for number in range(connections)))
         return count / (time.perf_counter() - began)
 
 

@@ -1,7 +1,7 @@
-"""A receiver of webhooks that costs little: `/hang…` is never answered, `/bad…` is answered 500, all else 204.
+"""A cheap receiver of webhooks: it never answers `/hang…`, answers `/bad…` with 500 and all other paths with 204.
 
-`python -m bench.receiver` prints its URL. `GET /stats` answers, for each message that came, its path, when it came, and
-when what it tells was recorded, in seconds since 1970; `GET /sample` a body; `GET /clear` forgets.
+`python -m bench.receiver` prints its URL. `GET /stats` returns the path, arrival and recording of each message, both
+times in seconds since 1970. `GET /sample` returns one body. `GET /clear` deletes all messages.
 """
 
 import asyncio

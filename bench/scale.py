@@ -40,18 +40,18 @@ REDACTABLE_FIELDS = (
     "Health checks of the new release are failing; we are rolling it back and will tell more within the hour."
 )
 
-# The least that an offset costs: walking past what it skips.
+# The lower bound of an offset: PostgreSQL reads the rows that it skips.
 _BARE = """
 SELECT incident_id FROM incidents WHERE tenant_id = $1 ORDER BY occurred_at DESC, incident_id DESC LIMIT 50 OFFSET $2
 """
 
-# One path, or several that are asked for in turn.
+# One path, or several in turn.
 Paths: TypeAlias = str | Sequence[str]
 
 
-def measure(servers: Servers) -> list[Figure]:
+def measure(servers: Servers) -> Iterator[Figure]:
+    """Yield the time of each read of many incidents beside the same read of few."""
     newest = datetime.now(UTC).replace(second=0, microsecond=0) - APART
-    figures = []
     with ExitStack() as stack:
         few, many = (Side(servers, stack, count, newest) for count in (SMALL, LARGE))
         for what, (small, large) in _reads(newest).items():
@@ -62,17 +62,16 @@ def measure(servers: Servers) -> list[Figure]:
             )
             note = f"p50 {p50:.2f} and {p50_many:.2f} ms, p99 {p99:.2f} and {p99_many:.2f} ms"
             name = f"{what}, {LIMIT:g} × at {SMALL:,}"
-            figures.append(Figure(name, "ms", LIMIT * p50, f"at {LARGE:,}", p50_many, 1.0, note))
+            yield Figure(name, "ms", LIMIT * p50, f"at {LARGE:,}", p50_many, 1.0, note)
         half = f"/api/v1/incidents?offset={LARGE // 2}"
         pairs = [(many.times(half)["p50_ms"], 1000 * asyncio.run(many.bare(LARGE // 2))) for _ in range(ROUNDS)]
         deep, bare = (statistics.median(side) for side in zip(*pairs, strict=True))
         note = f"{LARGE:,} incidents applied in {many.filling:.0f} s"
-        figures.append(Figure(f"list, offset {LARGE // 2:,}", "ms", deep, "SELECT id … OFFSET alone", bare, None, note))
-    return figures
+        yield Figure(f"list, offset {LARGE // 2:,}", "ms", deep, "SELECT id … OFFSET alone", bare, None, note)
 
 
 class Side:
-    """A database with so many incidents, and a server."""
+    """Run a server on a database with `count` incidents."""
 
     def __init__(self, servers: Servers, stack: ExitStack, count: int, newest: datetime) -> None:
         name = f"scale_{count}"
@@ -90,7 +89,7 @@ class Side:
         return load(self._base, "GET", path, 1, SECONDS, headers=self._headers)
 
     async def bare(self, offset: int) -> float:
-        """Return the median of the seconds that the page's ids alone take."""
+        """Return the median seconds of a query for the ids of one page."""
         connection = await asyncpg.connect(self._url)
         took = []
         for _ in range(2 * ROUNDS):
@@ -102,7 +101,7 @@ class Side:
 
 
 def _reads(newest: datetime) -> dict[str, tuple[Paths, Paths]]:
-    """Return what to ask for, of few incidents and of many."""
+    """Return the paths of each read, for few incidents and for many."""
     lists = {
         "list, first page": "",
         "list, limit=1 and the total": "?limit=1",
@@ -137,7 +136,7 @@ def _reads(newest: datetime) -> dict[str, tuple[Paths, Paths]]:
 
 
 async def _fill(url: str, tenant_id: int, count: int, newest: datetime) -> None:
-    """Give the tenant services and incidents: rows that the projections write, of events that the log is spared."""
+    """Let the projections write rows of services and incidents. The ledger skips their events, to save time."""
     connections = [await asyncpg.connect(url) for _ in range(2)]
     owner = connections[0]
     for connection in connections:
@@ -186,7 +185,7 @@ def _service(number: int) -> ServiceRegistered:
 def _incident(age: int) -> Iterator[tuple[AnyEvent, int]]:
     """Yield the events of the incident that is the `age`-th newest, with the minutes after its beginning.
 
-    Nothing depends on how many there are: the newest are the same whatever came before.
+    They do not depend on the number of incidents: the newest are the same in every database.
     """
     yield (
         IncidentOpened(
