@@ -8,8 +8,7 @@ from opsentry.infrastructure.periodic import log_failure
 from opsentry.infrastructure.postgres import Database
 from opsentry.notifications.delivery import results
 from opsentry.notifications.delivery.leases import LeasedEndpoint
-
-TRANSACTION_TIMEOUT_SECONDS = 10.0
+from opsentry.notifications.delivery.ordering import TRANSACTION_TIMEOUT_SECONDS
 
 
 class SubscriptionDisabler(Protocol):

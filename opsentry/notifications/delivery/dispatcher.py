@@ -21,6 +21,7 @@ from opsentry.notifications.delivery import leases
 from opsentry.notifications.delivery.disabling import EndpointDisabler, SubscriptionDisabler
 from opsentry.notifications.delivery.endpoint_worker import EndpointWorker
 from opsentry.notifications.delivery.leases import DueDelivery, LeasedEndpoint
+from opsentry.notifications.delivery.ordering import TRANSACTION_TIMEOUT_SECONDS
 from opsentry.notifications.delivery.recorder import ResultRecorder
 from opsentry.notifications.delivery.results import DeliveryResult
 from opsentry.notifications.delivery.retry_policy import UNAVAILABLE_RETRY_SECONDS
@@ -28,7 +29,6 @@ from opsentry.notifications.delivery.retry_policy import UNAVAILABLE_RETRY_SECON
 _log = structlog.get_logger()
 
 POLL_SECONDS = 0.5
-_TRANSACTION_TIMEOUT_SECONDS = 10.0
 # Attempts start only within this part of the lease. Each takes 30 s at most, so it ends before the lease does.
 _START_WITHIN_LEASE = 0.4
 # The limit of endpoints per lease transaction: the next ones are leased while these are served.
@@ -146,7 +146,7 @@ class Dispatcher:
         proven_only_tenants = [
             tenant_id for tenant_id, count in unproven.items() if distrusts_unproven and count >= max(1, half // shares)
         ]
-        async with self._database.transaction(_TRANSACTION_TIMEOUT_SECONDS) as connection:
+        async with self._database.transaction(TRANSACTION_TIMEOUT_SECONDS) as connection:
             started = time.monotonic()
             leased = await leases.lease_endpoints(
                 connection,

@@ -16,6 +16,9 @@ EndpointKey: TypeAlias = tuple[int, int]
 OrderingKey: TypeAlias = tuple[int, int, str, int]
 """(tenant id, subscription id, stream kind, stream id)"""
 
+# The limit of each transaction of a sender, from waiting for a connection to the commit.
+TRANSACTION_TIMEOUT_SECONDS = 10.0
+
 # True if sending is paused neither for everyone (tenant 0) nor for the tenant. Evaluated once per statement.
 SENDING_IS_ENABLED = """
 NOT EXISTS (SELECT FROM sending_pauses WHERE tenant_id = 0)

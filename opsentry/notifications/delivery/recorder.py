@@ -9,6 +9,7 @@ import structlog
 from opsentry.infrastructure.postgres import Database, is_transient
 from opsentry.notifications.delivery import results
 from opsentry.notifications.delivery.leases import LeasedEndpoint
+from opsentry.notifications.delivery.ordering import TRANSACTION_TIMEOUT_SECONDS
 from opsentry.notifications.delivery.results import DeliveryResult, EndpointResults, Release
 
 _log = structlog.get_logger()
@@ -19,7 +20,6 @@ MAX_BATCH = 500
 _COLLECT_SECONDS = 0.01
 # The pause of an endpoint with a result that could not be recorded. The message is then sent again.
 _UNRECORDED_BACKOFF_SECONDS = 60.0
-_TRANSACTION_TIMEOUT_SECONDS = 10.0
 
 
 class ResultRecorder:
@@ -101,7 +101,7 @@ class ResultRecorder:
                 self._remove([entry])
 
     async def _record(self, batch: Sequence[EndpointResults]) -> None:
-        async with self._database.transaction(_TRANSACTION_TIMEOUT_SECONDS) as connection:
+        async with self._database.transaction(TRANSACTION_TIMEOUT_SECONDS) as connection:
             failing = await results.record_results(
                 connection, [self._with_backoff(entry) for entry in batch], self._coalesce_seconds
             )

@@ -18,10 +18,10 @@ from opsentry.notifications.delivery import enqueue
 from opsentry.notifications.delivery.disabling import SubscriptionDisabler
 from opsentry.notifications.delivery.dispatcher import POLL_SECONDS, Dispatcher
 from opsentry.notifications.delivery.endpoint_worker import EndpointWorker
+from opsentry.notifications.delivery.ordering import TRANSACTION_TIMEOUT_SECONDS
 from opsentry.notifications.messages.builder import MessageBuilder
 
 LEASE_SECONDS = 60.0
-_TRANSACTION_TIMEOUT_SECONDS = 10.0
 # The limit of tenants whose intents are enqueued in one transaction.
 _TENANT_BATCH = 10
 
@@ -90,7 +90,7 @@ class DeliveryService:
         last_tenant_id = enqueued = 0
         batch = _TENANT_BATCH
         while True:
-            async with self._database.connection(_TRANSACTION_TIMEOUT_SECONDS) as connection:
+            async with self._database.connection(TRANSACTION_TIMEOUT_SECONDS) as connection:
                 tenant_ids = await enqueue.tenants_with_backlog(connection, last_tenant_id, batch)
             if not tenant_ids:
                 # Without any progress in a whole round, other senders hold the rest.
@@ -99,7 +99,7 @@ class DeliveryService:
                 last_tenant_id = enqueued = 0
                 continue
             try:
-                async with self._database.transaction(_TRANSACTION_TIMEOUT_SECONDS) as connection:
+                async with self._database.transaction(TRANSACTION_TIMEOUT_SECONDS) as connection:
                     enqueued += await enqueue.enqueue_intents(connection, tenant_ids, self._coalesce_seconds)
             except Exception as error:  # noqa: BLE001 - one tenant that fails must not block the others
                 log_failure("enqueue_intents", error, tenant_ids=tenant_ids)
