@@ -35,9 +35,9 @@ CREATE TABLE services (
     name       text NOT NULL,
     visibility text NOT NULL,
     retired    boolean NOT NULL,
-    since      timestamptz NOT NULL, -- start of the service; uptime is not counted before
+    created_at timestamptz NOT NULL, -- start of the service in real-world time; uptime is not counted before
     body       text NOT NULL,        -- the response, with current_status null: a read fills it in
-    ref        text NOT NULL,        -- {"id", "slug", "name"} as other responses link it
+    link       text NOT NULL,        -- {"id", "slug", "name"} as other responses link it
     PRIMARY KEY (tenant_id, service_id)
 );
 CREATE INDEX services_by_name ON services (tenant_id, name COLLATE "C", service_id); -- the same order on every server
@@ -104,15 +104,15 @@ CREATE TABLE maintenance (
     service_ids     bigint[] NOT NULL,
     announced_at    timestamptz NOT NULL,
     scheduled_start timestamptz NOT NULL,
-    due_at          timestamptz, -- when the scheduler starts or completes it; NULL: never
+    transition_due_at      timestamptz, -- when the scheduler starts or completes it; NULL: never
+    reminder_pending_since timestamptz, -- scheduled windows without a reminder: when the start was announced
     body            text NOT NULL,
-    remind_since    timestamptz, -- scheduled windows without a reminder yet: when the hour became known; else NULL
     PRIMARY KEY (tenant_id, maintenance_id)
 ) WITH (fillfactor = 80);
 CREATE INDEX maintenance_newest ON maintenance (tenant_id, announced_at DESC, maintenance_id DESC);
 CREATE INDEX maintenance_upcoming ON maintenance (tenant_id, scheduled_start) WHERE status = 'scheduled';
-CREATE INDEX maintenance_due ON maintenance (due_at) WHERE due_at IS NOT NULL;
-CREATE INDEX maintenance_to_remind ON maintenance (scheduled_start) WHERE remind_since IS NOT NULL;
+CREATE INDEX maintenance_due ON maintenance (transition_due_at) WHERE transition_due_at IS NOT NULL;
+CREATE INDEX maintenance_to_remind ON maintenance (scheduled_start) WHERE reminder_pending_since IS NOT NULL;
 
 CREATE TABLE maintenance_updates (
     tenant_id      bigint NOT NULL,
@@ -141,51 +141,51 @@ CREATE INDEX subscriptions_by_target ON subscriptions (tenant_id, channel, targe
 -- Unconfirmed subscriptions; the worker removes old ones.
 CREATE INDEX subscriptions_pending ON subscriptions (created_at, tenant_id, subscription_id) WHERE status = 'pending';
 
--- The current effect of each incident or maintenance window on services: the state that its periods continue from.
-CREATE TABLE impact_sources (
+-- The present state of each incident or maintenance window, as far as services feel it. The next event continues from it.
+CREATE TABLE impact_states (
     tenant_id   bigint NOT NULL,
-    kind        text NOT NULL,     -- incident | maintenance
-    source_id   bigint NOT NULL,
+    stream_kind text NOT NULL,     -- incident | maintenance
+    stream_id   bigint NOT NULL,
     version     integer NOT NULL,
-    live        boolean NOT NULL,  -- the incident is open, or the window is active
+    is_active   boolean NOT NULL,  -- the incident is open, or the window is active
     level       smallint NOT NULL, -- severity as 0 informational … 4 critical; 0 for windows
-    excluded    boolean NOT NULL,  -- uptime excludes the window
-    visibility  text NOT NULL,
+    is_excluded boolean NOT NULL,  -- uptime excludes the time
     service_ids bigint[] NOT NULL,
-    PRIMARY KEY (tenant_id, kind, source_id)
+    PRIMARY KEY (tenant_id, stream_kind, stream_id)
 ) WITH (fillfactor = 80);
 
-CREATE TABLE impact_periods (
-    tenant_id    bigint NOT NULL,
-    service_id   bigint NOT NULL,
-    kind         text NOT NULL,
-    source_id    bigint NOT NULL,
-    from_version integer NOT NULL,     -- of the event that began the period
-    from_at      timestamptz NOT NULL,
-    to_at        timestamptz NOT NULL, -- 'infinity' until it ends
-    level        smallint NOT NULL,
-    excluded     boolean NOT NULL,
-    PRIMARY KEY (tenant_id, kind, source_id, service_id, from_version)
+-- The periods in which an incident or a maintenance window affects a service.
+CREATE TABLE service_impacts (
+    tenant_id       bigint NOT NULL,
+    service_id      bigint NOT NULL,
+    stream_kind     text NOT NULL,
+    stream_id       bigint NOT NULL,
+    started_version integer NOT NULL,     -- of the event that started the impact
+    started_at      timestamptz NOT NULL,
+    ended_at        timestamptz NOT NULL, -- 'infinity' until it ends
+    level           smallint NOT NULL,
+    is_excluded     boolean NOT NULL,
+    PRIMARY KEY (tenant_id, stream_kind, stream_id, service_id, started_version)
 ) WITH (fillfactor = 80);
--- Two indexes let the uptime of an old window skip all later periods: a period of at most a week begins at most a
--- week before the window, and longer periods are few.
-CREATE INDEX impact_periods_brief ON impact_periods (tenant_id, service_id, from_at)
-    WHERE NOT (to_at AT TIME ZONE 'UTC' > from_at AT TIME ZONE 'UTC' + interval '168 hours');
-CREATE INDEX impact_periods_long ON impact_periods (tenant_id, service_id, to_at)
-    WHERE to_at AT TIME ZONE 'UTC' > from_at AT TIME ZONE 'UTC' + interval '168 hours';
--- A service's current status reads only ongoing periods.
-CREATE INDEX impact_periods_lasting ON impact_periods (tenant_id, service_id) WHERE to_at = 'infinity';
+-- Two indexes let the uptime of an old window of time skip all later impacts: an impact of at most a week starts at most
+-- a week before the window, and longer impacts are few.
+CREATE INDEX service_impacts_brief ON service_impacts (tenant_id, service_id, started_at)
+    WHERE NOT (ended_at AT TIME ZONE 'UTC' > started_at AT TIME ZONE 'UTC' + interval '168 hours');
+CREATE INDEX service_impacts_long ON service_impacts (tenant_id, service_id, ended_at)
+    WHERE ended_at AT TIME ZONE 'UTC' > started_at AT TIME ZONE 'UTC' + interval '168 hours';
+-- A service's current status reads only ongoing impacts.
+CREATE INDEX service_impacts_ongoing ON service_impacts (tenant_id, service_id) WHERE ended_at = 'infinity';
 
--- The status of each service with an ongoing period; a service without a row is operational.
+-- The status of each service with an ongoing impact; a service without a row is operational.
 CREATE VIEW service_status AS
     SELECT tenant_id, service_id,
-        CASE max(level) FILTER (WHERE kind = 'incident')
+        CASE max(level) FILTER (WHERE stream_kind = 'incident')
             WHEN 4 THEN 'major_outage' WHEN 3 THEN 'major_outage' WHEN 2 THEN 'partial_outage'
             WHEN 1 THEN 'degraded_performance'
-            ELSE CASE WHEN bool_or(kind = 'maintenance') THEN 'under_maintenance' ELSE 'operational' END
+            ELSE CASE WHEN bool_or(stream_kind = 'maintenance') THEN 'under_maintenance' ELSE 'operational' END
         END AS status
-    FROM impact_periods
-    WHERE to_at = 'infinity'
+    FROM service_impacts
+    WHERE ended_at = 'infinity'
     GROUP BY tenant_id, service_id;
 
 -- Messages to send: one intent for each event and subscription. Its id is derived from (event, subscription, channel),
@@ -222,6 +222,6 @@ CREATE INDEX outbox_state_muted ON outbox_state (tenant_id) WHERE kind = 'incide
 GRANT SELECT, INSERT, UPDATE ON projections TO opsentry_app;
 GRANT SELECT, INSERT, UPDATE, DELETE ON
     checkpoints, services, incidents, incident_counts, incident_updates, incident_snapshots, maintenance,
-    maintenance_updates, subscriptions, impact_sources, impact_periods, outbox_intents, outbox_state
+    maintenance_updates, subscriptions, impact_states, service_impacts, outbox_intents, outbox_state
 TO opsentry_app;
 GRANT SELECT ON service_status TO opsentry_app;

@@ -19,14 +19,15 @@ from opsentry.application.results import Listing, Resource
 from opsentry.domain import maintenance
 from opsentry.domain.maintenance import MaintenanceCommand, ScheduleMaintenance
 from opsentry.projections import maintenance as windows
-from opsentry.projections.maintenance import MaintenanceFilter
+from opsentry.projections import maintenance_view
+from opsentry.projections.maintenance_view import MaintenanceFilter
 from opsentry.projections.page_request import PageRequest
 
 
 async def schedule_maintenance(app: Application, caller: Caller, command: ScheduleMaintenance) -> Resource:
     """Schedule a maintenance window; raises as `pipeline.run`."""
     outcome = await run(app, caller, maintenance.DECIDER, command)
-    return await render_outcome(app, caller, outcome, windows.render)
+    return await render_outcome(app, caller, outcome, maintenance_view.render)
 
 
 async def change_maintenance(
@@ -34,7 +35,7 @@ async def change_maintenance(
 ) -> Resource:
     """Change or move a maintenance window; raises as `pipeline.run`."""
     outcome = await run(app, caller, maintenance.DECIDER, command, stream_id=maintenance_id)
-    return await render_outcome(app, caller, outcome, windows.render)
+    return await render_outcome(app, caller, outcome, maintenance_view.render)
 
 
 async def list_maintenance(

@@ -13,8 +13,7 @@ from opsentry.domain.incident import RedactIncident
 from opsentry.domain.maintenance import RedactMaintenance
 from opsentry.domain.redaction import plan
 from opsentry.events.codec import RecordedEvent, written
-from opsentry.projections import incident_view
-from opsentry.projections import maintenance as windows
+from opsentry.projections import incident_view, maintenance_view
 
 _REDACTABLE_FIELDS = {
     incident.KIND: incident.REDACTABLE_FIELDS,
@@ -89,4 +88,4 @@ async def redact_maintenance(
         )
 
     outcome = await run(app, caller, maintenance.DECIDER, command, stream_id=maintenance_id)
-    return await render_outcome(app, caller, outcome, windows.render)
+    return await render_outcome(app, caller, outcome, maintenance_view.render)

@@ -17,7 +17,7 @@ from opsentry.domain.incident import KIND, SEVERITIES
 from opsentry.domain.uptime import PeriodShare, UptimeResult, compute_daily_uptime, compute_uptime, percentage
 from opsentry.infrastructure.postgres import Record
 from opsentry.projections import impact
-from opsentry.projections.impact import Touched
+from opsentry.projections.impact import ImpactedService
 from opsentry.projections.services import ServiceLink
 
 _DAY = timedelta(days=1)
@@ -158,11 +158,11 @@ async def get_service_uptime(
     if start is None and end is None and not is_explained:
         return _answer(ServiceTrailingUptime(*_trailing([service], now), service_id=service_id), row)
     begin, stop = _bounds(start, end, now)
-    result = compute_uptime(service.periods, max(service.since, begin), stop)
+    result = compute_uptime(service.periods, max(service.created_at, begin), stop)
     found = ServiceUptime(service_id=service_id, from_=begin, to=stop, **_totals(result))
     if is_explained:
         found.excluded_seconds = result.excluded_time / 1e6
-        found.service_since = service.since
+        found.service_since = service.created_at
         found.position = row["projected_position"] or 0
         found.periods = [_explained(share, now) for share in result.shares]
     return _answer(found, row)
@@ -176,11 +176,11 @@ async def get_tenant_uptime(
     touched, row = await _read(app, caller, None, start, end)
     now = row["now"]
     if start is None and end is None:
-        services = [LinkedTrailingUptime(*_trailing([each], now), service=each.ref) for each in touched]
+        services = [LinkedTrailingUptime(*_trailing([each], now), service=each.link) for each in touched]
         return _answer(TenantTrailingUptime(*_trailing(touched, now), services=services), row)
     begin, stop = _bounds(start, end, now)
-    results = [(each, compute_uptime(each.periods, max(each.since, begin), stop)) for each in touched]
-    linked = [LinkedUptime(service=each.ref, **_totals(result)) for each, result in results]
+    results = [(each, compute_uptime(each.periods, max(each.created_at, begin), stop)) for each in touched]
+    linked = [LinkedUptime(service=each.link, **_totals(result)) for each, result in results]
     together = _sum(result for _, result in results)
     return _answer(TenantUptime(from_=begin, to=stop, services=linked, **_totals(together)), row)
 
@@ -193,7 +193,7 @@ async def get_daily_uptime(app: Application, caller: Caller, service_id: int, da
     service, now = touched[0], row["now"]
     # Each day computes every period that touches it.
     _check_periods("days", sum(min(days, (p.end - p.start) // _DAY + 1) for p in service.periods))
-    found = compute_daily_uptime(service.periods, service.since, now, days)
+    found = compute_daily_uptime(service.periods, service.created_at, now, days)
     return _answer(
         DailyUptime(
             service_id, [DayUptime(date=day, worst=_worst(result), **_totals(result)) for day, result in found]
@@ -209,7 +209,7 @@ async def _read(
     start: datetime | None,
     end: datetime | None,
     days: int | None = None,
-) -> tuple[Sequence[Touched], Record]:
+) -> tuple[Sequence[ImpactedService], Record]:
     """Return the impacts on one service or all, and the row that they came in."""
     caller.require("read:status")
     row = await read_row(
@@ -219,8 +219,8 @@ async def _read(
             connection, caller.tenant_id, service_id, start, end, days or DEFAULT_WINDOW_DAYS, MAX_PERIODS + 1
         ),
     )
-    _check_periods("days" if days else "from", len(row["touched"] or ()))
-    return impact.touched(row), row
+    _check_periods("days" if days else "from", impact.count_impacts(row))
+    return impact.impacted_services(row), row
 
 
 def _check_periods(field: str, periods: int) -> None:
@@ -248,9 +248,9 @@ def _bounds(start: datetime | None, end: datetime | None, now: datetime) -> tupl
     return begin, stop
 
 
-def _trailing(touched: Sequence[Touched], now: datetime) -> tuple[float, float, float]:
+def _trailing(touched: Sequence[ImpactedService], now: datetime) -> tuple[float, float, float]:
     def percent(length: timedelta) -> float:
-        return _sum(compute_uptime(each.periods, max(each.since, now - length), now) for each in touched).uptime
+        return _sum(compute_uptime(each.periods, max(each.created_at, now - length), now) for each in touched).uptime
 
     return percent(DAY_24H), percent(DAYS_7), percent(DAYS_30)
 

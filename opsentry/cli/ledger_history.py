@@ -17,12 +17,11 @@ from opsentry.domain.incident import IncidentUpdated
 from opsentry.domain.maintenance import MaintenanceUpdated
 from opsentry.events.audit import Entry
 from opsentry.events.codec import RecordedEvent
-from opsentry.projections import incident_view, services
-from opsentry.projections import maintenance as windows
+from opsentry.projections import incident_view, maintenance_view, services
 
 _EVOLVE: Mapping[str, Callable[[Any, RecordedEvent], msgspec.Struct]] = {
     incident.KIND: incident_view.evolve_view,
-    maintenance.KIND: windows.evolve_view,
+    maintenance.KIND: maintenance_view.evolve_view,
     service.KIND: services.evolve_view,
 }
 # Every event changes these fields, or repeats another one.

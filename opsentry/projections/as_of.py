@@ -19,15 +19,14 @@ from opsentry.events import store
 from opsentry.events.codec import RecordedEvent
 from opsentry.identity import api_tokens
 from opsentry.infrastructure.postgres import Connection, Database
-from opsentry.projections import impact, incident_view, incidents, services
-from opsentry.projections import maintenance as windows
+from opsentry.projections import impact_state, incident_snapshots, incident_view, maintenance_view, services
 from opsentry.projections.engine.projector import Projector
-from opsentry.projections.impact import Source
-from opsentry.projections.incident_view import IncidentFilter, IncidentView, Shown
-from opsentry.projections.maintenance import MaintenanceFilter, MaintenanceView
+from opsentry.projections.impact_state import ImpactState
+from opsentry.projections.incident_view import IncidentFilter, IncidentView, ProjectedIncident
+from opsentry.projections.maintenance_view import MaintenanceFilter, MaintenanceView
 from opsentry.projections.page_request import ALL_ITEMS, PageRequest
 from opsentry.projections.services import ServiceFilter, ServiceLinks, ServiceView
-from opsentry.projections.timeline import etag, name_authors
+from opsentry.projections.timeline import etag, fill_placeholders
 
 REPLAY_BATCH_EVENTS = 1000
 # A replay keeps this process busy, so only a few run at a time and the others wait.
@@ -90,7 +89,7 @@ class AsOfQueries:
         """
         row = await self._projector.read(
             tenant_id,
-            lambda connection: incidents.select_incident_as_of(connection, tenant_id, incident_id, position),
+            lambda connection: incident_snapshots.select_incident_as_of(connection, tenant_id, incident_id, position),
             at_least=position,
         )
         if row["version"] == 0:
@@ -100,12 +99,14 @@ class AsOfQueries:
             tail = await store.read_stream(
                 connection, tenant_id, incident.KIND, incident_id, after=snapshot_version, until=row["version"]
             )
-            view = incident_view.state_as_of(row, incident_id, tail)
-            updates, token_ids = await incidents.select_timeline(connection, tenant_id, incident_id, row["version"])
+            view = incident_view.view_as_of(row, incident_id, tail)
+            updates, token_ids = await incident_snapshots.select_timeline(
+                connection, tenant_id, incident_id, row["version"]
+            )
             names = await api_tokens.find_api_token_names(connection, tenant_id, token_ids) if token_ids else {}
             links, versions = await _read_service_links(connection, tenant_id, view.service_ids, position)
         view.services = [links[service_id] for service_id in view.service_ids if service_id in links]
-        body = incident_view.render_as_of(view, name_authors(updates, token_ids, names))
+        body = incident_view.render_as_of(view, fill_placeholders(updates, token_ids, names))
         return RenderedResource(body, etag(row["version"], versions))
 
     async def get_maintenance(self, tenant_id: int, maintenance_id: int, position: int) -> RenderedResource | None:
@@ -114,7 +115,9 @@ class AsOfQueries:
         Raises:
             DatabaseUnavailable: The database was lost.
         """
-        return await self._replay_resource(maintenance.DECIDER, windows.render, tenant_id, maintenance_id, position)
+        return await self._replay_resource(
+            maintenance.DECIDER, maintenance_view.render, tenant_id, maintenance_id, position
+        )
 
     async def get_recorded_incident(self, tenant_id: int, incident_id: int, position: int) -> RenderedResource | None:
         """Return an incident from the ledger alone, for when the read model does not show it yet.
@@ -180,7 +183,7 @@ class AsOfQueries:
                 linked[event.stream_id] = services.evolve_view(linked.get(event.stream_id), event)
             else:
                 announced.setdefault(event.stream_id, event)
-                views[event.stream_id] = windows.evolve_view(views.get(event.stream_id), event)
+                views[event.stream_id] = maintenance_view.evolve_view(views.get(event.stream_id), event)
         matching = [view for view in views.values() if filter_.matches(view)]
         matching.sort(key=lambda view: (announced[view.id].occurred_at, view.id), reverse=True)
         return _render_page(position, matching, page, linked)
@@ -200,35 +203,35 @@ class AsOfQueries:
     async def _list_incidents(
         self, tenant_id: int, position: int, matches: Callable[[IncidentView], bool], page: PageRequest
     ) -> RenderedPage:
-        shown: dict[int, Shown] = {}
+        projected: dict[int, ProjectedIncident] = {}
         linked: dict[int, ServiceView] = {}
         async for event in self._replay_events(tenant_id, position, (incident.KIND, service.KIND)):
             if event.kind == service.KIND:
                 linked[event.stream_id] = services.evolve_view(linked.get(event.stream_id), event)
             else:
-                shown[event.stream_id] = incident_view.evolve(shown.get(event.stream_id), event)
-        matching = [view for view in (each.view() for each in shown.values()) if matches(view)]
+                projected[event.stream_id] = incident_view.evolve(projected.get(event.stream_id), event)
+        matching = [view for view in (each.view() for each in projected.values()) if matches(view)]
         matching.sort(key=lambda view: (view.occurred_at, view.id), reverse=True)
         return _render_page(position, matching, page, linked)
 
     async def _replay_services(self, tenant_id: int, position: int) -> list[ServiceView]:
         """Return the services that were not retired at `position`, each with its `current_status`."""
         views: dict[int, ServiceView] = {}
-        sources: dict[tuple[str, int], Source | None] = {}
+        states: dict[tuple[str, int], ImpactState] = {}
         async for event in self._replay_events(tenant_id, position, (service.KIND, incident.KIND, maintenance.KIND)):
             if event.kind != service.KIND:
                 key = (event.kind, event.stream_id)
-                sources[key] = impact.evolve(sources.get(key), event)
+                states[key] = impact_state.evolve(states.get(key), event)
             elif isinstance(event.event, ServiceRetired):
                 views.pop(event.stream_id, None)
             else:
                 views[event.stream_id] = services.evolve_view(views.get(event.stream_id), event)
         levels: dict[int, list[int]] = defaultdict(list)
         maintained: set[int] = set()
-        for (kind, _), source in sources.items():
-            for service_id, (level, _) in ({} if source is None else source.touches()).items():
+        for (kind, _), state in states.items():
+            for service_id, effect in state.effects().items():
                 if kind == incident.KIND:
-                    levels[service_id].append(level)
+                    levels[service_id].append(effect.level)
                 else:
                     maintained.add(service_id)
         for view in views.values():

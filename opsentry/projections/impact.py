@@ -1,228 +1,129 @@
-"""The periods in which an incident or a window touched a service: serves status and uptime.
+"""The projection `impact`: the periods in which an incident or a maintenance window affects a service.
 
-Periods of different sources may overlap; that is resolved when reading, so each source's rows depend on its own
-events alone.
+Status and uptime are computed from these. Periods of different streams may overlap; a read resolves that. So each
+stream's rows depend on its own events alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import asyncpg
 import msgspec
-from msgspec import UNSET
 
 from opsentry.domain import incident, maintenance
-from opsentry.domain.decider import set_fields
-from opsentry.domain.incident import (
-    IncidentOpened,
-    IncidentReopened,
-    IncidentResolved,
-    IncidentServicesChanged,
-    IncidentSeverityChanged,
-    IncidentVisibilityChanged,
-)
-from opsentry.domain.maintenance import (
-    MaintenanceChanged,
-    MaintenanceCompleted,
-    MaintenanceScheduled,
-    MaintenanceStarted,
-)
-from opsentry.domain.uptime import LEVELS, Period
+from opsentry.domain.uptime import Period
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.freshness import freshness
 from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream, continued
+from opsentry.projections.impact_state import ChangedState, ImpactState, ServiceImpact, derive_changes
 from opsentry.projections.timeline import id_array
 
-# The sources that this batch goes on from, each by the index; see the same in incidents.
-_LOAD = """
+# Selects the states of the streams $3 of kind $2. LIMIT makes it one index lookup for each; see `incidents`.
+_LOAD_STATES = """
 SELECT s.* FROM unnest($3::bigint[]) AS wanted (id) CROSS JOIN LATERAL (
-    SELECT * FROM impact_sources WHERE tenant_id = $1 AND kind = $2 AND source_id = wanted.id LIMIT 1) AS s
+    SELECT stream_id, version, is_active, level, is_excluded, service_ids FROM impact_states
+    WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id = wanted.id LIMIT 1) AS s
 """
 
-_STORE = """
-INSERT INTO impact_sources
-    (tenant_id, kind, source_id, version, live, level, excluded, visibility, service_ids)
-SELECT $1, $2, id, version, live, level, excluded, visibility, service_ids::bigint[]
-FROM unnest($3::bigint[], $4::int[], $5::bool[], $6::smallint[], $7::bool[], $8::text[], $9::text[])
-    AS row (id, version, live, level, excluded, visibility, service_ids)
-ON CONFLICT (tenant_id, kind, source_id) DO UPDATE SET
-    version = excluded.version, live = excluded.live, level = excluded.level, excluded = excluded.excluded,
-    visibility = excluded.visibility, service_ids = excluded.service_ids
-WHERE impact_sources.version < excluded.version
+# Writes one state for each stream; a newer version stays.
+_STORE_STATES = """
+INSERT INTO impact_states
+    (tenant_id, stream_kind, stream_id, version, is_active, level, is_excluded, service_ids)
+SELECT $1, $2, id, version, is_active, level, is_excluded, service_ids::bigint[]
+FROM unnest($3::bigint[], $4::int[], $5::bool[], $6::smallint[], $7::bool[], $8::text[])
+    AS row (id, version, is_active, level, is_excluded, service_ids)
+ON CONFLICT (tenant_id, stream_kind, stream_id) DO UPDATE SET
+    version = excluded.version, is_active = excluded.is_active, level = excluded.level,
+    is_excluded = excluded.is_excluded, service_ids = excluded.service_ids
+WHERE impact_states.version < excluded.version
 """
 
-# Ends the periods that still last.
-_END = """
-UPDATE impact_periods p SET to_at = row.to_at
-FROM unnest($3::bigint[], $4::bigint[], $5::timestamptz[]) AS row (source_id, service_id, to_at)
-WHERE p.tenant_id = $1 AND p.kind = $2 AND p.source_id = row.source_id AND p.service_id = row.service_id
-  AND p.to_at = 'infinity'
+# Ends service impacts that are ongoing.
+_END_IMPACTS = """
+UPDATE service_impacts i SET ended_at = row.ended_at
+FROM unnest($3::bigint[], $4::bigint[], $5::timestamptz[]) AS row (stream_id, service_id, ended_at)
+WHERE i.tenant_id = $1 AND i.stream_kind = $2 AND i.stream_id = row.stream_id AND i.service_id = row.service_id
+  AND i.ended_at = 'infinity'
 """
 
-_BEGIN = """
-INSERT INTO impact_periods
-    (tenant_id, kind, source_id, service_id, from_version, from_at, to_at, level, excluded)
-SELECT $1, $2, source_id, service_id, from_version, from_at, to_at, level, excluded
+# Inserts new service impacts; a repeated event changes nothing.
+_START_IMPACTS = """
+INSERT INTO service_impacts
+    (tenant_id, stream_kind, stream_id, service_id, started_version, started_at, ended_at, level, is_excluded)
+SELECT $1, $2, stream_id, service_id, started_version, started_at, ended_at, level, is_excluded
 FROM unnest($3::bigint[], $4::bigint[], $5::int[], $6::timestamptz[], $7::timestamptz[], $8::smallint[], $9::bool[])
-    AS row (source_id, service_id, from_version, from_at, to_at, level, excluded)
+    AS row (stream_id, service_id, started_version, started_at, ended_at, level, is_excluded)
 ON CONFLICT DO NOTHING
 """
 
-# A period that lasts, or lasted for more than a week, as the indexes tell these few from the rest.
-_LONG = "to_at AT TIME ZONE 'UTC' > from_at AT TIME ZONE 'UTC' + interval '168 hours'"
+# The condition of the index on impacts that last more than a week or are ongoing. Time zone UTC makes it immutable.
+_IS_LONG = "ended_at AT TIME ZONE 'UTC' > started_at AT TIME ZONE 'UTC' + interval '168 hours'"
 
 
-def _periods_query(chosen: str) -> str:
-    """Return the query of what touched the `chosen` services between $2 and $3, NULL for $4 days before $3 and for now.
+def _impacts_query(chosen: str) -> str:
+    """Return SQL that selects the impacts on the `chosen` services between $2 and $3, at most $5 of them.
 
-    An end is NULL where a period still lasts. Each service's periods are found by indexes, at most $5 of all, and
-    however far back: of all but the long ones, those that reach into a window began at most a week before it. Days and
-    weeks are in hours, while those of the server's time zone, '1 day', need not be of 24.
+    $2 defaults to $4 days before $3, and $3 to now. An end is NULL while the impact lasts.
+
+    Indexes find each service's impacts, however old the window is: an impact of at most a week that reaches into the
+    window starts at most a week before it, and longer ones are few. Lengths are in hours, because the server's time
+    zone has days that are not of 24 hours.
     """
-    touching = """
-        SELECT service_id, from_at, to_at, level, excluded, kind, source_id, from_version FROM impact_periods
-        WHERE tenant_id = $1 AND service_id = c.service_id AND to_at > begin AND from_at < stop"""
+    overlapping = """
+        SELECT service_id, started_at, ended_at, level, is_excluded, stream_kind, stream_id, started_version
+        FROM service_impacts
+        WHERE tenant_id = $1 AND service_id = c.service_id AND ended_at > window_start AND started_at < window_end"""
     return f"""
         WITH bounds AS MATERIALIZED (
-            SELECT coalesce($2, coalesce($3, now()) - $4 * interval '24 hours') AS begin, coalesce($3, now()) AS stop),
+            SELECT coalesce($2, coalesce($3, now()) - $4 * interval '24 hours') AS window_start,
+                coalesce($3, now()) AS window_end),
         chosen AS (
-            SELECT service_id, since, ref FROM services WHERE tenant_id = $1 AND NOT retired {chosen}),
+            SELECT service_id, created_at, link FROM services WHERE tenant_id = $1 AND NOT retired {chosen}),
         found AS (
-            SELECT p.*, row_number() OVER (
-                ORDER BY p.service_id, p.from_at, p.kind, p.source_id, p.from_version) AS place
-            FROM (SELECT any_of.* FROM bounds, chosen c CROSS JOIN LATERAL (
-                {touching} AND from_at > begin - interval '168 hours' AND NOT ({_LONG})
-                UNION ALL {touching} AND {_LONG}) AS any_of
-                LIMIT $5) AS p)
+            SELECT i.*, row_number() OVER (
+                ORDER BY i.service_id, i.started_at, i.stream_kind, i.stream_id, i.started_version) AS ordinal
+            FROM (SELECT any_length.* FROM bounds, chosen c CROSS JOIN LATERAL (
+                {overlapping} AND started_at > window_start - interval '168 hours' AND NOT ({_IS_LONG})
+                UNION ALL {overlapping} AND {_IS_LONG}) AS any_length
+                LIMIT $5) AS i)
         SELECT fresh.*, now() AS now,
             (SELECT array_agg(service_id ORDER BY service_id) FROM chosen) AS service_ids,
-            (SELECT array_agg(since ORDER BY service_id) FROM chosen) AS sinces,
-            (SELECT array_agg(ref ORDER BY service_id) FROM chosen) AS refs,
-            (SELECT array_agg(service_id ORDER BY place) FROM found) AS touched,
-            (SELECT array_agg(from_at ORDER BY place) FROM found) AS starts,
-            (SELECT array_agg(nullif(to_at, 'infinity') ORDER BY place) FROM found) AS ends,
-            (SELECT array_agg(level ORDER BY place) FROM found) AS levels,
-            (SELECT array_agg(excluded ORDER BY place) FROM found) AS excluded,
-            (SELECT array_agg(kind ORDER BY place) FROM found) AS kinds,
-            (SELECT array_agg(source_id ORDER BY place) FROM found) AS source_ids
+            (SELECT array_agg(created_at ORDER BY service_id) FROM chosen) AS created_ats,
+            (SELECT array_agg(link ORDER BY service_id) FROM chosen) AS links,
+            (SELECT array_agg(service_id ORDER BY ordinal) FROM found) AS impacted_ids,
+            (SELECT array_agg(started_at ORDER BY ordinal) FROM found) AS started_ats,
+            (SELECT array_agg(nullif(ended_at, 'infinity') ORDER BY ordinal) FROM found) AS ended_ats,
+            (SELECT array_agg(level ORDER BY ordinal) FROM found) AS levels,
+            (SELECT array_agg(is_excluded ORDER BY ordinal) FROM found) AS are_excluded,
+            (SELECT array_agg(stream_kind ORDER BY ordinal) FROM found) AS stream_kinds,
+            (SELECT array_agg(stream_id ORDER BY ordinal) FROM found) AS stream_ids
         FROM {freshness("services", "impact")}
     """
 
 
-_OF_ONE = _periods_query("AND service_id = $6")
-_OF_ALL = _periods_query("")
-
-
-class Source(msgspec.Struct, kw_only=True, gc=False):
-    """What an incident or a window does to services now."""
-
-    live: bool
-    level: int
-    excluded: bool
-    visibility: str
-    service_ids: tuple[int, ...]
-
-    def touches(self) -> dict[int, tuple[int, bool]]:
-        """Return level and exclusion for each service that is touched at this moment."""
-        return dict.fromkeys(self.service_ids, (self.level, self.excluded)) if self.live else {}
-
-
-_MOVES = frozenset(
-    {
-        IncidentOpened,
-        IncidentResolved,
-        IncidentReopened,
-        IncidentSeverityChanged,
-        IncidentServicesChanged,
-        IncidentVisibilityChanged,
-        MaintenanceScheduled,
-        MaintenanceChanged,
-        MaintenanceStarted,
-        MaintenanceCompleted,
-    }
-)
-
-
-def evolve(source: Source | None, recorded: RecordedEvent) -> Source:
-    """Fold one event of an incident or a window; one that changes nothing here gives the same object."""
-    event = recorded.event
-    if source is not None and type(event) not in _MOVES:
-        return source
-    match event:
-        case IncidentOpened():
-            return Source(
-                live=True,
-                level=LEVELS[event.severity],
-                excluded=False,
-                visibility=event.visibility,
-                service_ids=event.service_ids,
-            )
-        case MaintenanceScheduled():
-            return Source(
-                live=False,
-                level=0,
-                excluded=event.exclude_from_sla,
-                visibility=event.visibility,
-                service_ids=event.service_ids,
-            )
-    if source is None:
-        raise ValueError(f"{event.TYPE} without a beginning")
-    change = msgspec.structs.replace
-    match event:
-        case IncidentResolved() | MaintenanceCompleted():
-            return change(source, live=False)
-        case IncidentReopened() | MaintenanceStarted():
-            return change(source, live=True)
-        case IncidentSeverityChanged():
-            return change(source, level=LEVELS[event.severity])
-        case IncidentServicesChanged():
-            return change(source, service_ids=event.service_ids)
-        case IncidentVisibilityChanged():
-            return change(source, visibility=event.visibility)
-        case MaintenanceChanged():
-            excluded = source.excluded if event.exclude_from_sla is UNSET else event.exclude_from_sla
-            facts = {name: value for name, value in set_fields(event).items() if name in Source.__struct_fields__}
-            return change(source, excluded=excluded, **facts)
-        case _:
-            return source
-
-
-class _Begun(msgspec.Struct):
-    source_id: int
-    service_id: int
-    version: int
-    start: datetime
-    level: int
-    excluded: bool
-    end: datetime | None = None
-
-
-class _Changes(NamedTuple):
-    """What a batch does: sources as they then are, periods that lasted and end, periods that begin."""
-
-    sources: list[tuple[int, int, Source]]
-    ended: list[tuple[int, int, datetime]]
-    begun: list[_Begun]
-
+# Selects the impacts on the service $6.
+_SELECT_OF_SERVICE = _impacts_query("AND service_id = $6")
+# Selects the impacts on all services.
+_SELECT_OF_ALL = _impacts_query("")
 
 _KINDS = (maintenance.KIND, incident.KIND)
-_IDS = {kind: f"kind = '{kind}' AND source_id BETWEEN $2 AND $3" for kind in _KINDS}
-SOURCES = Table(
-    "impact_sources",
-    ("kind", "source_id", "version", "live", "level", "excluded", "visibility", "service_ids"),
+_OF_STREAMS = {kind: f"stream_kind = '{kind}' AND stream_id BETWEEN $2 AND $3" for kind in _KINDS}
+STATES = Table(
+    "impact_states",
+    ("stream_kind", "stream_id", "version", "is_active", "level", "is_excluded", "service_ids"),
     keys=2,
-    of_streams=_IDS,
+    of_streams=_OF_STREAMS,
 )
-PERIODS = Table(
-    "impact_periods",
-    ("kind", "source_id", "service_id", "from_version", "from_at", "to_at", "level", "excluded"),
+IMPACTS = Table(
+    "service_impacts",
+    ("stream_kind", "stream_id", "service_id", "started_version", "started_at", "ended_at", "level", "is_excluded"),
     keys=4,
-    of_streams=_IDS,
+    of_streams=_OF_STREAMS,
 )
-# The driver's way to write `infinity`: it lasts.
-_LASTS = datetime.max.replace(tzinfo=UTC)
+# The driver writes this datetime as `infinity`: the impact is ongoing.
+_ONGOING = datetime.max.replace(tzinfo=UTC)
 
 
 class Impact:
@@ -231,10 +132,10 @@ class Impact:
     name = "impact"
     version = 1
     kinds = _KINDS
-    tables = (SOURCES, PERIODS)
+    tables = (STATES, IMPACTS)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """End and begin periods for each source touched."""
+        """Start and end service impacts, and store the state of each stream."""
         for kind in self.kinds:
             if of_kind := [event for event in events if event.kind == kind]:
                 await self._apply(connection, tenant_id, kind, of_kind)
@@ -243,84 +144,52 @@ class Impact:
         streams = by_stream(events)
         stored = {}
         if ids := continued(streams):
-            rows = await connection.fetch(_LOAD, tenant_id, kind, ids)
-            stored = {row["source_id"]: (row["version"], _source(row)) for row in rows}
-        changes = _changes(streams, stored)
-        columns = list(zip(*map(_source_row, changes.sources), strict=True))
-        columns[6] = tuple(map(id_array, columns[6]))
-        await connection.execute(_STORE, tenant_id, kind, *columns)
+            rows = await connection.fetch(_LOAD_STATES, tenant_id, kind, ids)
+            stored = {row["stream_id"]: (row["version"], _state(row)) for row in rows}
+        changes = derive_changes(streams, stored)
+        *columns, service_ids = zip(*map(_state_row, changes.states), strict=True)
+        await connection.execute(_STORE_STATES, tenant_id, kind, *columns, list(map(id_array, service_ids)))
         if changes.ended:
-            await connection.execute(_END, tenant_id, kind, *zip(*changes.ended, strict=True))
-        if changes.begun:
-            await connection.execute(_BEGIN, tenant_id, kind, *zip(*map(_period_row, changes.begun), strict=True))
+            await connection.execute(_END_IMPACTS, tenant_id, kind, *zip(*changes.ended, strict=True))
+        if changes.started:
+            rows = zip(*map(_impact_row, changes.started), strict=True)
+            await connection.execute(_START_IMPACTS, tenant_id, kind, *rows)
 
     def replayer(self) -> Replay:
-        """Return a function that gives the rows of whole streams."""
+        """Return a function that computes the rows of whole streams."""
 
         def replay(kind: str, streams: Streams) -> Rows:
-            changes = _changes(streams, {})
+            changes = derive_changes(streams, {})
             return {
-                SOURCES.name: [(kind, *_source_row(source)) for source in changes.sources],
-                PERIODS.name: [(kind, *_period_row(period)) for period in changes.begun],
+                STATES.name: [(kind, *_state_row(changed)) for changed in changes.states],
+                IMPACTS.name: [(kind, *_impact_row(impact)) for impact in changes.started],
             }
 
         return replay
 
 
-def _changes(streams: Streams, stored: Mapping[int, tuple[int, Source]]) -> _Changes:
-    """Fold streams into what they do; of those that are `stored`, what their rows show already is passed over."""
-    changes = _Changes([], [], [])
-    for source_id, stream in streams.items():
-        version, source = stored.get(source_id, (0, None))
-        open_here: dict[int, _Begun] = {}
-        after: Mapping[int, tuple[int, bool]] = {} if source is None else source.touches()
-        for recorded in stream:
-            if recorded.version <= version:
-                continue
-            version, earlier = recorded.version, source
-            source = evolve(source, recorded)
-            if source is earlier:
-                continue
-            before, after = after, source.touches()
-            moment = recorded.occurred_at
-            for service_id in [s for s in before if before[s] != after.get(s)]:
-                period = open_here.pop(service_id, None)
-                if period is None:
-                    changes.ended.append((source_id, service_id, moment))
-                else:
-                    period.end = moment
-            for service_id in [s for s in after if after[s] != before.get(s)]:
-                period = _Begun(source_id, service_id, version, moment, *after[service_id])
-                open_here[service_id] = period
-                changes.begun.append(period)
-        if source is not None:
-            changes.sources.append((source_id, version, source))
-    return changes
+def _state_row(changed: ChangedState) -> tuple[Any, ...]:
+    state = changed.state
+    return (changed.stream_id, changed.version, state.is_active, state.level, state.is_excluded, state.service_ids)
 
 
-def _source_row(changed: tuple[int, int, Source]) -> tuple[Any, ...]:
-    source_id, version, source = changed
-    return (source_id, version, source.live, source.level, source.excluded, source.visibility, source.service_ids)
-
-
-def _period_row(period: _Begun) -> tuple[Any, ...]:
+def _impact_row(impact: ServiceImpact) -> tuple[Any, ...]:
     return (
-        period.source_id,
-        period.service_id,
-        period.version,
-        period.start,
-        _LASTS if period.end is None else period.end,
-        period.level,
-        period.excluded,
+        impact.stream_id,
+        impact.service_id,
+        impact.started_version,
+        impact.started_at,
+        _ONGOING if impact.ended_at is None else impact.ended_at,
+        impact.level,
+        impact.is_excluded,
     )
 
 
-def _source(row: asyncpg.Record) -> Source:
-    return Source(
-        live=row["live"],
+def _state(row: asyncpg.Record) -> ImpactState:
+    return ImpactState(
+        is_active=row["is_active"],
         level=row["level"],
-        excluded=row["excluded"],
-        visibility=row["visibility"],
+        is_excluded=row["is_excluded"],
         service_ids=tuple(row["service_ids"]),
     )
 
@@ -334,41 +203,56 @@ async def select_service_impacts(
     days: int,
     limit: int,
 ) -> asyncpg.Record:
-    """Return what touched a service, or all of the tenant's, in a window, for `touched`; and `now`.
+    """Return the impacts on one service, or on all of the tenant's, in a window of time.
 
     Args:
         connection: The database.
         tenant_id: The tenant.
         service_id: The service; all if `None`.
-        start: Where the window begins; so many `days` of 24 hours before its end if `None`.
-        end: Where it ends; now if `None`.
+        start: The start of the window; `days` of 24 hours before its end if `None`.
+        end: The end of the window; now if `None`.
         days: See `start`.
-        limit: How many periods there may be at most; which ones, where there are more, is left to chance.
+        limit: The number of impacts at most; which ones a longer list loses is not defined.
+
+    Returns:
+        A row for `impacted_services` and `count_impacts`, with the database's clock as `now`.
     """
     if service_id is None:
-        return await connection.fetchrow(_OF_ALL, tenant_id, start, end, days, limit)
-    return await connection.fetchrow(_OF_ONE, tenant_id, start, end, days, limit, service_id)
+        return await connection.fetchrow(_SELECT_OF_ALL, tenant_id, start, end, days, limit)
+    return await connection.fetchrow(_SELECT_OF_SERVICE, tenant_id, start, end, days, limit, service_id)
 
 
-class Touched(msgspec.Struct, frozen=True):
-    """A service, since when it is under watch, its link as JSON, and what touched it."""
+class ImpactedService(msgspec.Struct, frozen=True):
+    """A service with the periods of its impacts.
+
+    Attributes:
+        service_id: The service.
+        created_at: When the service came into being; uptime counts from there.
+        link: The service link as JSON.
+        periods: The impacts, the first started first.
+    """
 
     service_id: int
-    since: datetime
-    ref: msgspec.Raw
+    created_at: datetime
+    link: msgspec.Raw
     periods: list[Period]
 
 
-def touched(row: asyncpg.Record) -> list[Touched]:
-    """Return the services in a row of `between`; a period that still lasts ends at the row's `now`."""
+def count_impacts(row: asyncpg.Record) -> int:
+    """Return the number of impacts in a row of `select_service_impacts`."""
+    return len(row["impacted_ids"] or ())
+
+
+def impacted_services(row: asyncpg.Record) -> list[ImpactedService]:
+    """Return the services in a row of `select_service_impacts`; an ongoing impact ends at the row's `now`."""
     if row["service_ids"] is None:
         return []
     services = {
-        service_id: Touched(service_id, since, msgspec.Raw(ref.encode()), [])
-        for service_id, since, ref in zip(row["service_ids"], row["sinces"], row["refs"], strict=True)
+        service_id: ImpactedService(service_id, created_at, msgspec.Raw(link.encode()), [])
+        for service_id, created_at, link in zip(row["service_ids"], row["created_ats"], row["links"], strict=True)
     }
-    if row["touched"] is not None:
-        names = ("touched", "starts", "ends", "levels", "excluded", "kinds", "source_ids")
+    if row["impacted_ids"] is not None:
+        names = ("impacted_ids", "started_ats", "ended_ats", "levels", "are_excluded", "stream_kinds", "stream_ids")
         for service_id, start, end, *rest in zip(*(row[name] for name in names), strict=True):
             services[service_id].periods.append(Period(start, end or row["now"], *rest))
     return list(services.values())

@@ -1,4 +1,4 @@
-"""An incident as the API answers it: folded from its events, rendered as JSON. Pure; `incidents` keeps it as rows."""
+"""An incident as the API renders it: derived from its events, encoded as JSON. Pure; `incidents` stores it as rows."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -8,14 +8,17 @@ import asyncpg
 import msgspec
 
 from opsentry.domain import incident
-from opsentry.domain.incident import Incident, IncidentEvent, IncidentResolved, IncidentUpdated
+from opsentry.domain.incident import Incident, IncidentEvent, IncidentResolved
 from opsentry.events.codec import RecordedEvent
 from opsentry.projections.engine.projection import by_stream, replay_streams
-from opsentry.projections.timeline import TimelineEntry, author_name
+from opsentry.projections.timeline import TimelineEntry, entries_of
 
 
 class IncidentView(msgspec.Struct, kw_only=True):
-    """An incident as the API lists it; `services` is filled in when reading."""
+    """An incident as the API lists it; a read fills in `services`.
+
+    `occurred_at` and `resolved_at` are real-world time, `created_at` and `updated_at` the ledger's.
+    """
 
     id: int
     title: str
@@ -58,11 +61,8 @@ class IncidentFilter(NamedTuple):
 decode_view = msgspec.json.Decoder(IncidentView).decode
 
 
-class Shown(msgspec.Struct, gc=False):
-    """What an incident's events leave of it to be shown; changed in place by `evolve`.
-
-    `occurred_at` and `resolved_at` are the world's time, `created_at` and `updated_at` the ledger's.
-    """
+class ProjectedIncident(msgspec.Struct, gc=False):
+    """The aggregate's state with the times that only events carry; `evolve` changes it in place."""
 
     id: int
     state: Incident
@@ -72,13 +72,13 @@ class Shown(msgspec.Struct, gc=False):
     resolved_at: datetime | None = None
 
     @classmethod
-    def of(cls, view: IncidentView) -> "Shown":
-        """Return what `view` shows."""
-        state = Incident(**{name: getattr(view, name) for name in _SHARED})
+    def of(cls, view: IncidentView) -> "ProjectedIncident":
+        """Return the state that `view` shows."""
+        state = Incident(**{name: getattr(view, name) for name in _STATE_FIELDS})
         return cls(view.id, state, view.occurred_at, view.created_at, view.updated_at, view.resolved_at)
 
     def view(self) -> IncidentView:
-        """Return it as the API answers it."""
+        """Return the view of this state."""
         state = self.state
         return IncidentView(
             id=self.id,
@@ -97,55 +97,59 @@ class Shown(msgspec.Struct, gc=False):
         )
 
 
-_SHARED = tuple(name for name in Incident.__struct_fields__ if name in IncidentView.__struct_fields__)
+_STATE_FIELDS = tuple(name for name in Incident.__struct_fields__ if name in IncidentView.__struct_fields__)
 
 
-def evolve(shown: Shown | None, recorded: RecordedEvent) -> Shown:
-    """Fold one event."""
-    state = incident.evolve(None if shown is None else shown.state, cast("IncidentEvent", recorded.event))
-    if shown is None:
-        shown = Shown(recorded.stream_id, state, recorded.occurred_at, recorded.recorded_at, recorded.recorded_at)
-    shown.state, shown.updated_at = state, recorded.recorded_at
+def evolve(projected: ProjectedIncident | None, recorded: RecordedEvent) -> ProjectedIncident:
+    """Apply one event."""
+    state = incident.evolve(None if projected is None else projected.state, cast("IncidentEvent", recorded.event))
+    if projected is None:
+        projected = ProjectedIncident(
+            recorded.stream_id, state, recorded.occurred_at, recorded.recorded_at, recorded.recorded_at
+        )
+    projected.state, projected.updated_at = state, recorded.recorded_at
     if state.status != "resolved":
-        shown.resolved_at = None
+        projected.resolved_at = None
     elif isinstance(recorded.event, IncidentResolved):
-        shown.resolved_at = recorded.occurred_at
-    return shown
+        projected.resolved_at = recorded.occurred_at
+    return projected
 
 
 def evolve_view(view: IncidentView | None, recorded: RecordedEvent) -> IncidentView:
-    """Fold one event into the answer."""
-    return evolve(None if view is None else Shown.of(view), recorded).view()
+    """Return the view after one more event."""
+    return evolve(None if view is None else ProjectedIncident.of(view), recorded).view()
 
 
-def render(history: Sequence[RecordedEvent], refs: Mapping[int, msgspec.Raw], token_names: Mapping[int, str]) -> bytes:
-    """Return the incident with its timeline, as its events leave it: the same bytes that a read of the row gives.
+def render(history: Sequence[RecordedEvent], links: Mapping[int, msgspec.Raw], token_names: Mapping[int, str]) -> bytes:
+    """Return the incident with its timeline as JSON: the same bytes that a read of its row gives.
 
     Args:
-        history: All its events, in order; at least one.
-        refs: How to link services, by id.
-        token_names: Names of the tokens that may have written timeline entries, by id.
+        history: All events of the incident, in order; at least one.
+        links: The service links by id; services without one are left out.
+        token_names: The names of the API tokens that may have written timeline entries, by id.
     """
-    ((shown, _),) = replay_streams(by_stream(history), {}, evolve)
-    view = shown.view()
-    view.services = [refs[service_id] for service_id in view.service_ids if service_id in refs]
-    updates = [
-        TimelineEntry.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
-        for recorded in history
-        if isinstance(recorded.event, IncidentUpdated)
-    ]
+    ((projected, _),) = replay_streams(by_stream(history), {}, evolve)
+    view = projected.view()
+    view.services = [links[service_id] for service_id in view.service_ids if service_id in links]
+    updates = entries_of(history, token_names)
     return msgspec.json.encode(IncidentDetail(**msgspec.structs.asdict(view), updates=updates))
 
 
-def state_as_of(row: asyncpg.Record, incident_id: int, tail: Sequence[RecordedEvent]) -> IncidentView:
-    """Return the state in a row of `as_of`; `tail` are the events after `snapshot_version`, up to `version`."""
+def view_as_of(row: asyncpg.Record, incident_id: int, tail: Sequence[RecordedEvent]) -> IncidentView:
+    """Return the view as of a position.
+
+    Args:
+        row: A row of `incident_snapshots.select_incident_as_of`.
+        incident_id: The incident.
+        tail: The events after the row's `snapshot_version`, up to its `version`.
+    """
     stored = {}
     if row["snapshot"] is not None:
-        stored = {incident_id: (row["snapshot_version"], Shown.of(decode_view(row["snapshot"])))}
-    ((shown, _),) = replay_streams({incident_id: tail}, stored, evolve)
-    return shown.view()
+        stored = {incident_id: (row["snapshot_version"], ProjectedIncident.of(decode_view(row["snapshot"])))}
+    ((projected, _),) = replay_streams({incident_id: tail}, stored, evolve)
+    return projected.view()
 
 
 def render_as_of(view: IncidentView, updates: bytes) -> bytes:
-    """Return the incident that `view` is, its links filled in, with its timeline."""
+    """Return `view`, whose links are filled in, with a timeline that is rendered already, as JSON."""
     return b"".join((msgspec.json.encode(view)[:-1], b',"updates":[', updates, b"]}"))

@@ -1,4 +1,4 @@
-"""The registry of services: serves `/services`."""
+"""The projection `services`: services as `/services` serves them, and the links that other responses show."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -17,28 +17,29 @@ from opsentry.projections.engine.projection import Replay, Streams, Table, by_st
 from opsentry.projections.engine.projector import Projector
 from opsentry.projections.page_request import PageRequest
 
-# The rows that this batch goes on from.
+# Selects the stored rows of these services.
 _LOAD = "SELECT service_id, version, retired, body FROM services WHERE tenant_id = $1 AND service_id = ANY($2)"
 
-# One row for each service, whatever the number of its events in the batch.
+# Writes one row for each service, unless a newer version is stored.
 _STORE = """
-INSERT INTO services (tenant_id, service_id, version, slug, name, visibility, retired, since, body, ref)
+INSERT INTO services (tenant_id, service_id, version, slug, name, visibility, retired, created_at, body, link)
 SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::timestamptz[],
                          $9::text[], $10::text[])
 ON CONFLICT (tenant_id, service_id) DO UPDATE SET
     version = excluded.version, slug = excluded.slug, name = excluded.name, visibility = excluded.visibility,
-    retired = excluded.retired, since = excluded.since, body = excluded.body, ref = excluded.ref
+    retired = excluded.retired, created_at = excluded.created_at, body = excluded.body, link = excluded.link
 WHERE services.version < excluded.version
 """
 
-_ANSWER = (
+# The response about service `s` with its status `t`: its body with `current_status`.
+_RESPONSE = (
     """replace(s.body, '"current_status":null', '"current_status":"' || coalesce(t.status, 'operational') || '"')"""
 )
 
-# A page of services by name, as one JSON array's inside. $2 status, $3 visibility, $4 pattern: NULL for any.
-_LIST = f"""
+# Selects a page of services by name. $2: a status, $3: a visibility, $4: a pattern; NULL for any.
+_SELECT_PAGE = f"""
 WITH found AS (
-    SELECT s.name, s.service_id, {_ANSWER} AS answer
+    SELECT s.name, s.service_id, {_RESPONSE} AS response
     FROM services s LEFT JOIN service_status t USING (tenant_id, service_id)
     WHERE s.tenant_id = $1 AND NOT s.retired
       AND ($2::text IS NULL OR coalesce(t.status, 'operational') = $2)
@@ -46,31 +47,31 @@ WITH found AS (
       AND ($4::text IS NULL OR s.name ILIKE $4 OR s.slug ILIKE $4)
 ), page AS (SELECT * FROM found ORDER BY name COLLATE "C", service_id LIMIT $5 OFFSET $6)
 SELECT fresh.*, (SELECT count(*) FROM found) AS total,
-    convert_to((SELECT string_agg(answer, ',' ORDER BY name COLLATE "C", service_id) FROM page), 'UTF8') AS items
+    convert_to((SELECT string_agg(response, ',' ORDER BY name COLLATE "C", service_id) FROM page), 'UTF8') AS items
 FROM {freshness("services", "impact")}
 """
 
-# One service.
-_ONE = f"""
-SELECT fresh.*, s.since, s.version || coalesce('-' || nullif(t.status, 'operational'), '') AS etag,
-    convert_to({_ANSWER}, 'UTF8') AS body
+# Selects the service $2.
+_SELECT_ONE = f"""
+SELECT fresh.*, s.version || coalesce('-' || nullif(t.status, 'operational'), '') AS etag,
+    convert_to({_RESPONSE}, 'UTF8') AS body
 FROM {freshness("services", "impact")}
 LEFT JOIN services s ON s.tenant_id = $1 AND s.service_id = $2 AND NOT s.retired
 LEFT JOIN service_status t ON t.tenant_id = s.tenant_id AND t.service_id = s.service_id
 """
 
-# How other answers link the services with these ids; retired ones too, for what already links them.
-_REFS = f"""
-SELECT fresh.*, found.ids, found.refs, found.retired, found.versions
+# Selects the links of the services $2. Retired ones are included: resources that link them already keep the link.
+_SELECT_LINKS = f"""
+SELECT fresh.*, found.ids, found.links, found.retired, found.versions
 FROM {freshness("services")} CROSS JOIN (
-    SELECT array_agg(service_id) AS ids, array_agg(ref) AS refs, array_agg(version) AS versions,
+    SELECT array_agg(service_id) AS ids, array_agg(link) AS links, array_agg(version) AS versions,
         array_agg(service_id) FILTER (WHERE retired) AS retired
     FROM services WHERE tenant_id = $1 AND service_id = ANY($2)) AS found
 """
 
 
 class ServiceView(msgspec.Struct, kw_only=True):
-    """A service as the API answers it; `current_status` is filled in when reading."""
+    """A service as the API renders it; a read fills in `current_status`. `created_at` is real-world time."""
 
     id: int
     slug: str
@@ -97,11 +98,11 @@ class ServiceFilter(NamedTuple):
 
     def matches(self, view: ServiceView) -> bool:
         """Return whether the list shows this service; its `current_status` must be set."""
-        sought = (self.search or "").lower()
+        search = (self.search or "").lower()
         return (
             self.status in {None, view.current_status}
             and self.visibility in {None, view.visibility}
-            and (sought in view.name.lower() or sought in view.slug)
+            and (search in view.name.lower() or search in view.slug)
         )
 
     def pattern(self) -> str | None:
@@ -112,15 +113,15 @@ class ServiceFilter(NamedTuple):
         return f"%{escaped}%"
 
 
-_decode = msgspec.json.Decoder(ServiceView).decode
+_decode_view = msgspec.json.Decoder(ServiceView).decode
 
 
-# How services are linked, by id, and the versions that they have.
 ServiceLinks: TypeAlias = tuple[Mapping[int, msgspec.Raw], Sequence[int]]
+"""Service links as JSON by id, and the versions of these services."""
 
 
 class ServiceLink(msgspec.Struct):
-    """A service as other answers link it."""
+    """A service as other responses link it."""
 
     id: int
     slug: str
@@ -128,7 +129,7 @@ class ServiceLink(msgspec.Struct):
 
 
 def evolve_view(view: ServiceView | None, recorded: RecordedEvent) -> ServiceView:
-    """Fold one event into the answer. A service's `created_at` is when it came under watch."""
+    """Return the view after one more event."""
     state = None
     if view is not None:
         state = Service(
@@ -152,7 +153,7 @@ def evolve_view(view: ServiceView | None, recorded: RecordedEvent) -> ServiceVie
 
 SERVICES = Table(
     "services",
-    ("service_id", "version", "slug", "name", "visibility", "retired", "since", "body", "ref"),
+    ("service_id", "version", "slug", "name", "visibility", "retired", "created_at", "body", "link"),
     keys=1,
     of_streams={service.KIND: "service_id BETWEEN $2 AND $3"},
 )
@@ -167,17 +168,17 @@ class Services:
     tables = (SERVICES,)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """Write one row for each service touched."""
+        """Write a row for each service."""
         streams = by_stream(events)
         stored, retired = {}, set()
         if ids := continued(streams):
             rows = await connection.fetch(_LOAD, tenant_id, ids)
-            stored = {row["service_id"]: (row["version"], _decode(row["body"])) for row in rows}
+            stored = {row["service_id"]: (row["version"], _decode_view(row["body"])) for row in rows}
             retired = {row["service_id"] for row in rows if row["retired"]}
         await connection.execute(_STORE, tenant_id, *zip(*_rows(streams, stored, retired), strict=True))
 
     def replayer(self) -> Replay:
-        """Return a function that gives the rows of whole streams."""
+        """Return a function that computes the rows of whole streams."""
         return lambda _kind, streams: {SERVICES.name: _rows(streams, {}, set())}
 
 
@@ -204,54 +205,52 @@ async def select_services(
     connection: Connection, tenant_id: int, filter_: ServiceFilter, page: PageRequest
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's services, by name."""
-    return await connection.fetchrow(_LIST, tenant_id, filter_.status, filter_.visibility, filter_.pattern(), *page)
+    return await connection.fetchrow(
+        _SELECT_PAGE, tenant_id, filter_.status, filter_.visibility, filter_.pattern(), *page
+    )
 
 
 async def select_service(connection: Connection, tenant_id: int, service_id: int) -> asyncpg.Record:
-    """Return `body`, `etag` and `since` of one service; all NULL if there is none."""
-    return await connection.fetchrow(_ONE, tenant_id, service_id)
+    """Return `body` and `etag` of a service; NULL if it does not exist or is retired."""
+    return await connection.fetchrow(_SELECT_ONE, tenant_id, service_id)
 
 
 async def select_service_links(connection: Connection, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
-    """Return `ids`, `refs` (JSON objects as text) and `versions`, and which are `retired`; NULL if none are there."""
-    return await connection.fetchrow(_REFS, tenant_id, list(service_ids))
+    """Return the `ids`, `links` and `versions` of these services, and the ids of the `retired` ones; NULL if none is.
 
-
-def service_links_of(row: Mapping[str, Any]) -> dict[int, msgspec.Raw]:
-    """Return the links in a row of `refs` by service id."""
-    return {
-        service_id: msgspec.Raw(ref.encode())
-        for service_id, ref in zip(row["ids"] or (), row["refs"] or (), strict=True)
-    }
+    A row for `links_from_row`.
+    """
+    return await connection.fetchrow(_SELECT_LINKS, tenant_id, list(service_ids))
 
 
 def service_link(view: ServiceView) -> msgspec.Raw:
-    """Return how other answers link a service."""
+    """Return the link to a service as JSON."""
     return msgspec.Raw(msgspec.json.encode(ServiceLink(view.id, view.slug, view.name)))
 
 
 def links_from_row(row: Mapping[str, Any], service_ids: Iterable[int]) -> ServiceLinks:
-    """Return the links to `service_ids` in a row of `refs`, which may hold others' too."""
-    refs, versions = service_links_of(row), dict(zip(row["ids"] or (), row["versions"] or (), strict=True))
-    known = [service_id for service_id in service_ids if service_id in refs]
-    return {service_id: refs[service_id] for service_id in known}, [versions[service_id] for service_id in known]
+    """Return the links to `service_ids` in a row of `select_service_links`, which may have others too."""
+    links = dict(zip(row["ids"] or (), row["links"] or (), strict=True))
+    versions = dict(zip(row["ids"] or (), row["versions"] or (), strict=True))
+    known = [service_id for service_id in service_ids if service_id in links]
+    return {i: msgspec.Raw(links[i].encode()) for i in known}, [versions[i] for i in known]
 
 
 def links_as_of(events: Iterable[RecordedEvent]) -> ServiceLinks:
-    """Return the links to services after `events`, which are theirs from the beginning, stream by stream."""
-    folded = replay_streams(by_stream(events), {}, evolve_view)
-    return {view.id: service_link(view) for view, _ in folded}, [version for _, version in folded]
+    """Return the links to services after `events`, which are whole streams up to a position."""
+    views = replay_streams(by_stream(events), {}, evolve_view)
+    return {view.id: service_link(view) for view, _ in views}, [version for _, version in views]
 
 
 class ServiceLinkLoader:
-    """Reads links for requests that come together: those of one tenant share a query that begins after all of them."""
+    """Loads service links for concurrent requests: those of one tenant share a query that starts after all of them."""
 
     def __init__(self, projector: Projector) -> None:
         self._projector = projector
         self._batches: BatchLoader[int, int, asyncpg.Record] = BatchLoader(self._read)
 
     async def read(self, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
-        """Return a row of `refs` that has at least these services, showing all that was answered before.
+        """Return a row of `select_service_links` with at least these services, as of the call or later.
 
         Raises:
             DatabaseUnavailable: The database was lost.

@@ -1,6 +1,6 @@
-"""Timeline entries, as incidents and maintenance windows both have them."""
+"""Timeline entries of incidents and maintenance windows, and the parts of their responses that both share."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -10,50 +10,12 @@ from opsentry.domain.decider import REDACTED
 from opsentry.domain.incident import IncidentUpdated
 from opsentry.domain.maintenance import MaintenanceUpdated
 from opsentry.events.codec import Actor, RecordedEvent
-
-# An entry `u` with who wrote it, and what to join for that. ApiTokens are few beside the entries that they wrote:
-# OFFSET
-# keeps their names from being made JSON of once for each entry.
-ENTRY = """replace(u.body, '"author":null', '"author":' || coalesce(t.author, to_json(u.actor_kind)::text))"""
-JOIN_AUTHORS = """
-LEFT JOIN (SELECT token_id, to_json(name)::text AS author FROM api_tokens WHERE tenant_id = $1 OFFSET 0) AS t
-    ON u.actor_kind = 'token' AND t.token_id = u.actor_id
-"""
-
-
-def etag_of(row: str) -> str:
-    """Return SQL for the entity tag of the answer about `row`: its version, and how often linked services changed."""
-    return f"""{row}.version || coalesce((SELECT '-' || nullif(sum(s.version - 1), 0) FROM services s
-        WHERE s.tenant_id = {row}.tenant_id AND s.service_id = ANY({row}.service_ids)), '')"""
-
-
-def etag(version: int, service_versions: Iterable[int]) -> str:
-    """Return the same from the versions of the stream and of the services that its answer links."""
-    changes = sum(linked - 1 for linked in service_versions)
-    return f"{version}-{changes}" if changes else str(version)
-
-
-# An entry `u` in which a token stands for its name, to be named later: octet 1 never stands in JSON itself.
-MARKED = """replace(u.body, '"author":null', '"author":"' || CASE WHEN u.actor_kind = 'token' AND u.actor_id IS NOT NULL
-    THEN chr(1) || u.actor_id ELSE u.actor_kind END || '"')"""
-
-
-def marked(body: str, actor_kind: str, actor_id: int | None) -> str:
-    """Return the stored entry `body` as `MARKED` gives it."""
-    author = f"\x01{actor_id}" if actor_kind == "token" and actor_id is not None else actor_kind
-    return body.replace('"author":null', f'"author":"{author}"')
-
-
-def name_authors(updates: bytes, token_ids: Iterable[int], token_names: Mapping[int, str]) -> bytes:
-    """Return entries in which the tokens with these ids were `MARKED`, with their names."""
-    for token_id in token_ids:
-        name = author_name(Actor("token", token_id), token_names)
-        updates = updates.replace(b'"\x01%d"' % token_id, msgspec.json.encode(name))
-    return updates
+from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine.projection import Table
 
 
 class TimelineEntry(msgspec.Struct, kw_only=True, gc=False):
-    """A timeline entry as the API answers it. `id` is its position in the tenant's ledger."""
+    """A timeline entry as the API renders it; `id` is the position of its event."""
 
     id: int
     status: str
@@ -66,7 +28,7 @@ class TimelineEntry(msgspec.Struct, kw_only=True, gc=False):
     def of(
         cls, recorded: RecordedEvent, event: IncidentUpdated | MaintenanceUpdated, author: str | None
     ) -> "TimelineEntry":
-        """Return the entry that `event`, recorded as `recorded`, makes."""
+        """Return the entry that `event`, recorded as `recorded`, adds."""
         return cls(
             id=recorded.position,
             status=event.status,
@@ -77,15 +39,83 @@ class TimelineEntry(msgspec.Struct, kw_only=True, gc=False):
         )
 
 
+def entries_of(history: Iterable[RecordedEvent], token_names: Mapping[int, str]) -> list[TimelineEntry]:
+    """Return the timeline that `history` leaves, with authors.
+
+    Args:
+        history: The events of a stream, in order.
+        token_names: The names of the API tokens that may have written entries, by id.
+    """
+    return [
+        TimelineEntry.of(recorded, recorded.event, author_name(recorded.meta.actor, token_names))
+        for recorded in history
+        if isinstance(recorded.event, IncidentUpdated | MaintenanceUpdated)
+    ]
+
+
 def author_name(actor: Actor, token_names: Mapping[int, str]) -> str:
-    """Return whom an entry names as its author: the token's name, or what kind of actor it was."""
+    """Return the author that an entry shows: the name of the API token, else the kind of actor."""
     if actor.kind == "token" and actor.id is not None:
         return token_names.get(actor.id, actor.kind)
     return actor.kind
 
 
-def update_rows(events: Iterable[RecordedEvent]) -> list[tuple[Any, ...]]:
-    """Return the stream id, version, actor's kind and id, and body of each timeline entry among `events`."""
+# ----------------------------------------------------------------------------------------------------- tables
+
+
+class TimelineTable:
+    """The table of one read model's timeline entries, stored with `author` null: a read fills in the author.
+
+    Args:
+        name: The name of the table.
+        id_column: The column with the stream id.
+        kind: The kind of the streams.
+    """
+
+    def __init__(self, name: str, id_column: str, kind: str) -> None:
+        self.table = Table(
+            name,
+            (id_column, "version", "actor_kind", "actor_id", "body"),
+            keys=2,
+            of_streams={kind: f"{id_column} BETWEEN $2 AND $3"},
+        )
+        # Inserts new entries; a repeated event changes nothing.
+        self._insert = f"""
+INSERT INTO {name} (tenant_id, {id_column}, version, actor_kind, actor_id, body)
+SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::bigint[], $6::text[])
+ON CONFLICT DO NOTHING
+"""
+        # Selects the entries with these stream ids and versions. LIMIT makes it one index lookup for each; see
+        # `incidents`.
+        self._select = f"""
+SELECT u.{id_column} AS id, u.version, u.body FROM unnest($2::bigint[], $3::int[]) AS wanted (id, version)
+CROSS JOIN LATERAL (
+    SELECT * FROM {name}
+    WHERE tenant_id = $1 AND {id_column} = wanted.id AND version = wanted.version LIMIT 1) AS u
+"""
+        # Replaces the bodies of entries.
+        self._update = f"""
+UPDATE {name} u SET body = row.body
+FROM unnest($2::bigint[], $3::int[], $4::text[]) AS row (id, version, body)
+WHERE u.tenant_id = $1 AND u.{id_column} = row.id AND u.version = row.version
+"""
+
+    async def store(self, connection: Connection, tenant_id: int, events: Iterable[RecordedEvent]) -> None:
+        """Insert the entries that `events` add."""
+        if rows := entry_rows(events):
+            await connection.execute(self._insert, tenant_id, *zip(*rows, strict=True))
+
+    async def redact(self, connection: Connection, tenant_id: int, versions: Sequence[tuple[int, int]]) -> None:
+        """Redact the entries with these stream ids and versions; other versions have no entry and are skipped."""
+        if not versions:
+            return
+        rows = await connection.fetch(self._select, tenant_id, *zip(*versions, strict=True))
+        if redacted := [(row["id"], row["version"], _redact(row["body"])) for row in rows]:
+            await connection.execute(self._update, tenant_id, *zip(*redacted, strict=True))
+
+
+def entry_rows(events: Iterable[RecordedEvent]) -> list[tuple[Any, ...]]:
+    """Return a `TimelineTable` row for each timeline entry among `events`."""
     return [
         (
             recorded.stream_id,
@@ -99,13 +129,67 @@ def update_rows(events: Iterable[RecordedEvent]) -> list[tuple[Any, ...]]:
     ]
 
 
-def redacted(body: str) -> str:
-    """Return a stored entry without its words."""
+def _redact(body: str) -> str:
     entry = msgspec.json.decode(body, type=TimelineEntry)
     entry.message = REDACTED
     return msgspec.json.encode(entry).decode()
 
 
 def id_array(ids: Iterable[int]) -> str:
-    """Return `ids` as PostgreSQL writes an array; the driver has no arrays of arrays of different lengths."""
+    """Return `ids` as a PostgreSQL array literal: the driver has no arrays of arrays with different lengths."""
     return "{" + ",".join(map(str, ids)) + "}"
+
+
+# ------------------------------------------------------------------------------------------ SQL for responses
+
+# An entry `u` with its author, and the join for that. Tokens are few and entries many: OFFSET keeps the planner from
+# converting a token's name to JSON once for each entry.
+ENTRY = """replace(u.body, '"author":null', '"author":' || coalesce(t.author, to_json(u.actor_kind)::text))"""
+JOIN_AUTHORS = """
+LEFT JOIN (SELECT token_id, to_json(name)::text AS author FROM api_tokens WHERE tenant_id = $1 OFFSET 0) AS t
+    ON u.actor_kind = 'token' AND t.token_id = u.actor_id
+"""
+
+# An entry `u` in which a placeholder stands for the name of a token. The placeholder begins with octet 1, which JSON
+# itself never contains.
+ENTRY_WITH_PLACEHOLDER = """replace(u.body, '"author":null', '"author":"' || CASE
+    WHEN u.actor_kind = 'token' AND u.actor_id IS NOT NULL THEN chr(1) || u.actor_id ELSE u.actor_kind END || '"')"""
+
+
+def response(row: str) -> str:
+    """Return SQL for the response about `row`: its body with service links.
+
+    Inside a JSON string every quote is escaped, so the search text occurs only where the encoder wrote it.
+    """
+    return f"""
+CASE WHEN {row}.service_ids = '{{}}' THEN {row}.body
+ELSE replace({row}.body, '"services":[]', '"services":[' || coalesce(
+    (SELECT string_agg(s.link, ',' ORDER BY s.service_id) FROM services s
+     WHERE s.tenant_id = {row}.tenant_id AND s.service_id = ANY({row}.service_ids)), '') || ']') END
+"""
+
+
+def etag_of(row: str) -> str:
+    """Return SQL for the entity tag of the response about `row`; see `etag`."""
+    return f"""{row}.version || coalesce((SELECT '-' || nullif(sum(s.version - 1), 0) FROM services s
+        WHERE s.tenant_id = {row}.tenant_id AND s.service_id = ANY({row}.service_ids)), '')"""
+
+
+def etag(version: int, service_versions: Iterable[int]) -> str:
+    """Return the entity tag of a response: the stream's version, and the number of changes of its linked services."""
+    changes = sum(service_version - 1 for service_version in service_versions)
+    return f"{version}-{changes}" if changes else str(version)
+
+
+def with_placeholder(body: str, actor_kind: str, actor_id: int | None) -> str:
+    """Return the stored entry `body` as `ENTRY_WITH_PLACEHOLDER` renders it."""
+    author = f"\x01{actor_id}" if actor_kind == "token" and actor_id is not None else actor_kind
+    return body.replace('"author":null', f'"author":"{author}"')
+
+
+def fill_placeholders(entries: bytes, token_ids: Iterable[int], token_names: Mapping[int, str]) -> bytes:
+    """Return `entries` with the names of these tokens in place of their placeholders."""
+    for token_id in token_ids:
+        name = author_name(Actor("token", token_id), token_names)
+        entries = entries.replace(b'"\x01%d"' % token_id, msgspec.json.encode(name))
+    return entries

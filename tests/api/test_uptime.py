@@ -187,7 +187,7 @@ async def test_a_retired_service_has_no_uptime_and_no_part_in_the_tenants(api, p
 async def test_more_periods_than_can_be_reckoned_at_once_are_refused(api, acme, owner, web):
     today = await owner.fetchval("SELECT now()")
     plant = """
-        INSERT INTO impact_periods
+        INSERT INTO service_impacts
         SELECT $1, $2, 'incident', n, 1, $3::timestamptz - interval '30 h' - n * interval '1 s', 'infinity', 3, false
         FROM generate_series($4::int, $5::int) n"""
     await owner.execute(plant, acme.id, web, today, 1, MAX_PERIODS)

@@ -126,9 +126,9 @@ async def test_uptime_equals_the_uptime_computed_from_the_file(file, page, owner
     for component in file["components"]:
         service_id = ids[names[component["id"]]]
         rows = await owner.fetch(
-            "SELECT * FROM impact_periods WHERE tenant_id = $1 AND service_id = $2", tenant.id, service_id
+            "SELECT * FROM service_impacts WHERE tenant_id = $1 AND service_id = $2", tenant.id, service_id
         )
-        periods = [Period(row["from_at"], row["to_at"], row["level"], row["excluded"]) for row in rows]
+        periods = [Period(row["started_at"], row["ended_at"], row["level"], row["is_excluded"]) for row in rows]
         down = down_per_minute(file, component["id"])
         for start, end in windows():
             minutes = (end - start) // timedelta(minutes=1)

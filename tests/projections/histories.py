@@ -56,8 +56,8 @@ TABLES = (
     "maintenance",
     "maintenance_updates",
     "subscriptions",
-    "impact_sources",
-    "impact_periods",
+    "impact_states",
+    "service_impacts",
     "outbox_intents",
     "outbox_state",
 )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from opsentry.bootstrap import projections
 from opsentry.domain import incident, maintenance, service
 from opsentry.domain.uptime import LEVELS
-from opsentry.projections import incident_view
+from opsentry.projections import incident_view, maintenance_view
 from opsentry.projections import incidents as incidents_module
 from opsentry.projections import maintenance as maintenance_module
 from tests.projections.histories import DECIDERS, apply, batches, clear, dump, histories
@@ -151,8 +151,8 @@ async def test_rows_show_the_state_that_the_domain_gives(app_connection, made):
             assert (row["status"], row["visibility"]) == (state.status, state.visibility)
             assert tuple(row["service_ids"]) == state.service_ids
         if kind == maintenance.KIND:
-            assert row["due_at"] == state.due_at
-            assert (row["remind_since"] is not None) == (state.status == "scheduled" and not state.reminded)
+            assert row["transition_due_at"] == state.due_at
+            assert (row["reminder_pending_since"] is not None) == (state.status == "scheduled" and not state.reminded)
 
 
 @with_a_database
@@ -169,7 +169,8 @@ async def test_a_service_is_touched_by_what_touches_it_at_every_point_of_the_log
                 key = (recorded.kind, recorded.stream_id)
                 states[key] = DECIDERS[recorded.kind].evolve(states.get(key), recorded.event)
             lasting = await app_connection.fetch(
-                "SELECT kind, source_id, service_id, level, excluded FROM impact_periods WHERE to_at = 'infinity'"
+                "SELECT stream_kind, stream_id, service_id, level, is_excluded FROM service_impacts"
+                " WHERE ended_at = 'infinity'"
             )
             assert sorted(map(tuple, lasting)) == sorted(touched())
 
@@ -204,18 +205,18 @@ async def test_an_answer_to_a_command_is_what_a_read_of_the_row_gives(app_connec
 
     async def compare():
         await from_scratch(app_connection, made)
-        refs = {
-            row["service_id"]: msgspec.Raw(row["ref"].encode())
-            for row in await app_connection.fetch("SELECT service_id, ref FROM services")
+        links = {
+            row["service_id"]: msgspec.Raw(row["link"].encode())
+            for row in await app_connection.fetch("SELECT service_id, link FROM services")
         }
         for kind, select, render in (
             ("incident", incidents_module.select_incident, incident_view.render),
-            ("maintenance", maintenance_module.select_window, maintenance_module.render),
+            ("maintenance", maintenance_module.select_window, maintenance_view.render),
         ):
             for stream_id in {e.stream_id for e in history.events if e.kind == kind}:
                 stream = [e for e in history.erased() if (e.kind, e.stream_id) == (kind, stream_id)]
                 row = await select(app_connection, history.tenant_id, stream_id)
-                assert row["body"] == render(stream, refs, {1: TOKEN_NAME})
+                assert row["body"] == render(stream, links, {1: TOKEN_NAME})
 
     await owner.execute(
         "INSERT INTO tenants (tenant_id, slug, name) OVERRIDING SYSTEM VALUE VALUES (1, 'one', 'One')"

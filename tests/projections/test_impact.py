@@ -26,10 +26,10 @@ async def periods(request, app_connection, history):
             for projection in (Services(), Impact()):
                 await apply(app_connection, projection, events)
         row = await impact.select_service_impacts(app_connection, history.tenant_id, service_id, None, None, LONG, MANY)
-        found = [period for service in impact.touched(row) for period in service.periods]
-        for period, end in zip(found, row["ends"] or (), strict=True):
+        found = [period for service in impact.impacted_services(row) for period in service.periods]
+        for period, end in zip(found, row["ended_ats"] or (), strict=True):
             assert end is not None or period.end == row["now"]
-        lasting = [end is None for end in row["ends"] or ()]
+        lasting = [end is None for end in row["ended_ats"] or ()]
         return [
             (
                 (p.start - at(0)).total_seconds() / 3600,
@@ -125,9 +125,9 @@ async def test_only_what_reaches_into_the_window_is_read(app_connection, owner, 
     for projection in (Services(), Impact()):
         await apply(app_connection, projection, history.events)
     row = await impact.select_service_impacts(app_connection, history.tenant_id, 1, None, None, days, MANY)
-    assert row["starts"] == [at(-24 * 200), at(1)]
-    assert row["ends"] == [at(24), None]
-    assert row["sinces"] == [at(-24 * 400)]
+    assert row["started_ats"] == [at(-24 * 200), at(1)]
+    assert row["ended_ats"] == [at(24), None]
+    assert row["created_ats"] == [at(-24 * 400)]
 
 
 async def test_a_window_long_past_shows_what_reached_into_it_however_long_that_was(app_connection, history):
@@ -145,7 +145,7 @@ async def test_a_window_long_past_shows_what_reached_into_it_however_long_that_w
             app_connection, history.tenant_id, 1, at(start), at(start + 0.0001), LONG, 100
         )
         expected = [n for n, hours in enumerate(lengths, 1) if 1750 <= start < 1750 + hours]
-        assert row["source_ids"] == [10, *expected]
+        assert row["stream_ids"] == [10, *expected]
 
 
 async def test_a_service_that_is_not_there_has_no_beginning(app_connection, history, other_history):
@@ -158,7 +158,7 @@ async def test_a_service_that_is_not_there_has_no_beginning(app_connection, hist
             await apply(app_connection, projection, made.events)
     for service_id in (1, 2, 3):
         row = await impact.select_service_impacts(app_connection, history.tenant_id, service_id, None, None, LONG, MANY)
-        assert impact.touched(row) == []
+        assert impact.impacted_services(row) == []
 
 
 async def test_days_are_24_hours_whatever_the_clocks_of_the_servers_zone_did(app_connection, history):
@@ -171,7 +171,7 @@ async def test_days_are_24_hours_whatever_the_clocks_of_the_servers_zone_did(app
     for projection in (Services(), Impact()):
         await apply(app_connection, projection, history.events)
     row = await impact.select_service_impacts(app_connection, history.tenant_id, 1, None, end, 30, MANY)
-    assert row["ends"] == [start + timedelta(minutes=30)]
+    assert row["ended_ats"] == [start + timedelta(minutes=30)]
 
 
 async def test_no_more_is_read_than_asked_for(app_connection, history):
@@ -182,4 +182,4 @@ async def test_no_more_is_read_than_asked_for(app_connection, history):
         await apply(app_connection, projection, history.events)
     for service_id in (1, None):
         row = await impact.select_service_impacts(app_connection, history.tenant_id, service_id, None, None, LONG, 3)
-        assert len(row["touched"]) == 3
+        assert impact.count_impacts(row) == 3

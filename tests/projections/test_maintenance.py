@@ -7,7 +7,8 @@ from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, 
 from opsentry.domain.service import RegisterService
 from opsentry.events.codec import RecordedEvent
 from opsentry.projections import maintenance
-from opsentry.projections.maintenance import MaintenanceFilter, MaintenanceWindows
+from opsentry.projections.maintenance import MaintenanceWindows
+from opsentry.projections.maintenance_view import MaintenanceFilter
 from opsentry.projections.page_request import PageRequest
 from opsentry.projections.services import Services
 from tests.projections.histories import META, apply, at, schedule
@@ -163,7 +164,7 @@ async def test_due_is_what_the_scheduler_has_to_move_on_of_all_tenants(given, ap
 
     async def due(within, limit=10):
         rows = await maintenance.select_due_windows(app_connection, within, limit)
-        assert all((row["seconds"] == 0) == (row["due_at"] < now) for row in rows)
+        assert all((row["seconds"] == 0) == (row["transition_due_at"] < now) for row in rows)
         return [(row["tenant_id"], row["maintenance_id"], row["status"]) for row in rows]
 
     mine, other = history.tenant_id, other_history.tenant_id

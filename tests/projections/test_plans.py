@@ -12,7 +12,7 @@ from opsentry.notifications.delivery import history
 from opsentry.projections import impact, incidents, maintenance, services, subscriptions
 from opsentry.projections.incident_view import IncidentFilter
 from opsentry.projections.incidents import Incidents
-from opsentry.projections.maintenance import MaintenanceFilter
+from opsentry.projections.maintenance_view import MaintenanceFilter
 from opsentry.projections.outbox import projection
 from opsentry.projections.page_request import PageRequest
 from tests.projections.histories import History, apply, at, schedule
@@ -73,9 +73,6 @@ async def test_subscriptions_are_found_by_id_and_by_target(app_connection, owner
     one = await plan_of(app_connection, lambda c: subscriptions.select_subscription(c, tenant_id, 8))
     assert_goes_by(one, "subscriptions", "subscriptions_pkey", reads=1)
 
-    sent = await plan_of(app_connection, lambda c: subscriptions.select_for_sending(c, tenant_id, [7, 8]))
-    assert_goes_by(sent, "subscriptions", "subscriptions_pkey", reads=2)
-
     async def of_target(connection):
         return await subscriptions.select_by_target(connection, tenant_id, "email", "8@example.org")
 
@@ -128,7 +125,7 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
 
     service = await plan_of(app_connection, lambda c: services.select_service(c, tenant_id, 7))
     assert_goes_by(service, "services", "services_pkey", reads=1)
-    assert most_rows(service, "impact_periods") <= COUNT // 200 + COUNT // 800
+    assert most_rows(service, "service_impacts") <= COUNT // 200 + COUNT // 800
 
     refs = await plan_of(app_connection, lambda c: services.select_service_links(c, tenant_id, [7, 8]))
     assert_goes_by(refs, "services", "services_pkey", reads=2)
@@ -144,8 +141,8 @@ async def test_uptime_reads_what_reaches_into_its_window_and_of_a_week_before(ap
 
     for query, reads in ((of_all_time, COUNT // 200), (of_a_day_long_past, 2)):
         plan = await plan_of(app_connection, query, how)
-        assert_goes_by(plan, "impact_periods", "impact_periods_brief", "impact_periods_long", reads=reads)
-        assert most_rows(plan, "impact_periods") > 0
+        assert_goes_by(plan, "service_impacts", "service_impacts_brief", "service_impacts_long", reads=reads)
+        assert most_rows(plan, "service_impacts") > 0
 
 
 async def test_the_first_page_of_windows_reads_the_rows_it_shows(app_connection, full):

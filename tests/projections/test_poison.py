@@ -126,7 +126,7 @@ async def test_a_parked_projection_goes_on_where_it_stopped_once_the_cause_is_go
     await owner.execute("UPDATE checkpoints SET halted_at = NULL, halt_error = NULL")
     await parts.projector.catch_up(acme.id, last.position)
     assert {r["position"] for r in (await checkpoints(owner, acme.id)).values()} == {last.position}
-    assert await owner.fetchval("SELECT count(*) FROM impact_sources") == 2
+    assert await owner.fetchval("SELECT count(*) FROM impact_states") == 2
 
 
 async def test_the_event_to_blame_is_found_in_the_middle_of_a_batch(parts, acme, owner, monkeypatch):

@@ -79,8 +79,8 @@ async def test_a_projection_that_is_new_catches_up_by_itself(parts, acme, app_co
     before = await dump(app_connection)
     await owner.execute("DELETE FROM checkpoints WHERE projection = 'impact'")
     await owner.execute("UPDATE checkpoints SET position = 9 WHERE projection = 'outbox'")
-    await owner.execute("DELETE FROM impact_sources")
-    await owner.execute("DELETE FROM impact_periods")
+    await owner.execute("DELETE FROM impact_states")
+    await owner.execute("DELETE FROM service_impacts")
     await parts.projector.catch_up(acme.id, position)
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, position)
     assert await dump(app_connection) == before
@@ -191,15 +191,15 @@ async def test_a_read_brings_up_a_projection_that_never_ran_for_the_tenant(parts
     position = await busy_history(parts, acme, 1)
     await parts.projector.catch_up(acme.id, position)
     await owner.execute("DELETE FROM checkpoints WHERE projection = 'impact'")
-    await owner.execute("DELETE FROM impact_sources")
-    await owner.execute("DELETE FROM impact_periods")
+    await owner.execute("DELETE FROM impact_states")
+    await owner.execute("DELETE FROM service_impacts")
     (service_id,) = await owner.fetchrow("SELECT service_id FROM services")
     row = await parts.projector.read(acme.id, lambda c: services.select_service(c, acme.id, service_id))
     assert msgspec.json.decode(row["body"])["current_status"] == "degraded_performance"
     row = await parts.projector.read(
         acme.id, lambda c: impact.select_service_impacts(c, acme.id, service_id, None, None, 90, 10)
     )
-    assert len(impact.touched(row)[0].periods) == 1
+    assert len(impact.impacted_services(row)[0].periods) == 1
 
 
 async def test_a_read_does_not_wait_for_an_event_that_nobody_was_answered_yet(parts, acme, owner):

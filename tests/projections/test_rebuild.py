@@ -9,7 +9,7 @@ from opsentry.bootstrap import projections
 from opsentry.domain import incident, maintenance, subscription
 from opsentry.domain.incident import OpenIncident, PostUpdate
 from opsentry.domain.subscription import CreateSubscription
-from opsentry.projections import impact as impact_module
+from opsentry.projections import impact_state
 from opsentry.projections import incidents as incidents_module
 from opsentry.projections.engine import management
 from opsentry.projections.engine.comparison import keyed
@@ -27,7 +27,7 @@ DAMAGE = {
     " UPDATE incident_counts SET incidents = 7",
     "maintenance": "DELETE FROM maintenance",
     "subscriptions": "UPDATE subscriptions SET target = 'wrong'",
-    "impact": "UPDATE impact_periods SET from_at = from_at - interval '1 hour'",
+    "impact": "UPDATE service_impacts SET started_at = started_at - interval '1 hour'",
     "outbox": "DELETE FROM outbox_state WHERE kind = 'incident'",
 }
 
@@ -234,16 +234,16 @@ async def test_poison_leaves_the_rows_of_those_it_stops_as_they_were(rebuilder, 
 
 async def test_a_defect_in_a_fold_is_blamed_on_its_event(rebuilder, busy, app_connection, monkeypatch):
     acme, _, _ = busy
-    real = impact_module.evolve
+    real = impact_state.evolve
     positions = "SELECT position FROM events WHERE tenant_id = $1 AND stream_kind = 'incident' AND version = 60"
     position = await app_connection.fetchval(positions, acme)
 
-    def broken(source, recorded):
+    def broken(state, recorded):
         if recorded.position >= position and recorded.kind == "incident":
             raise ZeroDivisionError("a defect")
-        return real(source, recorded)
+        return real(state, recorded)
 
-    monkeypatch.setattr(impact_module, "evolve", broken)
+    monkeypatch.setattr(impact_state, "evolve", broken)
     assert "impact" not in await rebuilder.rebuild(acme)
     (row,) = await management.list_halted(app_connection)
     assert (row["projection"], row["position"], row["error"]) == ("impact", position, "ZeroDivisionError: a defect")
@@ -292,9 +292,9 @@ async def test_a_projection_that_is_new_is_derived_for_all(rebuilder, busy, app_
     acme, globex, _ = busy
     right = await dump(app_connection)
     await management.register(app_connection, projections())
-    for statement in ("DELETE FROM checkpoints WHERE projection = 'impact'", "DELETE FROM impact_sources"):
+    for statement in ("DELETE FROM checkpoints WHERE projection = 'impact'", "DELETE FROM impact_states"):
         await app_connection.execute(statement)
-    await app_connection.execute("DELETE FROM impact_periods")
+    await app_connection.execute("DELETE FROM service_impacts")
     await app_connection.execute("UPDATE projections SET version = 0 WHERE name = 'impact'")
     assert await management.register(app_connection, projections()) == ["impact"]
     assert sorted(await rebuilder.of().pending_tenants(10)) == sorted([acme, globex])

@@ -4,11 +4,11 @@ import pytest
 
 from opsentry.domain.incident import ChangeIncident, IncidentUpdated, OpenIncident, PostUpdate
 from opsentry.events.codec import Actor, Meta
-from opsentry.projections import incidents
-from opsentry.projections.incidents import SNAPSHOT_EVERY, Incidents
+from opsentry.projections.incident_snapshots import SNAPSHOT_EVERY_VERSIONS, select_timeline
+from opsentry.projections.incidents import Incidents
 from tests.projections.histories import META, History, apply, dump, redaction
 
-MANY = 3 * SNAPSHOT_EVERY + 50
+MANY = 3 * SNAPSHOT_EVERY_VERSIONS + 50
 TOKEN = Meta(Actor("token", 1))
 
 
@@ -67,8 +67,8 @@ async def test_the_timeline_is_the_same_from_snapshots_and_from_entries(app_conn
     await apply(app_connection, Incidents(), history.events)
     whole = {}
     for version in (1, 2, 99, 100, 101, 200, 250, 300, 301, MANY):
-        whole[version] = await incidents.select_timeline(app_connection, 1, 7, version)
+        whole[version] = await select_timeline(app_connection, 1, 7, version)
     for gone in (100, 200, 300):
         await app_connection.execute("DELETE FROM incident_snapshots WHERE version = $1", gone)
         for version, found in whole.items():
-            assert await incidents.select_timeline(app_connection, 1, 7, version) == found, (gone, version)
+            assert await select_timeline(app_connection, 1, 7, version) == found, (gone, version)

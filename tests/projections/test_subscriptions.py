@@ -148,20 +148,6 @@ async def test_lists_are_the_tenants_own_newest_first_and_without_removed_ones(a
         assert (row["body"], row["etag"], row["status"]) == (None, None, None)
 
 
-async def test_the_sender_is_told_of_removed_ones_too_and_of_no_other_tenants(app_connection, history, other_history):
-    history.subscription(1, subscriber_filter(encrypted_secret="ciphertext"))
-    history.subscription(2, subscriber_filter())
-    remove(history, 2)
-    other_history.subscription(3, subscriber_filter())
-    for each in (history, other_history):
-        await apply(app_connection, PROJECTION, each.events)
-    rows = await subscriptions.select_for_sending(app_connection, history.tenant_id, [1, 2, 3, 4])
-    states = {row["subscription_id"]: msgspec.json.decode(row["state"], type=Subscription) for row in rows}
-    assert {number: (state.status, state.encrypted_secret) for number, state in states.items()} == {
-        1: ("active", "ciphertext"), 2: ("removed", None),
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("target", ["ops@example.org", "nobody@example.org"])
 async def test_whoever_signs_up_again_is_found_by_the_target(app_connection, history, other_history, target):
     history.subscription(1, subscriber_filter(channel="email", target="ops@example.org"))

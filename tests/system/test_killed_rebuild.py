@@ -55,7 +55,7 @@ SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_databa
 # What keeps rebuilds from their locks, and from deleting the last of the rows.
 HOLD = {
     "waiting": "SELECT FROM checkpoints WHERE 0 < ALL($1::bigint[]) ORDER BY tenant_id, projection FOR NO KEY UPDATE",
-    "swapping": "SELECT FROM impact_periods WHERE source_id = ANY($1) FOR UPDATE",
+    "swapping": "SELECT FROM service_impacts WHERE stream_id = ANY($1) FOR UPDATE",
 }
 STAGES = {
     "FROM events": "fold",

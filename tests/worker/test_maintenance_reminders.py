@@ -28,7 +28,8 @@ async def announce(parts, acme, app_connection):
     async def make(begins_in, ago, tenant_id=acme.id, **fields):
         made = await schedule(parts, tenant_id, begins_in * MINUTE, 3600, **fields)
         await app_connection.execute(
-            "UPDATE maintenance SET remind_since = remind_since - $2 * interval '1 minute' WHERE maintenance_id = $1"
+            "UPDATE maintenance SET reminder_pending_since = reminder_pending_since - $2 * interval '1 minute'"
+            " WHERE maintenance_id = $1"
             " AND tenant_id = $3",
             made,
             ago,
@@ -88,7 +89,9 @@ async def test_a_rescheduled_window_gets_another_reminder(parts, acme, announce,
     await send_reminders(parts)  # the new start is too recent
     told = [SCHEDULED, REMINDED, "maintenance.rescheduled"]
     assert await story(owner, soon) == told
-    await app_connection.execute("UPDATE maintenance SET remind_since = remind_since - interval '1 day'")
+    await app_connection.execute(
+        "UPDATE maintenance SET reminder_pending_since = reminder_pending_since - interval '1 day'"
+    )
     await send_reminders(parts)
     assert await story(owner, soon) == [*told, REMINDED]
 
@@ -106,7 +109,7 @@ async def test_a_stale_row_sends_no_reminder(parts, acme, announce, owner):
     await commands.change(parts, maintenance.DECIDER, acme.id, begun, StartMaintenance(), META)
     await send_reminders(parts)
     assert await story(owner, begun) == [SCHEDULED, "maintenance.started"]
-    assert await owner.fetchval("SELECT remind_since FROM maintenance") is None
+    assert await owner.fetchval("SELECT reminder_pending_since FROM maintenance") is None
 
 
 async def test_a_busy_tenant_does_not_delay_others(parts, acme, globex, announce, owner, app_connection):

@@ -24,7 +24,7 @@ from opsentry.http.context import B, RequestContext
 from opsentry.http.operation import operation
 from opsentry.http.params import AsOf, AsOfQuery, Id, NoQuery, PageQuery, Timestamp
 from opsentry.http.responses import list_response, resource_response
-from opsentry.projections.maintenance import MaintenanceFilter
+from opsentry.projections.maintenance_view import MaintenanceFilter
 from opsentry.projections.page_request import PageRequest
 
 _TAG = "Maintenance"

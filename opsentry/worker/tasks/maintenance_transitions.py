@@ -40,7 +40,7 @@ class MaintenanceTransitions:
             rows = await select_due_windows(connection, HORIZON_SECONDS, BATCH_SIZE_WINDOWS)
         for row in rows:
             if row["seconds"] > 0:
-                self._wake_up(row["seconds"], row["due_at"].isoformat())
+                self._wake_up(row["seconds"], row["transition_due_at"].isoformat())
                 continue
             await self._scheduler.run(
                 "move_due_windows",

@@ -7,7 +7,7 @@ from opsentry.domain import subscription
 from opsentry.domain.redaction import erasable_versions
 from opsentry.domain.subscription import CONFIRMATION_DAYS, ExpireSubscription, Subscription
 from opsentry.events.codec import RecordedEvent, written
-from opsentry.projections.subscriptions import FIRST, select_unconfirmed
+from opsentry.projections.subscriptions import FIRST_UNCONFIRMED, select_unconfirmed
 from opsentry.worker.scheduler import Scheduler
 
 POLL_INTERVAL_SECONDS = 60.0
@@ -24,7 +24,7 @@ class UnconfirmedSubscriptions:
 
     async def remove_unconfirmed(self) -> None:
         """Remove unconfirmed subscriptions, oldest first."""
-        after = FIRST
+        after = FIRST_UNCONFIRMED
         while True:
             async with self._app.database.connection() as connection:
                 rows = await select_unconfirmed(

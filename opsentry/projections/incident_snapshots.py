@@ -1,0 +1,137 @@
+"""Snapshots of incidents: each hundredth state, so that an as-of query of a long incident stays fast."""
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import asyncpg
+
+from opsentry.domain import incident
+from opsentry.domain.incident import IncidentRedacted
+from opsentry.events.codec import RecordedEvent
+from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine.freshness import freshness
+from opsentry.projections.engine.projection import Streams, Table
+from opsentry.projections.timeline import ENTRY_WITH_PLACEHOLDER, with_placeholder
+
+SNAPSHOT_EVERY_VERSIONS = 100
+
+SNAPSHOTS = Table(
+    "incident_snapshots",
+    ("incident_id", "version", "body", "updates", "token_ids"),
+    keys=2,
+    of_streams={incident.KIND: "incident_id BETWEEN $2 AND $3"},
+)
+
+# Inserts snapshots, each with the timeline entries of its hundred versions and the tokens that wrote them.
+_STORE = f"""
+INSERT INTO incident_snapshots (tenant_id, incident_id, version, body, updates, token_ids)
+SELECT $1, row.id, row.version, row.body, coalesce(u.entries, ''), coalesce(u.token_ids, '{{}}')
+FROM unnest($2::bigint[], $3::int[], $4::text[]) AS row (id, version, body)
+CROSS JOIN LATERAL (
+    SELECT string_agg({ENTRY_WITH_PLACEHOLDER}, ',' ORDER BY u.version) AS entries,
+        array_agg(DISTINCT u.actor_id) FILTER (WHERE u.actor_kind = 'token' AND u.actor_id IS NOT NULL) AS token_ids
+    FROM incident_updates u WHERE u.tenant_id = $1 AND u.incident_id = row.id
+        AND u.version > row.version - {SNAPSHOT_EVERY_VERSIONS} AND u.version <= row.version) AS u
+ON CONFLICT DO NOTHING
+"""
+
+# Deletes the snapshots from before a redaction: they still hold the redacted text.
+_DELETE_OLDER = """
+DELETE FROM incident_snapshots s USING unnest($2::bigint[], $3::int[]) AS row (incident_id, version)
+WHERE s.tenant_id = $1 AND s.incident_id = row.incident_id AND s.version < row.version
+"""
+
+# Selects the version that an incident had at position $3, and the last snapshot before it.
+_SELECT_AS_OF = f"""
+SELECT fresh.*, i.version, s.version AS snapshot_version, s.body AS snapshot
+FROM {freshness("incidents")}
+CROSS JOIN (SELECT version_at($1, 'incident', $2, $3) AS version) AS i
+LEFT JOIN LATERAL (
+    SELECT version, body FROM incident_snapshots
+    WHERE tenant_id = $1 AND incident_id = $2 AND version <= i.version ORDER BY version DESC LIMIT 1) AS s ON true
+"""
+
+_FROM_SNAPSHOTS = "FROM incident_snapshots WHERE tenant_id = $1 AND incident_id = $2 AND version <= $3"
+_SELECT_ENTRIES = f"""
+SELECT u.version, {ENTRY_WITH_PLACEHOLDER} AS entries,
+    CASE WHEN u.actor_kind = 'token' AND u.actor_id IS NOT NULL THEN ARRAY[u.actor_id] ELSE '{{}}' END AS token_ids
+FROM incident_updates u WHERE u.tenant_id = $1 AND u.incident_id = $2
+"""
+
+# Selects the timeline up to version $3 in order: from the snapshots, and the entries before the first and after the
+# last snapshot.
+_SELECT_TIMELINE = f"""
+SELECT version, updates AS entries, token_ids {_FROM_SNAPSHOTS} AND updates <> ''
+UNION ALL
+{_SELECT_ENTRIES}
+    AND u.version <= (SELECT coalesce(min(version) - {SNAPSHOT_EVERY_VERSIONS}, 0) {_FROM_SNAPSHOTS})
+UNION ALL
+{_SELECT_ENTRIES} AND u.version > (SELECT coalesce(max(version), 0) {_FROM_SNAPSHOTS}) AND u.version <= $3
+ORDER BY version
+"""
+
+
+class Snapshot(NamedTuple):
+    """The state of an incident at a version, as JSON."""
+
+    incident_id: int
+    version: int
+    body: str
+
+
+async def store_snapshots(
+    connection: Connection, tenant_id: int, snapshots: Sequence[Snapshot], events: Sequence[RecordedEvent]
+) -> None:
+    """Insert `snapshots`, and delete those that the redactions among `events` outdate.
+
+    The timeline entries of `events` must be stored and redacted before.
+    """
+    redacted_at = {e.stream_id: e.version for e in events if isinstance(e.event, IncidentRedacted)}
+    if redacted_at:
+        await connection.execute(_DELETE_OLDER, tenant_id, list(redacted_at), list(redacted_at.values()))
+    if valid := [each for each in snapshots if each.version > redacted_at.get(each.incident_id, 0)]:
+        await connection.execute(_STORE, tenant_id, *zip(*valid, strict=True))
+
+
+def snapshot_rows(
+    snapshots: Sequence[Snapshot], streams: Streams, updates: Mapping[int, Sequence[tuple[Any, ...]]]
+) -> list[tuple[Any, ...]]:
+    """Return the rows that `store_snapshots` would leave.
+
+    Args:
+        snapshots: The snapshots of whole streams, stream by stream.
+        streams: These streams.
+        updates: The rows of their timeline entries, by stream id.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for incident_id, of_incident in groupby(snapshots, key=itemgetter(0)):
+        redacted_at = max((e.version for e in streams[incident_id] if isinstance(e.event, IncidentRedacted)), default=0)
+        by_hundred: dict[int, list[tuple[Any, ...]]] = {}
+        for row in updates[incident_id]:
+            by_hundred.setdefault((row[1] - 1) // SNAPSHOT_EVERY_VERSIONS, []).append(row)
+        for _, version, body in of_incident:
+            if version > redacted_at:
+                recent = by_hundred.get((version - 1) // SNAPSHOT_EVERY_VERSIONS, [])
+                entries = ",".join(with_placeholder(text, kind, actor_id) for _, _, kind, actor_id, text in recent)
+                token_ids = sorted({row[3] for row in recent if row[2] == "token" and row[3] is not None})
+                rows.append((incident_id, version, body, entries, token_ids))
+    return rows
+
+
+async def select_incident_as_of(
+    connection: Connection, tenant_id: int, incident_id: int, position: int
+) -> asyncpg.Record:
+    """Return an incident's `version` at `position`, 0 if it did not exist, and its last snapshot up to there."""
+    return await connection.fetchrow(_SELECT_AS_OF, tenant_id, incident_id, position)
+
+
+async def select_timeline(
+    connection: Connection, tenant_id: int, incident_id: int, version: int
+) -> tuple[bytes, AbstractSet[int]]:
+    """Return the timeline up to `version` as the inside of a JSON array, and the tokens with placeholders in it."""
+    rows = await connection.fetch(_SELECT_TIMELINE, tenant_id, incident_id, version)
+    token_ids = {token_id for row in rows for token_id in row["token_ids"]}
+    return ",".join([row["entries"] for row in rows]).encode(), token_ids
