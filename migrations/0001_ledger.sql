@@ -17,12 +17,15 @@ CREATE TABLE tenants (
     created_at timestamptz NOT NULL DEFAULT now()
 );
 
--- The end of each tenant's ledger. An append locks this row before it assigns positions.
+-- The end of each tenant's ledger. An append locks this row before it assigns positions and ids.
 CREATE TABLE ledger_heads (
-    tenant_id   bigint PRIMARY KEY REFERENCES tenants,
-    position    bigint NOT NULL,
-    hash        bytea NOT NULL,
-    recorded_at timestamptz NOT NULL
+    tenant_id       bigint PRIMARY KEY REFERENCES tenants,
+    position        bigint NOT NULL,
+    hash            bytea NOT NULL,
+    recorded_at     timestamptz NOT NULL,
+    -- last_stream_ids[i] is the tenant's last id of stream_kinds[i]. Arrays: a new kind needs no migration.
+    stream_kinds    text[] NOT NULL DEFAULT '{}',
+    last_stream_ids bigint[] NOT NULL DEFAULT '{}'
 ) WITH (fillfactor = 50); -- every append updates it: free space allows heap-only updates
 
 CREATE TABLE events (
@@ -79,11 +82,6 @@ CREATE TABLE projection_backlog (
     PRIMARY KEY (tenant_id, position)
 );
 
-CREATE SEQUENCE incident_ids;
-CREATE SEQUENCE maintenance_ids;
-CREATE SEQUENCE service_ids;
-CREATE SEQUENCE subscription_ids;
-
 CREATE FUNCTION open_ledger() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     INSERT INTO ledger_heads (tenant_id, position, hash, recorded_at)
@@ -114,186 +112,233 @@ CREATE TRIGGER events_no_truncate BEFORE TRUNCATE ON events
 ALTER TABLE events ENABLE ALWAYS TRIGGER events_append_only;
 ALTER TABLE events ENABLE ALWAYS TRIGGER events_no_truncate;
 
--- Appends a batch of commands, each with its own outcome, in one round trip and one commit.
---
--- Command i is (tenants[i], kinds[i], streams[i], expected[i], sizes[i], reserved[i]); its events are the next
--- sizes[i] entries of the event arrays. streams[i] = 0 asks for a new stream id. CommandHandler come sorted by tenant.
--- occurred is in microseconds since 1970 UTC; NULL means the moment of recording.
--- keys[i], where not NULL, makes the command safe to send again; fingerprints[i] tells what was asked for under it.
--- wait = false never waits for a head that another writer holds: its commands are answered 'busy'.
---
--- outcomes: appended | replayed (stream_ids, versions, positions: of the first time) | key_reused | conflict (versions: the
--- actual one) | reserved (stream_ids: the holder) | busy | no_tenant.
--- versions, positions: of the command's last event, or what they were already where it has none.
--- recorded: of its first event; each further one is 1 microsecond later.
-CREATE FUNCTION append_events(
-    tenants bigint[], kinds text[], streams bigint[], expected integer[], sizes integer[], reserved text[],
-    types text[], schemas smallint[], occurred bigint[], datas text[], metas text[], erasables text[], salts bytea[],
-    wait boolean, keys bytea[] DEFAULT NULL, fingerprints bytea[] DEFAULT NULL,
-    OUT outcomes text[], OUT stream_ids bigint[], OUT versions integer[], OUT positions bigint[], OUT recorded timestamptz[]
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '1s' AS $$
+-- An event to append.
+CREATE TYPE new_event AS (
+    type           text,
+    schema_version smallint,
+    occurred_at    bigint, -- microseconds since 1970 UTC, because the driver sends the last of 9999 as infinity;
+                           -- NULL: the time of recording
+    data           text,
+    meta           text,
+    erasable       text,
+    salt           bytea
+);
+
+-- Events to append to one stream, all or none.
+CREATE TYPE append_command AS (
+    tenant_id        bigint,
+    stream_kind      text,
+    stream_id        bigint,  -- 0: a new stream, under the tenant's next id of this kind
+    expected_version integer, -- 0: the stream must not exist
+    events           new_event[],
+    reservation      text,    -- a name to reserve together with the append; NULL: none
+    idempotency_key  bytea,   -- the command is appended once under this key, however often it arrives; NULL: none
+    fingerprint      bytea    -- of the request under that key
+);
+
+CREATE TYPE append_outcome AS (
+    outcome     text,       -- appended | replayed | key_reused | conflict | reserved | busy | no_tenant
+    stream_id   bigint,     -- appended, replayed: of the command's stream; reserved: of the holder
+    version     integer,    -- appended, replayed: after the command; conflict: the actual version
+    position    bigint,     -- appended, replayed: of the ledger head after the command
+    recorded_at timestamptz -- appended: of the first event; each further event is recorded one microsecond later
+);
+
+CREATE FUNCTION to_microseconds(moment timestamptz) RETURNS bigint LANGUAGE sql STABLE AS $$
+    SELECT (extract(epoch FROM moment) * 1000000)::bigint
+$$;
+
+-- In two parts: an interval is multiplied in floating point, which is exact for each part but not for the whole.
+CREATE FUNCTION from_microseconds(microseconds bigint) RETURNS timestamptz LANGUAGE sql STABLE AS $$
+    SELECT timestamptz 'epoch' + (microseconds / 1000000) * interval '1 second'
+        + (microseconds % 1000000) * interval '1 microsecond'
+$$;
+
+-- Returns the octets that an event's hash covers, after the previous hash: netstrings of its columns. A single concat()
+-- builds them, because a chain of || copies the growing text at every step and then costs more than the insert.
+CREATE FUNCTION canonical_form(event events) RETURNS bytea LANGUAGE sql STABLE AS $$
+    SELECT convert_to(concat(
+        octet_length(event.tenant_id::text), ':', event.tenant_id, ',',
+        octet_length(event.position::text), ':', event.position, ',',
+        octet_length(event.stream_kind), ':', event.stream_kind, ',',
+        octet_length(event.stream_id::text), ':', event.stream_id, ',',
+        octet_length(event.version::text), ':', event.version, ',',
+        octet_length(event.type), ':', event.type, ',',
+        octet_length(event.schema_version::text), ':', event.schema_version, ',',
+        octet_length(to_microseconds(event.occurred_at)::text), ':', to_microseconds(event.occurred_at), ',',
+        octet_length(to_microseconds(event.recorded_at)::text), ':', to_microseconds(event.recorded_at), ',',
+        octet_length(event.data), ':', event.data, ',',
+        octet_length(event.meta), ':', event.meta, ',',
+        coalesce(2 * octet_length(event.erasable_digest), 0), ':', encode(event.erasable_digest, 'hex'), ','), 'UTF8')
+$$;
+
+-- Locks and returns a tenant's ledger head. Returns NULL if there is no such tenant or, without `wait`, if another
+-- writer holds the head. `wait` waits for the other writer, at most for lock_timeout.
+CREATE FUNCTION take_ledger_head(tenant bigint, wait boolean) RETURNS ledger_heads LANGUAGE plpgsql AS $$
 DECLARE
     head ledger_heads;
-    head_is text;             -- 'open' | 'busy' | 'no_tenant': how taking the current tenant's head went
-    current_tenant bigint;
-    first integer;            -- index of the command's first event
-    e integer := 0;           -- index of the last event looked at
-    stream bigint;
-    actual integer;
-    holder bigint;
-    moment timestamptz;       -- recorded_at of the current event, and the same in microseconds since 1970
-    moment_us bigint;
-    happened timestamptz;
-    happened_us bigint;
-    digest bytea;
-    reserved_name text;
-    earlier idempotency_keys;
-    began bigint;             -- the position at which the current tenant's head was taken
-    grown bigint[] := '{}';   -- tenants whose ledgers have grown, and to where
-    grown_to bigint[] := '{}';
 BEGIN
-    FOR c IN 1 .. cardinality(tenants) LOOP
-        first := e + 1;
-        e := e + sizes[c];
-        stream := streams[c];
+    IF wait THEN
+        SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE;
+    ELSE
+        SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE SKIP LOCKED;
+    END IF;
+    RETURN head;
+END
+$$;
 
-        IF current_tenant IS DISTINCT FROM tenants[c] THEN
-            IF head_is = 'open' AND head.position > began THEN
-                UPDATE ledger_heads SET position = head.position, hash = head.hash, recorded_at = head.recorded_at
-                WHERE ledger_heads.tenant_id = current_tenant;
-                grown := grown || current_tenant;
-                grown_to := grown_to || head.position;
+-- Stores a moved ledger head and adds its tenant to the projection backlog.
+CREATE FUNCTION move_ledger_head(head ledger_heads) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE ledger_heads h SET
+        position = head.position,
+        hash = head.hash,
+        recorded_at = head.recorded_at,
+        stream_kinds = head.stream_kinds,
+        last_stream_ids = head.last_stream_ids
+    WHERE h.tenant_id = head.tenant_id;
+    INSERT INTO projection_backlog (tenant_id, position) VALUES (head.tenant_id, head.position);
+END
+$$;
+
+-- Appends a batch of commands in one round trip and one commit; returns the outcome of each, in their order.
+--
+-- Commands arrive sorted by tenant. A batch that waits has one tenant, because two waiting batches could wait for each
+-- other. Every statement names the tenant, so a batch of one tenant touches that tenant's rows alone.
+CREATE FUNCTION append_events(commands append_command[], wait boolean) RETURNS SETOF append_outcome
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '1s' AS $$
+DECLARE
+    command append_command;
+    input new_event;
+    event events;
+    tenant bigint;           -- of the current command
+    head ledger_heads;       -- of that tenant; NULL if it was not taken
+    taken_at bigint;         -- the head's position when it was taken
+    kind_index integer;      -- of the command's stream kind in head.stream_kinds
+    id bigint;               -- of the command's stream
+    current_version integer; -- of the command's stream
+    earlier idempotency_keys;
+    holder bigint;
+    first_moment timestamptz;
+    moment timestamptz;
+BEGIN
+    FOREACH command IN ARRAY commands LOOP
+        IF tenant IS DISTINCT FROM command.tenant_id THEN
+            IF head.position > taken_at THEN
+                PERFORM move_ledger_head(head);
             END IF;
-            current_tenant := tenants[c];
-            IF wait THEN
-                SELECT * INTO head FROM ledger_heads WHERE ledger_heads.tenant_id = current_tenant FOR NO KEY UPDATE;
-            ELSE
-                SELECT * INTO head FROM ledger_heads WHERE ledger_heads.tenant_id = current_tenant FOR NO KEY UPDATE SKIP LOCKED;
-            END IF;
-            IF FOUND THEN
-                head_is := 'open';
-                began := head.position;
-            ELSIF EXISTS (SELECT FROM ledger_heads WHERE ledger_heads.tenant_id = current_tenant) THEN
-                head_is := 'busy';
-            ELSE
-                head_is := 'no_tenant';
-            END IF;
+            tenant := command.tenant_id;
+            head := take_ledger_head(tenant, wait);
+            taken_at := head.position;
         END IF;
-
-        IF head_is <> 'open' THEN
-            outcomes[c] := head_is;
-            stream_ids[c] := stream;
-            versions[c] := NULL; positions[c] := NULL; recorded[c] := NULL;
+        IF head.tenant_id IS NULL THEN
+            RETURN NEXT (
+                CASE WHEN EXISTS (SELECT FROM ledger_heads h WHERE h.tenant_id = tenant) THEN 'busy'
+                    ELSE 'no_tenant' END,
+                NULL, NULL, NULL, NULL)::append_outcome;
             CONTINUE;
         END IF;
 
-        -- Before anything can conflict: the conflict would be with the command's own first time.
-        IF keys[c] IS NOT NULL THEN
-            SELECT * INTO earlier FROM idempotency_keys k WHERE k.tenant_id = current_tenant AND k.key = keys[c];
+        -- Keys come before versions: a repeated command would conflict with its own first time.
+        IF command.idempotency_key IS NOT NULL THEN
+            SELECT * INTO earlier FROM idempotency_keys k
+            WHERE k.tenant_id = tenant AND k.key = command.idempotency_key;
             IF FOUND THEN
-                outcomes[c] := CASE WHEN earlier.fingerprint = fingerprints[c] THEN 'replayed' ELSE 'key_reused' END;
-                stream_ids[c] := earlier.stream_id;
-                versions[c] := earlier.version; positions[c] := earlier.position; recorded[c] := NULL;
+                RETURN NEXT (
+                    CASE WHEN earlier.fingerprint = command.fingerprint THEN 'replayed' ELSE 'key_reused' END,
+                    earlier.stream_id, earlier.version, earlier.position, NULL)::append_outcome;
                 CONTINUE;
             END IF;
         END IF;
 
-        actual := 0;
-        IF stream <> 0 THEN
-            SELECT version INTO actual FROM events
-            WHERE events.tenant_id = current_tenant AND stream_kind = kinds[c] AND events.stream_id = stream
-            ORDER BY version DESC LIMIT 1;
-            actual := coalesce(actual, 0);
+        id := command.stream_id;
+        current_version := 0;
+        IF id <> 0 THEN
+            SELECT e.version INTO current_version FROM events e
+            WHERE e.tenant_id = tenant AND e.stream_kind = command.stream_kind AND e.stream_id = id
+            ORDER BY e.version DESC LIMIT 1;
+            current_version := coalesce(current_version, 0);
         END IF;
-        IF actual <> expected[c] THEN
-            outcomes[c] := 'conflict';
-            stream_ids[c] := stream;
-            versions[c] := actual; positions[c] := NULL; recorded[c] := NULL;
+        IF current_version <> command.expected_version THEN
+            RETURN NEXT ('conflict', id, current_version, NULL, NULL)::append_outcome;
             CONTINUE;
         END IF;
 
-        IF stream = 0 THEN
-            stream := nextval((kinds[c] || '_ids')::regclass);
+        IF current_version = 0 THEN
+            kind_index := coalesce(
+                array_position(head.stream_kinds, command.stream_kind), cardinality(head.stream_kinds) + 1);
+            IF id = 0 THEN
+                id := coalesce(head.last_stream_ids[kind_index], 0) + 1;
+            END IF;
         END IF;
 
-        reserved_name := reserved[c];
-        IF reserved_name IS NOT NULL THEN
-            INSERT INTO reservations VALUES (current_tenant, reserved_name, kinds[c], stream)
+        IF command.reservation IS NOT NULL THEN
+            INSERT INTO reservations (tenant_id, name, stream_kind, stream_id)
+            VALUES (tenant, command.reservation, command.stream_kind, id)
             ON CONFLICT (tenant_id, name) DO NOTHING;
             IF NOT FOUND THEN
-                SELECT reservations.stream_id INTO holder FROM reservations
-                WHERE reservations.tenant_id = current_tenant AND reservations.name = reserved_name;
-                outcomes[c] := 'reserved';
-                stream_ids[c] := holder;
-                versions[c] := NULL; positions[c] := NULL; recorded[c] := NULL;
+                SELECT r.stream_id INTO holder FROM reservations r
+                WHERE r.tenant_id = tenant AND r.name = command.reservation;
+                RETURN NEXT ('reserved', holder, NULL, NULL, NULL)::append_outcome;
                 CONTINUE;
             END IF;
         END IF;
 
-        moment := greatest(date_trunc('microseconds', clock_timestamp()), head.recorded_at + interval '1 microsecond');
-        moment_us := extract(epoch FROM moment) * 1000000;
-        recorded[c] := moment;
-        FOR i IN first .. e LOOP
-            actual := actual + 1;
-            head.position := head.position + 1;
-            head.recorded_at := moment;
-            IF occurred[i] IS NULL THEN
-                happened := moment;
-                happened_us := moment_us;
-            ELSE
-                happened_us := occurred[i];
-                -- In two parts, as an interval is multiplied in floating point: each is exact, the whole is not.
-                happened := timestamptz 'epoch' + (happened_us / 1000000) * interval '1 second'
-                    + (happened_us % 1000000) * interval '1 microsecond';
-            END IF;
-            digest := sha256(salts[i] || convert_to(erasables[i], 'UTF8'));
-            -- One concat() of netstrings: a chain of || copies the growing text at every step, and the hash of an
-            -- event then costs more than its insert.
-            head.hash := sha256(head.hash || convert_to(concat(
-                octet_length(current_tenant::text), ':', current_tenant, ',',
-                octet_length(head.position::text), ':', head.position, ',',
-                octet_length(kinds[c]), ':', kinds[c], ',',
-                octet_length(stream::text), ':', stream, ',',
-                octet_length(actual::text), ':', actual, ',',
-                octet_length(types[i]), ':', types[i], ',',
-                octet_length(schemas[i]::text), ':', schemas[i], ',',
-                octet_length(happened_us::text), ':', happened_us, ',',
-                octet_length(moment_us::text), ':', moment_us, ',',
-                octet_length(datas[i]), ':', datas[i], ',',
-                octet_length(metas[i]), ':', metas[i], ',',
-                coalesce(2 * octet_length(digest), 0), ':', encode(digest, 'hex'), ','), 'UTF8'));
-            INSERT INTO events VALUES (
-                current_tenant, head.position, kinds[c], stream, actual, types[i], schemas[i], happened, moment,
-                datas[i], metas[i], erasables[i], salts[i], digest, head.hash);
-            -- The one way to erase erasable: by the event that names them. There is no erasure without its record.
-            IF types[i] LIKE '%.redacted' THEN
-                UPDATE events SET erasable = NULL, salt = NULL
-                WHERE events.tenant_id = current_tenant AND stream_kind = kinds[c] AND events.stream_id = stream
-                    AND version < actual AND erasable_digest IS NOT NULL AND version IN (
-                        SELECT named::integer FROM json_array_elements_text(datas[i]::json -> 'versions') AS named);
-            END IF;
-            moment := moment + interval '1 microsecond';
-            moment_us := moment_us + 1;
-        END LOOP;
-
-        IF keys[c] IS NOT NULL THEN
-            INSERT INTO idempotency_keys VALUES (
-                current_tenant, keys[c], fingerprints[c], kinds[c], stream, actual, head.position, clock_timestamp());
+        -- Nothing refuses the command from here on, so it consumes the id. A given id raises the counter too: the next
+        -- new stream must not meet it.
+        IF current_version = 0 THEN
+            head.stream_kinds[kind_index] := command.stream_kind;
+            head.last_stream_ids[kind_index] := greatest(head.last_stream_ids[kind_index], id);
         END IF;
 
-        outcomes[c] := 'appended';
-        stream_ids[c] := stream;
-        versions[c] := actual;
-        positions[c] := head.position;
-    END LOOP;
+        first_moment := greatest(clock_timestamp(), head.recorded_at + interval '1 microsecond');
+        moment := first_moment;
+        FOREACH input IN ARRAY command.events LOOP
+            current_version := current_version + 1;
+            head.position := head.position + 1;
+            head.recorded_at := moment;
+            event.tenant_id := tenant;
+            event.position := head.position;
+            event.stream_kind := command.stream_kind;
+            event.stream_id := id;
+            event.version := current_version;
+            event.type := input.type;
+            event.schema_version := input.schema_version;
+            event.occurred_at := coalesce(from_microseconds(input.occurred_at), moment);
+            event.recorded_at := moment;
+            event.data := input.data;
+            event.meta := input.meta;
+            event.erasable := input.erasable;
+            event.salt := input.salt;
+            event.erasable_digest := sha256(input.salt || convert_to(input.erasable, 'UTF8'));
+            head.hash := sha256(head.hash || canonical_form(event));
+            event.hash := head.hash;
+            INSERT INTO events (
+                tenant_id, position, stream_kind, stream_id, version, type, schema_version, occurred_at, recorded_at,
+                data, meta, erasable, salt, erasable_digest, hash)
+            VALUES (event.*);
+            -- A redaction happens only here, through the event that records it.
+            IF input.type LIKE '%.redacted' THEN
+                UPDATE events e SET erasable = NULL, salt = NULL
+                WHERE e.tenant_id = tenant AND e.stream_kind = command.stream_kind AND e.stream_id = id
+                    AND e.version < current_version AND e.erasable_digest IS NOT NULL AND e.version IN (
+                        SELECT named::integer FROM json_array_elements_text(input.data::json -> 'versions') AS named);
+            END IF;
+            moment := moment + interval '1 microsecond';
+        END LOOP;
 
-    IF head_is = 'open' AND head.position > began THEN
-        UPDATE ledger_heads SET position = head.position, hash = head.hash, recorded_at = head.recorded_at
-        WHERE ledger_heads.tenant_id = current_tenant;
-        grown := grown || current_tenant;
-        grown_to := grown_to || head.position;
+        IF command.idempotency_key IS NOT NULL THEN
+            INSERT INTO idempotency_keys (
+                tenant_id, key, fingerprint, stream_kind, stream_id, version, position, recorded_at)
+            VALUES (
+                tenant, command.idempotency_key, command.fingerprint, command.stream_kind, id, current_version,
+                head.position, clock_timestamp());
+        END IF;
+        RETURN NEXT ('appended', id, current_version, head.position, first_moment)::append_outcome;
+    END LOOP;
+    IF head.position > taken_at THEN
+        PERFORM move_ledger_head(head);
     END IF;
-    INSERT INTO projection_backlog (tenant_id, position) SELECT * FROM unnest(grown, grown_to);
 END
 $$;
 

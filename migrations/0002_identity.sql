@@ -1,7 +1,7 @@
 -- API tokens of tenants. A row holds sha256 of the token's value, never the value; people know it by its prefix.
 CREATE TABLE api_tokens (
     tenant_id  bigint NOT NULL REFERENCES tenants,
-    token_id   bigint GENERATED ALWAYS AS IDENTITY,
+    token_id   bigint NOT NULL, -- of the token's stream: the append that records the token assigns it
     prefix     text NOT NULL,
     digest     bytea NOT NULL UNIQUE,
     name       text NOT NULL,

@@ -18,7 +18,7 @@ CREATE TABLE checkpoints (
     halt_error        text,
     generation        integer NOT NULL DEFAULT 0, -- -1: derived by an older version of the code, or not at all
     rebuilt_at        timestamptz,
-    rebuild_halted_at bigint,                     -- position of an event that a rebuild could not apply; it changed no row
+    rebuild_halted_at bigint,                     -- position of an event that a rebuild could not apply
     rebuild_error     text,
     PRIMARY KEY (tenant_id, projection)
 ) WITH (fillfactor = 50);

@@ -3,7 +3,7 @@
 import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import asyncpg
 import msgspec
@@ -22,7 +22,7 @@ from opsentry.events.codec import (
 from opsentry.infrastructure.postgres import Connection
 
 # Appends a batch of commands in one round trip; see the function's comment in the migrations.
-_APPEND = "SELECT * FROM append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)"
+_APPEND = "SELECT * FROM append_events($1, $2)"
 
 _COLUMNS = (
     "tenant_id, position, stream_kind, stream_id, version, type, schema_version, occurred_at,"
@@ -184,39 +184,29 @@ async def append_events(connection: Connection, commands: Sequence[Append], *, w
     holds is waited for (at most the second that the function's own lock_timeout allows); without, its commands are
     answered `HeadBusy`. Only a batch of a single tenant may wait: two waiting batches could wait for each other.
     """
-    events = [new for command in commands for new in command.events]
-    encoded = [encode(new.event) for new in events]
-    row = await connection.fetchrow(
-        _APPEND,
-        [c.tenant_id for c in commands],
-        [c.kind for c in commands],
-        [c.stream_id for c in commands],
-        [c.expected_version for c in commands],
-        [len(c.events) for c in commands],
-        [c.reservation for c in commands],
-        [e.type for e in encoded],
-        [e.schema_version for e in encoded],
-        [None if new.occurred_at is None else to_microseconds(new.occurred_at) for new in events],
-        [e.data for e in encoded],
-        [encode_meta(new.meta) for new in events],
-        [e.erasable for e in encoded],
-        [None if e.erasable is None else os.urandom(16) for e in encoded],
-        wait,
-        *_keys(commands),
+    rows = await connection.fetch(_APPEND, [_command(command) for command in commands], wait)
+    return [_outcome(*row) for row in rows]
+
+
+def _command(command: Append) -> tuple[Any, ...]:
+    key = command.key
+    return (
+        command.tenant_id,
+        command.kind,
+        command.stream_id,
+        command.expected_version,
+        [_event(new) for new in command.events],
+        command.reservation,
+        None if key is None else key.digest,
+        None if key is None else key.fingerprint,
     )
-    return [
-        _outcome(*answer)
-        for answer in zip(
-            row["outcomes"], row["stream_ids"], row["versions"], row["positions"], row["recorded"], strict=True
-        )
-    ]
 
 
-def _keys(commands: Sequence[Append]) -> tuple[list[bytes | None] | None, list[bytes | None] | None]:
-    if all(c.key is None for c in commands):
-        return None, None
-    keys = [c.key for c in commands]
-    return [None if k is None else k.digest for k in keys], [None if k is None else k.fingerprint for k in keys]
+def _event(new: NewEvent) -> tuple[Any, ...]:
+    type_, schema_version, data, erasable = encode(new.event)
+    salt = None if erasable is None else os.urandom(16)
+    occurred_at = None if new.occurred_at is None else to_microseconds(new.occurred_at)
+    return type_, schema_version, occurred_at, data, encode_meta(new.meta), erasable, salt
 
 
 def _outcome(word: str, stream_id: int, version: int, position: int, recorded_at: datetime) -> Outcome:

@@ -30,8 +30,8 @@ WHERE digest = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at >
 """
 
 _CREATE = (
-    "INSERT INTO api_tokens (tenant_id, prefix, digest, name, scopes, expires_at) VALUES ($1, $2, $3, $4, $5, $6)"
-    " RETURNING token_id"
+    "INSERT INTO api_tokens (tenant_id, token_id, prefix, digest, name, scopes, expires_at)"
+    " VALUES ($1, $2, $3, $4, $5, $6, $7)"
 )
 
 _REVOKE = """
@@ -95,11 +95,11 @@ async def create_api_token(
     granted = check_scopes(scopes)
     check_title("name", name)
     async with connection.transaction():
-        token_id: int = await connection.fetchval(
-            _CREATE, tenant_id, public_prefix(value), token_digest(value), name, granted, expires_at
-        )
         event = TokenCreated(prefix=public_prefix(value), name=name, scopes=tuple(granted), expires_at=expires_at)
-        await _record(connection, tenant_id, token_id, 0, event, meta)
+        token_id = await _record(connection, tenant_id, 0, 0, event, meta)
+        await connection.execute(
+            _CREATE, tenant_id, token_id, public_prefix(value), token_digest(value), name, granted, expires_at
+        )
     return value
 
 
@@ -118,7 +118,8 @@ async def revoke_api_token(connection: Connection, tenant_id: int, token_prefix:
 
 async def _record(
     connection: Connection, tenant_id: int, token_id: int, version: int, event: TokenCreated | TokenRevoked, meta: Meta
-) -> None:
+) -> int:
+    """Append the event to the token's stream and return the stream's id, which is the token's."""
     append = Append(
         tenant_id=tenant_id,
         kind=TOKEN,
@@ -129,6 +130,7 @@ async def _record(
     (outcome,) = await store.append_events(connection, [append], wait=True)
     if not isinstance(outcome, store.Appended):
         raise TypeError(f"the ledger refused the event of token {token_id}: {outcome}")
+    return outcome.stream_id
 
 
 async def list_api_tokens(connection: Connection, tenant_id: int) -> Sequence[asyncpg.Record]:

@@ -100,12 +100,59 @@ class StoreContract:
     async def test_expecting_a_version_of_a_stream_that_does_not_exist_is_a_conflict(self, connect, tenant):
         assert await append(await connect(), notes(tenant, "a", stream=3, expected=1)) == VersionConflict(0)
 
-    async def test_a_new_stream_gets_an_id_that_no_other_has(self, connect, tenant, neighbour):
+    async def test_new_streams_count_from_one_per_tenant_and_kind(self, connect, tenant, neighbour):
         appender = await connect()
-        outcomes = await store.append_events(appender, [notes(t, "a") for t in (tenant, tenant, neighbour)], wait=False)
-        ids = {o.stream_id for o in outcomes if isinstance(o, Appended)}
-        assert len(ids) == 3
-        assert 0 not in ids
+        for _ in range(2):
+            commands = [notes(t, "a", kind=kind) for t in (tenant, neighbour) for kind in ("incident", "service")]
+            await store.append_events(appender, [commands[0], *commands], wait=False)
+        outcomes = await store.append_events(
+            appender, [notes(t, "a", kind=k) for t in (tenant, neighbour) for k in ("incident", "service")], wait=False
+        )
+        assert [o.stream_id for o in outcomes if isinstance(o, Appended)] == [5, 3, 3, 3]
+
+    async def test_a_refused_or_rolled_back_command_consumes_no_id(self, connect, tenant):
+        appender = await connect()
+        first = await append(appender, notes(tenant, "a", reservation="name"))
+        assert isinstance(first, Appended)
+        assert await append(appender, notes(tenant, "b", reservation="name")) == Reserved(first.stream_id)
+        assert await append(appender, notes(tenant, "c", expected=1)) == VersionConflict(0)
+        transaction = appender.transaction()
+        await transaction.start()
+        assert isinstance(await append(appender, notes(tenant, "d")), Appended)
+        await transaction.rollback()
+        following = await append(appender, notes(tenant, "e"))
+        assert isinstance(following, Appended)
+        assert (first.stream_id, following.stream_id) == (1, 2)
+
+    async def test_a_new_stream_never_gets_an_id_that_was_given_before(self, connect, tenant):
+        appender = await connect()
+        for given, counted in ((1, 2), (7, 8), (3, 9)):
+            assert isinstance(await append(appender, notes(tenant, "a", stream=given)), Appended)
+            following = await append(appender, notes(tenant, "b"))
+            assert isinstance(following, Appended)
+            assert following.stream_id == counted
+
+    async def test_ids_have_no_gap_however_many_writers_create_streams(self, connect, tenant):
+        writers = [await connect() for _ in range(6)]
+
+        async def write(appender):
+            return [await append(appender, notes(tenant, "a")) for _ in range(20)]
+
+        outcomes = [o for created in await asyncio.gather(*map(write, writers)) for o in created]
+        assert sorted(o.stream_id for o in outcomes if isinstance(o, Appended)) == list(range(1, 121))
+
+    async def test_streams_of_two_tenants_with_one_id_stay_apart(self, connect, tenant, neighbour):
+        appender = await connect()
+        await store.append_events(appender, [notes(tenant, "ours"), notes(neighbour, "theirs")], wait=False)
+        for owner, text in ((tenant, "ours"), (neighbour, "theirs")):
+            for found in (
+                await store.read_stream(appender, owner, "incident", 1),
+                await store.read_streams(appender, owner, "incident", [1], 10),
+                await store.read_after(appender, owner, 0, 10),
+                await store.read_between(appender, owner, 0, 10, ["incident"]),
+                [e async for part in store.read_by_stream(appender, owner, "incident", 10, 10) for e in part[1]],
+            ):
+                assert [(r.tenant_id, r.stream_id, r.event) for r in found] == [(owner, 1, note(text).event)]
 
     async def test_each_command_of_a_batch_has_its_own_outcome(self, connect, tenant, neighbour):
         appender = await connect()

@@ -223,7 +223,7 @@ async def test_an_answer_to_a_command_is_what_a_read_of_the_row_gives(app_connec
         " ON CONFLICT DO NOTHING"
     )
     await owner.execute(
-        "INSERT INTO api_tokens (tenant_id, token_id, prefix, digest, name, scopes) OVERRIDING SYSTEM VALUE"
+        "INSERT INTO api_tokens (tenant_id, token_id, prefix, digest, name, scopes)"
         " VALUES (1, 1, 'p', 'd', $1, '{}') ON CONFLICT DO NOTHING",
         TOKEN_NAME,
     )

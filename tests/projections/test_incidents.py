@@ -126,8 +126,8 @@ async def test_resolved_at_is_when_it_was_resolved_until_it_is_opened_again(give
 
 async def test_the_timeline_names_who_wrote_it_oldest_first(given, one, owner, history):
     token = await owner.fetchval(
-        "INSERT INTO api_tokens (tenant_id, prefix, digest, name, scopes) VALUES ($1, 'p', 'd', 'CI \"x\"', '{}')"
-        " RETURNING token_id",
+        "INSERT INTO api_tokens (tenant_id, token_id, prefix, digest, name, scopes)"
+        " VALUES ($1, 1, 'p', 'd', 'CI \"x\"', '{}') RETURNING token_id",
         history.tenant_id,
     )
     history.incident(5, OpenIncident(title="Down"))
