@@ -35,9 +35,9 @@ def eventsourcing(servers: Servers, waiting: int, seconds: float) -> Rate:
 
 
 def projection(servers: Servers, file: Path) -> Rate:
-    """Return events a second that pyeventsourcing projects into one table, or why it cannot be told.
+    """Return events a second that pyeventsourcing projects into one table, or the reason why there is no figure.
 
-    `file` has the streams, as `peer_projection.py` says.
+    `file` holds the streams in the form that `peer_projection.py` reads.
     """
     return _in_python(servers, "peer_projection.py", str(file))
 

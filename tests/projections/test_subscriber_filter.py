@@ -15,7 +15,7 @@ from opsentry.domain.subscription import ChangeSubscription, CreateSubscription
 from opsentry.events.codec import RecordedEvent, encode, encode_meta
 from opsentry.projections.outbox.projection import Outbox
 from tests.projections.histories import META, History, apply, batches, dump, histories, schedule
-from tests.system.intents import intents, told
+from tests.system.intents import intents
 
 with_a_database = hypothesis_settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -48,7 +48,7 @@ async def check(connection: Any, made: Iterable[History], cut: Iterable[list[Rec
                 await apply(connection, Outbox(), events)
         rows = await dump(connection, ["outbox_intents", "outbox_state"])
         for history in made:
-            assert await intents(connection, history.tenant_id) == sorted(told(ledger(history)))
+            assert await intents(connection, history.tenant_id) == sorted(expected_intents(ledger(history)))
         for events in cut:
             await apply(connection, Outbox(), events)
         assert await dump(connection, ["outbox_intents", "outbox_state"]) == rows

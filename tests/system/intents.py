@@ -1,11 +1,11 @@
-"""Who must be told of what, worked out once more from a ledger's rows alone, one event after the other."""
+"""Derive the notifications that a ledger requires from its rows alone, independently of the outbox."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 LEVELS = ("informational", "degraded", "partial_outage", "major_outage", "critical")
-TOLD = {
+NOTIFIED = {
     "incident.opened",
     "incident.updated",
     "incident.status_changed",
@@ -20,7 +20,7 @@ TOLD = {
     "maintenance.completed",
     "maintenance.cancelled",
 }
-# What changes nothing for anybody who is told.
+# Events that change no filter, no topic and no window.
 REST = {
     "incident.edited",
     "incident.redacted",
@@ -28,12 +28,12 @@ REST = {
     "maintenance.redacted",
     "subscription.secret_rotated",
     "subscription.redacted",
-    *TOLD,
+    *NOTIFIED,
 }
 
 
-class Told(NamedTuple):
-    """A message that somebody must get, or would have to were it not for a window."""
+class ExpectedIntent(NamedTuple):
+    """One notification to one subscription; `suppressed` by an active window or not."""
 
     position: int
     subscription_id: int
@@ -44,18 +44,18 @@ class Told(NamedTuple):
     suppressed: bool
 
 
-class Teller:
-    """What is the case after the events that it has read."""
+class IntentModel:
+    """Hold the filters, incidents and windows after the events read so far."""
 
     def __init__(self) -> None:
         self.filters: dict[int, Any] = {}
         self.things: dict[tuple[str, int], Any] = {}
         self.silencing: dict[int, set[int]] = {}
-        # Open incidents whose last message was withheld.
+        # Open incidents whose last notification was suppressed.
         self.unheard: set[int] = set()
 
-    def read(self, row: Mapping[str, Any]) -> Iterator[Told]:
-        """Take in one event; yield what must be told of it."""
+    def read(self, row: Mapping[str, Any]) -> Iterator[ExpectedIntent]:
+        """Apply one event; yield the intents that it requires."""
         kind, number, name = row["stream_kind"], row["stream_id"], row["type"]
         data = json.loads(row["data"])
         loud = not json.loads(row["meta"]).get("silent", False)
@@ -65,7 +65,7 @@ class Teller:
             case "subscription.created":
                 self.filters[number] = {**data, "active": not data.get("pending", False)}
                 if data.get("pending", False) and loud:
-                    yield Told(row["position"], number, data["channel"], name, kind, number, suppressed=False)
+                    yield ExpectedIntent(row["position"], number, data["channel"], name, kind, number, suppressed=False)
             case "subscription.confirmed" | "subscription.enabled":
                 self.filters[number]["active"] = True
             case "subscription.disabled":
@@ -77,7 +77,7 @@ class Teller:
             case "subscription.test_requested":
                 if loud:
                     channel = self.filters[number]["channel"]
-                    yield Told(row["position"], number, channel, name, kind, number, suppressed=False)
+                    yield ExpectedIntent(row["position"], number, channel, name, kind, number, suppressed=False)
             case "incident.opened" | "maintenance.scheduled":
                 self.things[kind, number] = thing = {**data, "worst": data.get("severity", "critical")}
             case "incident.visibility_changed" | "incident.services_changed" | "maintenance.changed":
@@ -92,10 +92,10 @@ class Teller:
                     self.silencing[number] = set(thing["service_ids"])
             case _:
                 assert name in REST or not name.startswith(("subscription.", "incident.", "maintenance.")), name
-        if name in TOLD and loud:
+        if name in NOTIFIED and loud:
             withheld = kind == "incident" and self.withheld(thing)
-            for wish_id, channel in self.who(kind, thing, public=data.get("is_public", True)):
-                yield Told(row["position"], wish_id, channel, name, kind, number, withheld)
+            for subscription_id, channel in self.who(kind, thing, public=data.get("is_public", True)):
+                yield ExpectedIntent(row["position"], subscription_id, channel, name, kind, number, withheld)
             if kind == "incident":
                 (self.unheard.add if withheld else self.unheard.discard)(number)
         if name == "incident.resolved":
@@ -105,10 +105,10 @@ class Teller:
                 topic = self.things["incident", unheard]
                 if not self.withheld(topic):
                     self.unheard.remove(unheard)
-                    for wish_id, channel in self.who("incident", topic, public=True):
-                        yield Told(
+                    for subscription_id, channel in self.who("incident", topic, public=True):
+                        yield ExpectedIntent(
                             row["position"],
-                            wish_id,
+                            subscription_id,
                             channel,
                             "incident.still_open",
                             "incident",
@@ -122,7 +122,7 @@ class Teller:
 
     def who(self, kind: str, thing: Mapping[str, Any], *, public: bool) -> Iterator[tuple[int, str]]:
         public = public and thing["visibility"] == "public"
-        for wish_id, subscriber_filter in self.filters.items():
+        for subscription_id, subscriber_filter in self.filters.items():
             if (
                 subscriber_filter["active"]
                 and subscriber_filter["notify_incidents" if kind == "incident" else "notify_maintenance"]
@@ -133,17 +133,17 @@ class Teller:
                 )
                 and LEVELS.index(thing["worst"]) >= LEVELS.index(subscriber_filter["min_severity"])
             ):
-                yield wish_id, subscriber_filter["channel"]
+                yield subscription_id, subscriber_filter["channel"]
 
 
-def told(ledger: Iterable[Mapping[str, Any]]) -> list[Told]:
-    """Return what a tenant's whole ledger gives."""
-    teller = Teller()
-    return [each for row in ledger for each in teller.read(row)]
+def expected_intents(ledger: Iterable[Mapping[str, Any]]) -> list[ExpectedIntent]:
+    """Return the intents that a tenant's whole ledger requires."""
+    model = IntentModel()
+    return [each for row in ledger for each in model.read(row)]
 
 
 async def check_intents(owner: Any, tenant_id: int) -> int:
-    """Check that the outbox holds just what the ledger gives up to where it stands; return how many that is."""
+    """Check that the outbox holds exactly the intents of the ledger up to its checkpoint; return their number."""
     async with owner.transaction(isolation="repeatable_read", readonly=True):
         position = await owner.fetchval(
             "SELECT position FROM checkpoints WHERE tenant_id = $1 AND projection = 'outbox'", tenant_id
@@ -156,15 +156,15 @@ async def check_intents(owner: Any, tenant_id: int) -> int:
             position,
         )
         rows = await intents(owner, tenant_id)
-    expected = told(ledger)
+    expected = expected_intents(ledger)
     assert rows == sorted(expected)
     return len(expected)
 
 
-async def intents(connection: Any, tenant_id: int) -> list[Told]:
-    """Return what the outbox holds, in order; its ids are all different."""
+async def intents(connection: Any, tenant_id: int) -> list[ExpectedIntent]:
+    """Return the intents of the outbox in order; check that their ids are distinct."""
     rows = await connection.fetch(
-        f"SELECT intent_id, {', '.join(Told._fields)} FROM outbox_intents WHERE tenant_id = $1", tenant_id
+        f"SELECT intent_id, {', '.join(ExpectedIntent._fields)} FROM outbox_intents WHERE tenant_id = $1", tenant_id
     )
     assert len({row["intent_id"] for row in rows}) == len(rows)
-    return sorted(Told(*tuple(row)[1:]) for row in rows)
+    return sorted(ExpectedIntent(*tuple(row)[1:]) for row in rows)

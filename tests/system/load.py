@@ -1,4 +1,4 @@
-"""Many clients at once, each of whose writes can be told from all others, and what must hold of them afterwards."""
+"""Run concurrent clients whose writes carry unique marks, and check the ledgers afterwards."""
 
 import asyncio
 import json
@@ -14,16 +14,18 @@ from opsentry.bootstrap import core
 from opsentry.settings import Settings
 from tests.conftest import Client, Tenant, make_service, make_tenant
 from tests.events.ledger import first_broken
-from tests.waiting import until
+from tests.waiting import GENEROUS_SECONDS, until
 
 _numbers = count(1)
 
 
 class Load:
-    """Clients that write as fast as they are answered.
+    """Write from many clients, each without a pause between responses.
 
-    `answers` holds the status that each marked write was answered with, `None` where no answer came; `reads` how often
-    the reads after them were answered with which status, `unseen` the writes that were missing there.
+    Attributes:
+        answers: The response status of each marked write; `None` without a response.
+        reads: The number of reads by response status.
+        unseen: Marks of acknowledged writes that the next read lacked.
     """
 
     def __init__(self, base_url: str, tenants: Sequence[Tenant], *, clients: int) -> None:
@@ -40,7 +42,9 @@ class Load:
 
     async def __aenter__(self) -> Self:
         connector = aiohttp.TCPConnector(limit=0)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=20))
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=aiohttp.ClientTimeout(total=GENEROUS_SECONDS)
+        )
         for number in range(self._clients):
             tenant = self._tenants[number % len(self._tenants)]
             client = Client(self._session, self._base_url, tenant.token)
@@ -53,14 +57,14 @@ class Load:
         await self._session.close()
 
     async def stop(self) -> None:
-        """Let what is under way end, and begin nothing more."""
+        """Start no more requests, and wait for those in flight."""
         self._stopping = True
         await asyncio.gather(*self._tasks)
 
     async def answered(self, more: int) -> None:
-        """Return after this many more answers."""
+        """Wait for this many more responses."""
         wanted = self.count() + more
-        async with asyncio.timeout(30), self._answered:
+        async with asyncio.timeout(GENEROUS_SECONDS), self._answered:
             await self._answered.wait_for(lambda: self.count() >= wanted)
 
     def count(self, status: int | None = None) -> int:
@@ -69,13 +73,13 @@ class Load:
 
     async def _client(self, client: Client) -> None:
         last = None
-        # A connection that is lost ends the client: the server is gone.
+        # A lost connection ends the client: the server was killed.
         with suppress(aiohttp.ClientError):
             while not self._stopping:
                 last = await self._write(client, None if next(_numbers) % 3 else last)
 
     async def _write(self, client: Client, incident_id: int | None) -> int | None:
-        """Declare an incident and look whether it is in the list, or add to one."""
+        """Declare an incident and check that the list shows it, or update one."""
         mark = f"write {next(_numbers)}"
         self.answers[mark] = None
         if incident_id is None:
@@ -89,14 +93,14 @@ class Load:
             return None
         status, seen, headers = await client.get("/incidents?limit=200")
         self.reads[status] += 1
-        # An answer that could not be brought up to date in time says so.
+        # A list that lags says so in a header.
         if status == 200 and "Opsentry-Lag-Events" not in headers and incident_id is None and mark not in str(seen):
             self.unseen.append(mark)
         return int(body["id"])
 
 
 async def prepare(settings: Settings, tenants: int) -> list[Tenant]:
-    """Make tenants with a service each, over connections that are closed again."""
+    """Create tenants with one service each; leave no connection open."""
     made = []
     async with core(settings) as parts:
         for number in range(tenants):
@@ -106,7 +110,7 @@ async def prepare(settings: Settings, tenants: int) -> list[Tenant]:
 
 
 async def nobody_writes(owner: Any) -> None:
-    """Return when the database has noticed that the application is gone."""
+    """Wait until the database has closed all sessions of the application."""
     query = (
         "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND usename = 'opsentry')"
     )
@@ -114,7 +118,7 @@ async def nobody_writes(owner: Any) -> None:
 
 
 async def check_ledgers(owner: Any, tenants: Sequence[Tenant], answers: dict[str, int | None]) -> Counter[str]:
-    """Check that all that was answered is there once and nothing is there twice; return how often each mark is."""
+    """Check that each acknowledged write is recorded once, and none twice; count the marks."""
     marks: Counter[str] = Counter()
     for tenant in tenants:
         rows = await owner.fetch("SELECT * FROM events WHERE tenant_id = $1 ORDER BY position", tenant.id)

@@ -23,13 +23,13 @@ class Ran(NamedTuple):
 
 
 class Running:
-    """A process that runs until it is told not to; `said` is all that it has printed."""
+    """A process that runs until it is stopped; `said` is its whole output."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
         self.said = ""
         self._more = asyncio.Condition()
-        # Read all the time: a process whose pipe is full stands still.
+        # Reads continuously: a full pipe would block the process.
         self._reader = asyncio.create_task(self._read())
 
     @property
@@ -44,7 +44,7 @@ class Running:
                 self._more.notify_all()
 
     async def line(self, beginning: str) -> str:
-        """Return the rest of the first line that begins so."""
+        """Wait for a line with this beginning and return its rest."""
 
         def found() -> list[str]:
             return [line.removeprefix(beginning) for line in self.said.splitlines() if line.startswith(beginning)]
@@ -55,7 +55,7 @@ class Running:
         return found()[0]
 
     async def mentions(self, text: str) -> None:
-        """Return when it has printed this."""
+        """Wait until the output contains `text`."""
         async with asyncio.timeout(GENEROUS_SECONDS), self._more:
             await self._more.wait_for(lambda: text in self.said or self._reader.done())
         assert text in self.said, f"ended without mentioning {text!r}: {self.said}"
@@ -67,12 +67,12 @@ class Running:
     async def ended(self, seconds: float = GENEROUS_SECONDS) -> int:
         """Return the exit code."""
         async with asyncio.timeout(seconds):
-            await asyncio.shield(self._reader)  # whoever loses patience does not end it for the others
+            await asyncio.shield(self._reader)  # a caller that times out must not cancel it for others
             return await self.process.wait()
 
 
 def environment(settings: Settings | None = None, **more: str) -> dict[str, str]:
-    """Return this process's environment with nothing of Opsentry in it but `settings` and `more`."""
+    """Return this process's environment; its only Opsentry settings are `settings` and `more`."""
     found = {name: value for name, value in os.environ.items() if not name.startswith(("OPSENTRY_", "PORT"))}
     if settings is not None:
         for setting in fields(settings):
@@ -85,7 +85,7 @@ def environment(settings: Settings | None = None, **more: str) -> dict[str, str]
 
 @asynccontextmanager
 async def running(env: Mapping[str, str], *arguments: str, **options: Any) -> AsyncIterator[Running]:
-    """Run `opsentry` with `arguments`; it is killed at the end if it still runs."""
+    """Run `opsentry` with `arguments`; kill it at the end if it still runs."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "opsentry", *arguments, env=env, stdout=PIPE, stderr=STDOUT, **options
     )

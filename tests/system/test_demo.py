@@ -1,3 +1,5 @@
+"""`opsentry demo`: one command starts everything, keeps its data and leaves no process behind."""
+
 import json
 import os
 import signal
@@ -31,7 +33,7 @@ FACTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One folder for all: what one demo leaves, the next one finds."""
+    """One folder for all tests: each demo finds the data of the previous one."""
     found = tmp_path_factory.mktemp("demo")
     yield found
     for process in servers(found):
@@ -39,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def servers(folder):
-    """Processes that work in the folder: PostgreSQL's and Valkey's."""
+    """Return the processes of PostgreSQL and Valkey that work in the folder."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -58,7 +60,7 @@ async def demo(folder):
 
 
 def interrupt(process):
-    """Press Ctrl-C: all processes of the group get it."""
+    """Press Ctrl-C: the whole process group receives it."""
     os.killpg(process.pid, signal.SIGINT)
 
 
@@ -66,7 +68,7 @@ async def titles(api):
     return [(i["title"], i["status"]) for i in (await api.get("/incidents"))[1]["incidents"]]
 
 
-async def test_the_note_has_what_is_needed_for_the_owners_eyes_only(folder):
+async def test_the_note_holds_all_facts_and_only_its_owner_reads_it(folder):
     async with demo(folder) as (process, facts), aiohttp.ClientSession() as http:
         assert facts.keys() == FACTS
         assert (folder / "demo.json").stat().st_mode & 0o777 == 0o600
@@ -92,7 +94,7 @@ async def test_the_note_has_what_is_needed_for_the_owners_eyes_only(folder):
         assert await process.ended() == 0
 
 
-async def test_there_is_something_to_look_at(folder):
+async def test_the_demo_has_services_incidents_and_windows_of_two_tenants(folder):
     async with demo(folder) as (_, facts), aiohttp.ClientSession() as http:
         api = Client(http, facts["base_url"], facts["tokens"]["full"])
         _, services, _ = await api.get("/services")
@@ -176,7 +178,7 @@ async def test_an_incident_arrives_as_webhook_slack_message_and_email(folder):
         assert await process.ended() == 0
 
 
-async def test_whoever_subscribes_on_the_page_confirms_by_email_and_is_told(folder):
+async def test_a_reader_signs_up_confirms_by_email_and_receives_notifications(folder):
     async with demo(folder) as (process, facts), aiohttp.ClientSession() as http:
         api = Client(http, facts["base_url"], facts["tokens"]["full"])
 
@@ -199,10 +201,10 @@ async def test_whoever_subscribes_on_the_page_confirms_by_email_and_is_told(fold
             assert answer.status == 200
         await api.post("/incidents", {"title": "Mail queue stuck"})
 
-        async def told():
+        async def notified():
             return (await letters())[1:]
 
-        (letter,) = await until(told)
+        (letter,) = await until(notified)
         assert "Mail queue stuck" in letter["subject"]
         async with http.post(letter["headers"]["List-Unsubscribe"].strip("<>")) as answer:
             assert answer.status == 200
@@ -213,7 +215,7 @@ async def test_whoever_subscribes_on_the_page_confirms_by_email_and_is_told(fold
         assert await process.ended() == 0
 
 
-async def test_what_was_subscribed_follows_the_sink_and_what_was_removed_stays_so(tmp_path):
+async def test_subscriptions_follow_the_sink_and_removed_ones_stay_removed(tmp_path):
     async with demo(tmp_path) as (process, facts), aiohttp.ClientSession() as http:
         api = Client(http, facts["base_url"], facts["tokens"]["full"])
         _, before, _ = await api.get("/subscriptions")
@@ -231,7 +233,7 @@ async def test_what_was_subscribed_follows_the_sink_and_what_was_removed_stays_s
         assert (tmp_path / "encryption-key").stat().st_mode & 0o777 == 0o600
         interrupt(process)
         assert await process.ended() == 0
-    # Where the sink was before, somebody else listens now.
+    # Another process now listens at the previous address of the sink.
     taken = socket.create_server(("127.0.0.1", URL(facts["sink"]["url"]).port))
     async with demo(tmp_path) as (process, again), aiohttp.ClientSession() as http:
         taken.close()
@@ -257,7 +259,7 @@ async def test_what_was_subscribed_follows_the_sink_and_what_was_removed_stays_s
 @pytest.mark.parametrize(
     "stop", [interrupt, lambda process: os.kill(process.pid, signal.SIGINT)], ids=["ctrl-c", "pid"]
 )
-async def test_an_interrupt_stops_all_that_it_started(folder, stop):
+async def test_an_interrupt_stops_all_started_processes(folder, stop):
     async with demo(folder) as (process, _):
         assert {started.name() for started in servers(folder)} == {"postgres", "valkey-server"}
         stop(process)
@@ -266,7 +268,7 @@ async def test_an_interrupt_stops_all_that_it_started(folder, stop):
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-async def test_it_goes_on_with_the_same_data_and_tokens(folder, end):
+async def test_a_restart_keeps_data_and_tokens(folder, end):
     async with demo(folder) as (process, before), aiohttp.ClientSession() as http:
         api = Client(http, before["base_url"], before["tokens"]["full"])
         status, made, _ = await api.post("/incidents", {"title": f"Before {end.name}"})
@@ -304,7 +306,7 @@ def terminate(process):
     ("says", "stop"),
     [("starting PostgreSQL", interrupt), ("starting Valkey", interrupt), ("starting Valkey", terminate)],
 )
-async def test_an_end_while_it_starts_leaves_nothing_either(tmp_path, says, stop):
+async def test_an_end_during_startup_leaves_no_process(tmp_path, says, stop):
     env = environment(OPSENTRY_DEMO_DIR=str(tmp_path), PORT=str(free_port()))
     async with running(env, "demo", start_new_session=True) as process:
         await process.line(says)
@@ -316,7 +318,7 @@ async def test_an_end_while_it_starts_leaves_nothing_either(tmp_path, says, stop
         assert await process.ended() == 0
 
 
-async def test_a_first_start_that_was_killed_half_way_is_begun_again(tmp_path):
+async def test_a_first_start_that_was_killed_half_way_starts_over(tmp_path):
     env = environment(OPSENTRY_DEMO_DIR=str(tmp_path), PORT=str(free_port()))
     async with running(env, "demo", start_new_session=True) as process:
 
@@ -332,13 +334,13 @@ async def test_a_first_start_that_was_killed_half_way_is_begun_again(tmp_path):
     assert servers(tmp_path) == []
 
 
-async def test_a_port_that_is_taken_or_none_is_said_and_nothing_is_left(folder):
+async def test_a_taken_or_invalid_port_is_an_error_and_leaves_no_process(folder):
     async with demo(folder) as (process, facts):
         port = facts["base_url"].rpartition(":")[2]
         env = environment(OPSENTRY_DEMO_DIR=str(folder.parent / "elsewhere"), PORT=port)
         taken = await opsentry(env, "demo")
         assert taken.code == 1
-        # What its worker was at may have been told of before.
+        # The worker may have logged before.
         assert taken.err.splitlines()[-1].startswith("Error: ")
         assert "address already in use" in taken.err
         assert servers(folder.parent / "elsewhere") == []

@@ -1,3 +1,5 @@
+"""A server is killed under load: it loses no acknowledged write."""
+
 import random
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ CLIENTS = 32
 
 
 class Round(NamedTuple):
-    """How one kill went."""
+    """The result of one kill."""
 
     answered: int
     unanswered: int
@@ -23,7 +25,7 @@ class Round(NamedTuple):
 
 
 async def kill_and_restart(settings, owner, rounds):
-    """Kill the server in the middle of a load, look whether all that it answered is there, and go on."""
+    """Kill the server under load, check that every acknowledged write is recorded, and restart it."""
     tenants = await prepare(settings, 4)
     answers: dict[str, int | None] = {}
     found = []
@@ -38,13 +40,13 @@ async def kill_and_restart(settings, owner, rounds):
                 await load.stop()
             assert await process.ended() == -9
         await nobody_writes(owner)
-        assert set(load.answers.values()) <= {201, None}  # a kill may fall where nobody waits
+        assert set(load.answers.values()) <= {201, None}  # a kill may come while no request is in flight
         assert load.unseen == []
         answers |= load.answers
         marks = await check_ledgers(owner, tenants, answers)
         lost = [mark for mark, status in load.answers.items() if status is None]
         behind = await owner.fetchval(
-            "SELECT count(*) FROM checkpoints c JOIN ledger_heads h USING (tenant_id) WHERE position < position"
+            "SELECT count(*) FROM checkpoints c JOIN ledger_heads h USING (tenant_id) WHERE c.position < h.position"
         )
         found.append(Round(load.count(201), len(lost), sum(marks[mark] for mark in lost), behind))
     async with server(settings) as (_, url), aiohttp.ClientSession() as session:
@@ -53,14 +55,14 @@ async def kill_and_restart(settings, owner, rounds):
     return found
 
 
-async def test_what_was_answered_survives_kill_9(settings, owner):
+async def test_acknowledged_writes_survive_a_kill_of_the_server(settings, owner):
     found = await kill_and_restart(settings, owner, 3)
     assert all(one.answered for one in found)
     assert any(one.unanswered for one in found)
 
 
 @pytest.mark.faults
-async def test_what_was_answered_survives_kill_9_thirty_times(settings, owner):
+async def test_acknowledged_writes_survive_thirty_kills_of_the_server(settings, owner):
     found = await kill_and_restart(settings, owner, 30)
     table = Table(
         "round", "answered", "unanswered", "of them recorded", "projections behind", title="kill -9 of a server"

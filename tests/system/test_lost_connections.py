@@ -1,3 +1,5 @@
+"""A server loses its database connections again and again."""
+
 from tests.conftest import Client
 from tests.system.load import Load, check_ledgers, check_read_models, prepare
 from tests.system.processes import server

@@ -1,3 +1,5 @@
+"""An event that a projection cannot apply halts this projection of this tenant, and nothing else."""
+
 import asyncio
 import json
 
@@ -15,7 +17,7 @@ WINDOW = {"title": "Move", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled
 
 
 async def age(owner, tenant_id, position):
-    """Make an event an hour older, which none has applied that reads it."""
+    """Make an event one hour older; no projection that reads it has applied it."""
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute(
         "UPDATE events SET recorded_at = recorded_at - interval '1 hour' WHERE tenant_id = $1 AND position = $2",
@@ -26,25 +28,25 @@ async def age(owner, tenant_id, position):
 
 
 class Operator:
-    """Whoever runs Opsentry, with a command line and a token for `/ops/…`."""
+    """An operator with a command line and a token for `/ops/…`."""
 
     def __init__(self, settings, client):
         self.settings = settings
         self.client = client
 
     async def runs(self, *arguments):
-        """The exit code of `opsentry projections …`, and what it says in JSON."""
+        """Run `opsentry projections …`; return its exit code and its decoded JSON."""
         ran = await opsentry(environment(self.settings), "projections", *arguments, "--json")
         return ran.code, json.loads(ran.out)
 
     async def sees_parked(self, expected):
-        """Check that everything which tells of halted projections tells of these, and where they stopped."""
+        """Check that every report of halted projections names these, with their positions."""
 
-        async def told():
+        async def reported():
             _, body, _ = await self.client.send("GET", "/ops/projections/halted")
             return {(row["slug"], row["projection"], row["position"]) for row in body["halted"]} == expected
 
-        await until(told)
+        await until(reported)
         (_, rows), (_, standing) = await asyncio.gather(self.runs("halted"), self.runs("status"))
         assert {(row["slug"], row["projection"], row["position"]) for row in rows} == expected
         assert all("exploded" in row["error"] for row in rows)
@@ -126,7 +128,7 @@ async def test_poison_is_seen_everywhere_stops_nothing_else_and_nothing_is_skipp
         assert [item["title"] for item in (await other.get("/incidents/active"))[1]["incidents"]] == ["Up and down"]
         assert (await api.get(incident))[1]["updates"] == []
 
-        # What cannot be applied yet stops again; what can goes on where it stopped.
+        # A retry halts again at an event that still cannot be applied, and otherwise resumes.
         assert await operator.runs("retry", "--all") == (1, {"retried": 4, "halted": 4})
         await operator.sees_parked(halted)
         await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")

@@ -1,3 +1,5 @@
+"""The seed of the demo is complete after every interruption."""
+
 import pytest
 
 from opsentry.demo import seed
@@ -16,22 +18,22 @@ async def look(owner):
 
 
 @pytest.fixture
-async def tenant_id(parts):
+async def caller(parts):
     return await seed.tenant(parts, seed.SLUG, seed.NAME)
 
 
-async def test_sowing_twice_adds_nothing(parts, tenant_id, owner):
-    await seed.seed(parts, tenant_id)
-    await parts.projector.catch_up(tenant_id, 0)
+async def test_a_second_seed_adds_nothing(parts, caller, owner):
+    await seed.seed(parts, caller)
+    await parts.projector.catch_up(caller.tenant_id, 0)
     before = await look(owner)
     head = await owner.fetchval("SELECT position FROM ledger_heads")
-    assert await seed.tenant(parts, seed.SLUG, seed.NAME) == tenant_id
-    await seed.seed(parts, tenant_id)
+    assert await seed.tenant(parts, seed.SLUG, seed.NAME) == caller
+    await seed.seed(parts, caller)
     assert await owner.fetchval("SELECT position FROM ledger_heads") == head
     assert await look(owner) == before
 
 
-async def test_an_end_half_way_is_made_up_for_at_the_next_start(parts, tenant_id, owner, monkeypatch):
+async def test_the_next_start_completes_an_interrupted_seed(parts, caller, owner, monkeypatch):
     append = parts.appender.append
     left = 0
 
@@ -47,14 +49,14 @@ async def test_an_end_half_way_is_made_up_for_at_the_next_start(parts, tenant_id
     while True:
         left = len(ledger_heads)
         try:
-            await seed.seed(parts, tenant_id)
+            await seed.seed(parts, caller)
         except Killed:
             ledger_heads.append(await owner.fetchval("SELECT position FROM ledger_heads"))
         else:
             break
     assert ledger_heads == sorted(set(ledger_heads))
     assert len(ledger_heads) == 11
-    await parts.projector.catch_up(tenant_id, 0)
+    await parts.projector.catch_up(caller.tenant_id, 0)
     incidents, windows, services = await look(owner)
     assert [status for status, _ in incidents] == ["resolved", "investigating", "resolved"]
     assert [status for status, _ in windows] == ["scheduled", "completed", "active"]

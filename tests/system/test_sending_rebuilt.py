@@ -1,6 +1,7 @@
 """Rebuilds during sending, a raised version and a changed rule repeat no message and report no old event."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -23,6 +24,7 @@ from tests.system.test_killed_sender import all_sent, tell_all
 from tests.waiting import until
 
 SUBSCRIBERS = 5
+PAUSE_SECONDS = 0.02
 INTENTS = "SELECT count(*) FROM outbox_intents"
 
 
@@ -31,13 +33,13 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
     settings = replace(
         settings, encryption_keys=(key,), webhook_allowed_networks=(ip_network("127.0.0.0/8"),), coalesce_seconds=0
     )
-    told = 0
+    events_total = 0
     async with core(settings) as parts, receivers() as there, sending(parts):
         tenant = await make_tenant(parts, "acme")
         await tell_all(parts, tenant, SUBSCRIBERS, key, there.url, 0, 0)
         stop = asyncio.Event()
 
-        async def tell(command, number=None):
+        async def run(command, number=None):
             if number is None:
                 done = await commands.create(parts, incident.DECIDER, tenant.id, command, META)
             else:
@@ -45,20 +47,21 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
             await parts.projector.catch_up(tenant.id, done.position)
             return done.stream_id
 
-        async def go_on():
-            nonlocal told
+        async def declare_and_resolve():
+            nonlocal events_total
             while not stop.is_set():
-                number = await tell(OpenIncident(title="Down"))
-                await tell(ResolveIncident(), number)
-                told += 2
-                await asyncio.sleep(0.02)
+                number = await run(OpenIncident(title="Down"))
+                await run(ResolveIncident(), number)
+                events_total += 2
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), PAUSE_SECONDS)
 
         async def quiet():
-            await until(lambda: all_sent(owner), seconds=60)
-            assert there.count == told * SUBSCRIBERS
+            await until(lambda: all_sent(owner))
+            assert there.count == events_total * SUBSCRIBERS
             assert len({arrival.id for one in there.arrived.values() for arrival in one}) == there.count
 
-        async def derive_anew():
+        async def rebuild_outbox():
             """Rebuild as a worker does whose code has another version of the outbox."""
             async with parts.database.connection(10) as connection:
                 assert await management.register(connection, projections()) == ["outbox"]
@@ -66,31 +69,31 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
             for tenant_id in await rebuilder.pending_tenants(100, 0):
                 await rebuilder.rebuild(tenant_id)
 
-        telling = asyncio.create_task(go_on())
+        writing = asyncio.create_task(declare_and_resolve())
         for _ in range(rounds):
             ran = await opsentry(environment(settings), "projections", "rebuild", "--all")
             assert ran.code == 0, ran.err
         monkeypatch.setattr(Outbox, "version", Outbox.version + 1)
-        await derive_anew()
+        await rebuild_outbox()
         stop.set()
-        await telling
+        await writing
         await quiet()
 
         # A changed rule derives intents for edits, old ones included.
-        number = await tell(OpenIncident(title="Down"))
-        await tell(ChangeIncident(title="Very much down"), number)
-        told += 1
+        number = await run(OpenIncident(title="Down"))
+        await run(ChangeIncident(title="Very much down"), number)
+        events_total += 1
         await quiet()
         before = await owner.fetchval(INTENTS)
         monkeypatch.setattr(intents, "_TOLD", intents._TOLD | {IncidentEdited})
         monkeypatch.setattr(Outbox, "version", Outbox.version + 1)
-        await derive_anew()
+        await rebuild_outbox()
         assert await owner.fetchval(INTENTS) == before + SUBSCRIBERS
         await quiet()
-        await tell(ChangeIncident(title="Down as never before"), number)
-        told += 1
+        await run(ChangeIncident(title="Down as never before"), number)
+        events_total += 1
         await quiet()
-    return told * SUBSCRIBERS
+    return events_total * SUBSCRIBERS
 
 
 async def test_rebuilds_during_sending_send_nothing_again(settings, owner, monkeypatch):

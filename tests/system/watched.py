@@ -1,7 +1,7 @@
-"""Tenants that are written to and read all the time, each answer compared with all that it may be.
+"""Write to tenants and read them continuously; compare each response with everything that it may show.
 
-Whoever marks all rows of a tenant as old can tell a row that was derived anew from one that was not. An answer then
-shows either all that was marked with its mark, or nothing with a mark: a mixture is a rebuild that was seen half done.
+A mark on every row of a tenant tells old rows from replayed ones. A response shows either all marked rows with their
+mark, or no mark at all. A mixture is a rebuild that became visible half done.
 """
 
 import asyncio
@@ -24,22 +24,23 @@ from opsentry.events.store import Append, NewEvent
 from tests import commands
 from tests.conftest import META, Client, Tenant, make_service
 from tests.projections.histories import schedule
+from tests.waiting import GENEROUS_SECONDS
 
 OLD = "old "
 MESSAGES = 12
-# How fast clients go on: the machine's cores are few, and all that is written must be derived anew as well.
+# Seconds between requests of a client: the machine has few cores, and a rebuild replays everything that is written.
 WRITING_PACE, READING_PACE, LOOKING_PACE = 0.1, 0.06, 0.1
 
-# Nobody projects for the tenant until this is released.
+# Blocks every projector of the tenant while the transaction lasts.
 _STOP = "SELECT FROM checkpoints WHERE tenant_id = $1 ORDER BY projection FOR NO KEY UPDATE"
 
-# What its incidents show.
+# The texts of its incidents.
 _TEXTS = """
 SELECT body::json ->> 'title' AS text FROM incidents WHERE tenant_id = $1
 UNION ALL SELECT body::json ->> 'message' FROM incident_updates WHERE tenant_id = $1
 """
 
-# Makes every row of a tenant tell that it is an old one.
+# Marks every row of a tenant as old.
 _MARK = (
     """UPDATE incidents SET body = replace(body, '"title":"', '"title":"old ') WHERE tenant_id = $1""",
     """UPDATE incident_snapshots SET body = replace(body, '"title":"', '"title":"old ') WHERE tenant_id = $1""",
@@ -55,9 +56,9 @@ _unique = count(1)
 
 
 class Watched:
-    """A tenant, with all that was asked of it and all that it has answered.
+    """A tenant with every title and message that was requested and acknowledged.
 
-    Titles and messages are all different. `quiet` is an incident that nobody changes, `others` are those that may be.
+    Titles and messages are unique. No client changes the incident `quiet`; clients change `others`.
     """
 
     def __init__(self, tenant: Tenant, loud: int, silenced: int) -> None:
@@ -77,7 +78,7 @@ class Watched:
         self.seen: set[bool] = set()
 
     async def mark(self, owner: Any) -> None:
-        """Mark all rows that there are now as old ones."""
+        """Mark all present rows as old."""
         async with owner.transaction():
             await owner.execute(_STOP, self.tenant.id)
             self.marked = {row["text"] for row in await owner.fetch(_TEXTS, self.tenant.id)}
@@ -87,7 +88,7 @@ class Watched:
         self.marking += 1
 
     def mixed(self, texts: Iterable[str], *, old: bool) -> list[str]:
-        """Return those of `texts` that do not belong into an answer that is all old, or all new."""
+        """Return the texts that do not fit a response of only old rows, or of only new ones."""
         found = []
         for text in texts:
             bare = text.removeprefix(OLD)
@@ -97,7 +98,7 @@ class Watched:
 
 
 async def watched(parts: Core, tenant: Tenant, incidents: int) -> Watched:
-    """Fill a tenant's ledger with `incidents` of a dozen messages each, with subscriptions and a window."""
+    """Fill a tenant's ledger with `incidents` incidents of a dozen messages each, subscriptions and a window."""
     made = Watched(tenant, *[await make_service(parts, tenant.id, slug) for slug in ("loud", "silenced")])
     for subscriber_filter in (
         CreateSubscription(channel="webhook", target="x", audience="internal"),
@@ -105,12 +106,12 @@ async def watched(parts: Core, tenant: Tenant, incidents: int) -> Watched:
         CreateSubscription(channel="slack", target="x", notify_maintenance=False, service_ids=(made.loud,)),
     ):
         await commands.create(parts, subscription.DECIDER, tenant.id, subscriber_filter, META)
-    # Nobody is told of what happens while this window is open, so that not everything waits to be sent.
+    # This window suppresses notifications, so that few deliveries stay pending.
     window = schedule(service_ids=(made.silenced,), suppress_alerts=True, auto_complete=False)
     planned = await commands.create(parts, maintenance.DECIDER, tenant.id, window, META)
     await commands.change(parts, maintenance.DECIDER, tenant.id, planned.stream_id, StartMaintenance(), META)
     for number in range(incidents):
-        # Readiness counts what waits to be sent, and there is no sender yet: most of it is withheld.
+        # Readiness counts pending intents, and no sender runs: the window suppresses most of them.
         service_id = made.silenced if number else made.loud
         title = f"incident {next(_unique)}"
         texts = [f"message {next(_unique)}" for _ in range(100 if number == 1 else MESSAGES)]
@@ -142,7 +143,7 @@ async def watched(parts: Core, tenant: Tenant, incidents: int) -> Watched:
 
 
 class Watch:
-    """Writers, readers and a probe that go on until the end; `wrong` says what should never have been answered."""
+    """Run writers, readers and a probe until the end; `wrong` lists every wrong response."""
 
     def __init__(self, base_url: str, tenants: Sequence[Watched]) -> None:
         self.wrong: list[str] = []
@@ -160,7 +161,9 @@ class Watch:
 
     async def __aenter__(self) -> Self:
         connector = aiohttp.TCPConnector(limit=0)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=20))
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=aiohttp.ClientTimeout(total=GENEROUS_SECONDS)
+        )
         steps: list[tuple[Callable[[], Awaitable[None]], float]] = [(self._probe, LOOKING_PACE)]
         for one in self._tenants:
             client = Client(self._session, self._base_url, one.tenant.token)
@@ -178,8 +181,8 @@ class Watch:
             await self._session.close()
 
     async def shown(self, *, old: bool) -> None:
-        """Return when every tenant was read with all rows marked, or with none, since they were."""
-        async with asyncio.timeout(30), self._seen:
+        """Wait until a read of every tenant has shown only old rows, or only new ones."""
+        async with asyncio.timeout(GENEROUS_SECONDS), self._seen:
             await self._seen.wait_for(lambda: self.wrong or all(old in one.seen for one in self._tenants))
 
     async def _again_and_again(self, step: Callable[[], Awaitable[None]], pace: float) -> None:
@@ -187,7 +190,7 @@ class Watch:
             while not self._stopping.is_set():
                 await step()
                 await asyncio.sleep(pace)
-        except Exception as error:  # noqa: BLE001 - nobody waits for it before the end
+        except Exception as error:  # noqa: BLE001 - the test looks at `wrong` before it awaits this task
             await self._tell(f"{type(error).__name__}: {error}")
 
     async def _tell(self, problem: str) -> None:
@@ -267,7 +270,7 @@ class Watch:
         return read
 
     async def _get(self, client: Client, path: str) -> tuple[Any, bool]:
-        """Return an answer, and whether it says that it is not up to date."""
+        """Return a response body, and whether its header says that it lags."""
         status, body, headers = await client.get(path)
         if status != 200:
             raise AssertionError(f"GET {path}: {status} {body}")
@@ -275,9 +278,9 @@ class Watch:
         return body, "Opsentry-Lag-Events" in headers
 
     async def _compare(
-        self, what: str, one: Watched, texts: Sequence[str], required: Iterable[str], allowed: Iterable[str]
+        self, name: str, one: Watched, texts: Sequence[str], required: Iterable[str], allowed: Iterable[str]
     ) -> bool | None:
-        """Compare what is shown with what must and may be; return whether it is old, `None` where nothing tells."""
+        """Compare the texts with those required and allowed; return whether they are old, `None` if unknown."""
         bare = [text.removeprefix(OLD) for text in texts]
         old = any(text.startswith(OLD) for text in texts)
         problems = {
@@ -286,8 +289,8 @@ class Watch:
             "missing": sorted(set(required) - set(bare)),
             "unknown": sorted(set(bare) - set(allowed)),
         }
-        if found := {name: texts for name, texts in problems.items() if texts}:
-            await self._tell(f"{one.tenant.slug} {what}: {found}, old={old}")
+        if found := {problem: texts for problem, texts in problems.items() if texts}:
+            await self._tell(f"{one.tenant.slug} {name}: {found}, old={old}")
         return old if one.marked & set(bare) else None
 
     async def _list(self, client: Client, one: Watched) -> bool | None:
@@ -317,7 +320,7 @@ class Watch:
         body, lags = await self._get(client, f"/incidents/{number}")
         messages = [entry["message"] for entry in body["updates"]]
         bare = [text.removeprefix(OLD) for text in messages]
-        # One client writes them one after the other.
+        # One client writes them in sequence.
         if bare != one.messages[number][: len(bare)]:
             await self._tell(f"{one.tenant.slug}: messages of {number} in another order: {bare}")
         texts = [body["title"], *messages]
@@ -339,7 +342,7 @@ class Watch:
         return names == whole[1]
 
     async def _compare_links(self, one: Watched, items: Sequence[Any], *, old: bool | None) -> None:
-        """Check that services are named as they were when the rest of the answer was."""
+        """Check that the service names are as old as the rest of the response."""
         named = {service["name"].startswith(OLD) for item in items for service in item["services"]}
         if old is not None and named != {old}:
-            await self._tell(f"{one.tenant.slug}: links that are old: {named}, in an answer that is: {old}")
+            await self._tell(f"{one.tenant.slug}: old links: {named}, old response: {old}")
