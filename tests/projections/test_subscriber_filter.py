@@ -15,7 +15,7 @@ from opsentry.domain.subscription import ChangeSubscription, CreateSubscription
 from opsentry.events.codec import RecordedEvent, encode, encode_meta
 from opsentry.projections.outbox.projection import Outbox
 from tests.projections.histories import META, History, apply, batches, dump, histories, schedule
-from tests.system.intents import intents
+from tests.system.intents import expected_intents, intents
 
 with_a_database = hypothesis_settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
