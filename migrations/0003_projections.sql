@@ -216,8 +216,8 @@ CREATE TABLE outbox_state (
 -- Subscriptions and active windows are few among many incidents. Their own index keeps the planner from scanning the
 -- table, even with statistics of the table's first minute.
 CREATE INDEX outbox_state_few ON outbox_state (tenant_id) WHERE kind IN ('subscription', 'active');
--- Incidents whose last message a window withheld; subscribers receive it when the window ends.
-CREATE INDEX outbox_state_muted ON outbox_state (tenant_id) WHERE kind = 'incident' AND state LIKE '%"muted":%';
+-- Open incidents whose last notification a window withheld; the end of the window announces them.
+CREATE INDEX outbox_state_withheld ON outbox_state (tenant_id) WHERE kind = 'incident' AND state LIKE '%"is_withheld":%';
 
 GRANT SELECT, INSERT, UPDATE ON projections TO opsentry_app;
 GRANT SELECT, INSERT, UPDATE, DELETE ON

@@ -1,1 +1,1 @@
-"""Query tables built from the log: one file for each read model, with what writes it and what reads it."""
+"""Read models: rows derived from the ledger, one file for each, which both writes and reads them."""

@@ -1,4 +1,4 @@
-"""Histories made with the deciders, as they would stand in the ledger of a tenant."""
+"""Histories that the deciders produce, as the ledger of a tenant would hold them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -265,7 +265,7 @@ _COMMANDS: Mapping[str, st.SearchStrategy[Any]] = {
         st.just(_REMOVE),
     ),
 }
-# Incidents have the longest lives, so they get most of the commands.
+# Incidents have the longest streams, so they get most of the commands.
 _KINDS = [*[incident.KIND] * 4, *[maintenance.KIND] * 2, service.KIND, *[subscription.KIND] * 2]
 _METAS = st.sampled_from([META, META, msgspec.structs.replace(META, silent=True), Meta(Actor("token", 1))])
 
@@ -287,7 +287,7 @@ def histories(draw: st.DrawFn, tenants: int = 2) -> list[History]:
             )
         elif isinstance(command, str):
             command = redaction(history, kind, stream_id, fields=[command])
-        with suppress(DomainError):  # what is refused here would never have come into a ledger
+        with suppress(DomainError):  # a refused command adds nothing to a ledger
             history.do(kind, stream_id, command, when=when, meta=draw(_METAS))
     return made
 

@@ -1,4 +1,4 @@
-"""What queries cost, for tests that say what they may cost at most."""
+"""Query plans, for tests that bound the cost of queries."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Events as no version of the code writes them, put into a ledger past the function that would refuse them."""
+"""Insert events that the code never writes, past the function that would refuse them."""
 
 from typing import Any
 

@@ -36,7 +36,7 @@ async def from_scratch(connection, made):
 
 @with_a_database
 @given(data=st.data())
-async def test_rows_do_not_depend_on_how_the_log_is_cut(app_connection, data):
+async def test_rows_do_not_depend_on_how_the_ledger_is_batched(app_connection, data):
     made = data.draw(histories())
     cuts = [(projection, data.draw(batches(made))) for projection in projections()]
 
@@ -52,7 +52,7 @@ async def test_rows_do_not_depend_on_how_the_log_is_cut(app_connection, data):
 
 @with_a_database
 @given(data=st.data())
-async def test_applying_everything_twice_is_harmless(app_connection, data):
+async def test_applying_all_events_twice_changes_nothing(app_connection, data):
     made = data.draw(histories())
     first, second = data.draw(batches(made)), data.draw(batches(made))
 
@@ -72,7 +72,7 @@ async def test_applying_everything_twice_is_harmless(app_connection, data):
 
 @with_a_database
 @given(data=st.data())
-async def test_totals_count_the_rows_at_every_point_of_the_log(app_connection, data):
+async def test_totals_count_the_rows_after_each_batch(app_connection, data):
     cut = data.draw(batches(data.draw(histories())))
     projection = next(projection for projection in projections() if projection.name == "incidents")
     counted = "SELECT tenant_id, status, severity, count(*) FROM incidents GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
@@ -89,7 +89,7 @@ async def test_totals_count_the_rows_at_every_point_of_the_log(app_connection, d
 
 @with_a_database
 @given(data=st.data())
-async def test_applying_any_part_again_changes_no_row_of_a_stream(app_connection, data):
+async def test_applying_a_batch_again_changes_no_row_of_a_stream(app_connection, data):
     made = data.draw(histories())
     cut = data.draw(batches(made))
     streams = [projection for projection in projections() if projection.name != "outbox"]
@@ -109,7 +109,7 @@ async def test_applying_any_part_again_changes_no_row_of_a_stream(app_connection
 
 @with_a_database
 @given(data=st.data())
-async def test_one_tenants_rows_are_untouched_by_another(app_connection, data):
+async def test_one_tenants_events_change_no_rows_of_another(app_connection, data):
     first, second = data.draw(histories())
 
     async def both():
@@ -126,7 +126,7 @@ async def test_one_tenants_rows_are_untouched_by_another(app_connection, data):
 
 @with_a_database
 @given(made=histories(tenants=1))
-async def test_rows_show_the_state_that_the_domain_gives(app_connection, made):
+async def test_rows_show_the_state_that_the_decider_gives(app_connection, made):
     (history,) = made
 
     async def rows():
@@ -157,7 +157,7 @@ async def test_rows_show_the_state_that_the_domain_gives(app_connection, made):
 
 @with_a_database
 @given(data=st.data())
-async def test_a_service_is_touched_by_what_touches_it_at_every_point_of_the_log(app_connection, data):
+async def test_ongoing_impacts_equal_the_open_incidents_and_active_windows_after_each_batch(app_connection, data):
     (history,) = data.draw(histories(tenants=1))
     impact = next(projection for projection in projections() if projection.name == "impact")
     states: dict[tuple[str, int], Any] = {}
@@ -186,7 +186,7 @@ async def test_a_service_is_touched_by_what_touches_it_at_every_point_of_the_log
 
 @with_a_database
 @given(made=histories(tenants=1))
-async def test_rows_derived_anew_after_an_erasure_are_those_that_lived_through_it(app_connection, made):
+async def test_a_replay_after_a_redaction_gives_the_live_rows(app_connection, made):
     (history,) = made
 
     async def anew():
@@ -200,7 +200,7 @@ async def test_rows_derived_anew_after_an_erasure_are_those_that_lived_through_i
 
 @with_a_database
 @given(made=histories(tenants=1))
-async def test_an_answer_to_a_command_is_what_a_read_of_the_row_gives(app_connection, owner, made):
+async def test_the_response_to_a_command_equals_a_read_of_the_row(app_connection, owner, made):
     (history,) = made
 
     async def compare():

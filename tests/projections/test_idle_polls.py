@@ -1,4 +1,4 @@
-"""What the polls that run all the time cost: the same however many tenants there are that nothing is to be done for."""
+"""The cost of the worker's polls does not depend on the number of idle tenants."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -16,7 +16,7 @@ from opsentry.projections.engine.projector import Projector
 from opsentry.projections.engine.rebuild import Rebuilder
 from tests.projections.plans import Explained, most_rows, nodes
 
-# As many tenants as there are to be in all, with some events each, of which all projections have seen all.
+# $1 tenants with some events each, which all projections show.
 GROW = (
     "INSERT INTO tenants (slug, name) SELECT 't' || n, 'T' FROM generate_series(1, $1) AS n ON CONFLICT DO NOTHING",
     """INSERT INTO events SELECT tenant_id, n, 'incident', 1, n, 'incident.updated', 1, now(), now(), '{}', '{}', NULL,
@@ -31,7 +31,7 @@ GROW = (
     created_at, state, finalized_at) SELECT tenant_id, intent_id, 1, stream_kind, 1, 1, channel, topic, created_at,
     'delivered', now() FROM outbox_intents WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
     "INSERT INTO endpoints SELECT tenant_id, 1, 'webhook' FROM tenants WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
-    # One that is told, and one that is to be told but has not agreed yet.
+    # One active subscription, and one that is not confirmed yet.
     """INSERT INTO subscriptions SELECT tenant_id, n, 1, CASE n WHEN 1 THEN 'active' ELSE 'pending' END, 'email', 'T',
     now(), '{}', '{}' FROM tenants, generate_series(1, 2) AS n WHERE tenant_id <= $1 ON CONFLICT DO NOTHING""",
 )
@@ -45,7 +45,7 @@ GROWING = (
     "endpoints",
     "subscriptions",
 )
-# Of all these, so many: behind, still to be rebuilt, to be forgotten, and one whose outbox is halted.
+# The number of tenants that lag, need a rebuild and have an expired subscription; the outbox of one is halted.
 LAGGING = 3
 LAG = (
     "INSERT INTO projection_backlog SELECT tenant_id, 2 FROM ledger_heads WHERE tenant_id <= $1 ON CONFLICT DO NOTHING",
@@ -119,18 +119,18 @@ def _literal(value: Any) -> str:
 
 
 async def polls(connection: Any) -> dict[str, Cost]:
-    """What each of the polls costs that run all the time, with either kind of plan."""
+    """Return the cost of each poll with a custom and with a generic plan."""
     found = {}
     for generic in (False, True):
-        for name in ("behind", "left", "backlog", "fresh", "unconfirmed", "claim"):
+        for name in ("lagging", "pending", "backlog", "fresh", "unconfirmed", "lease"):
             polled: Any = Polled(connection, generic=generic)
-            # What a poll sets, and what it changes, is undone.
+            # The rollback undoes what a poll sets and changes.
             transaction = connection.transaction()
             await transaction.start()
             match name:
-                case "behind":
+                case "lagging":
                     await Projector(polled, projections()).lagging_tenants()
-                case "left":
+                case "pending":
                     await Rebuilder(polled, projections()).pending_tenants(20, 300.0)
                 case "backlog":
                     with suppress(TypeError):  # the explained query returns no row
@@ -146,7 +146,7 @@ async def polls(connection: Any) -> dict[str, Cost]:
     return found
 
 
-async def test_idle_polls_cost_the_same_however_many_tenants_there_are(owner, app_connection):
+async def test_idle_polls_cost_the_same_for_few_and_many_tenants(owner, app_connection):
     async def run(statements, number):
         for statement in statements:
             await owner.execute(statement, number)
@@ -159,7 +159,7 @@ async def test_idle_polls_cost_the_same_however_many_tenants_there_are(owner, ap
     await run(GROW, 10)
     await run(LAG, LAGGING)
     await owner.execute("VACUUM ANALYZE")
-    # So few rows would be scanned, which is no measure for many.
+    # The planner scans tables with few rows, so a small table is no measure for a large one.
     await app_connection.execute("SET enable_seqscan = off")
     few = await polls(app_connection)
     assert few["unconfirmed, any values"].rows == few["unconfirmed, these values"].rows == 2 * LAGGING
@@ -183,6 +183,6 @@ async def test_idle_polls_cost_the_same_however_many_tenants_there_are(owner, ap
     await run(LAG, 100_000)
     await owner.execute("ANALYZE")
     await run(CATCH_UP, LAGGING)
-    await check("of when all lagged", pages=False)  # what nobody has swept up yet lies in the pages
+    await check("of when all lagged", pages=False)  # the pages still hold dead rows
     await owner.execute("VACUUM ANALYZE")
     await check("as they should be")

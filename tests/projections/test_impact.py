@@ -42,7 +42,7 @@ async def periods(request, app_connection, history):
     return project
 
 
-async def test_an_incident_touches_its_services_from_opening_to_resolution(periods, history):
+async def test_an_incident_affects_its_services_from_opening_to_resolution(periods, history):
     history.incident(1, OpenIncident(title="i", severity="critical", service_ids=(1, 2)), when=at(1))
     history.incident(1, ChangeIncident(status="monitoring", title="j"), when=at(2))
     history.incident(1, ResolveIncident(), when=at(3))
@@ -50,12 +50,12 @@ async def test_an_incident_touches_its_services_from_opening_to_resolution(perio
     assert await periods(3) == []
 
 
-async def test_an_open_incident_lasts(periods, history):
+async def test_the_impact_of_an_open_incident_is_ongoing(periods, history):
     history.incident(1, OpenIncident(title="i", severity="critical", service_ids=(1,)), when=at(1))
     assert await periods() == [(1, None, CRITICAL, False)]
 
 
-async def test_another_severity_begins_another_period(periods, history):
+async def test_a_change_of_severity_starts_another_impact(periods, history):
     history.incident(1, OpenIncident(title="i", severity="degraded", service_ids=(1,)), when=at(1))
     history.incident(1, ChangeIncident(severity="critical"), when=at(2))
     history.incident(1, ChangeIncident(severity="degraded"), when=at(3))
@@ -64,7 +64,7 @@ async def test_another_severity_begins_another_period(periods, history):
     assert await periods() == [(1, 2, DEGRADED, False), (2, 3, CRITICAL, False), (3, 4, DEGRADED, False)]
 
 
-async def test_services_come_and_go(periods, history):
+async def test_impacts_follow_the_services_of_an_incident(periods, history):
     history.incident(1, OpenIncident(title="i", severity="critical", service_ids=(1,)), when=at(1))
     history.incident(1, ChangeIncident(service_ids=(1, 2)), when=at(2))
     history.incident(1, ChangeIncident(service_ids=(2,)), when=at(3))
@@ -74,7 +74,7 @@ async def test_services_come_and_go(periods, history):
     assert await periods(2) == [(2, 5, CRITICAL, False)]
 
 
-async def test_a_reopened_incident_touches_again(periods, history):
+async def test_a_reopened_incident_starts_another_impact(periods, history):
     history.incident(1, OpenIncident(title="i", severity="critical", service_ids=(1,)), when=at(1))
     history.incident(1, ResolveIncident(), when=at(2))
     history.incident(1, ChangeIncident(service_ids=(1, 2)), when=at(3))
@@ -84,7 +84,7 @@ async def test_a_reopened_incident_touches_again(periods, history):
 
 
 @pytest.mark.parametrize("excluded", [False, True])
-async def test_a_window_touches_while_it_is_active(periods, history, excluded):
+async def test_a_window_affects_services_while_it_is_active(periods, history, excluded):
     for number in (1, 2, 3):
         history.window(number, schedule(service_ids=(1,), exclude_from_sla=excluded), when=at(1))
     history.window(1, StartMaintenance(), when=at(10))
@@ -94,7 +94,7 @@ async def test_a_window_touches_while_it_is_active(periods, history, excluded):
     assert await periods() == [(10, 12, 0, excluded), (13, None, 0, excluded)]
 
 
-async def test_overlaps_are_kept_apart_and_resolved_when_reading(periods, history):
+async def test_overlapping_impacts_are_stored_apart(periods, history):
     history.service(1, RegisterService(slug="web", name="Web"), when=at(0))
     history.incident(1, OpenIncident(title="i", severity="partial_outage", service_ids=(1,)), when=at(10))
     history.incident(2, OpenIncident(title="i", severity="major_outage", service_ids=(1,)), when=at(20))
@@ -114,7 +114,7 @@ async def test_overlaps_are_kept_apart_and_resolved_when_reading(periods, histor
     assert uptime(periods_read, at(0), at(200)) == 92.0
 
 
-async def test_only_what_reaches_into_the_window_is_read(app_connection, owner, history):
+async def test_only_impacts_that_overlap_the_window_are_read(app_connection, owner, history):
     now = await owner.fetchval("SELECT now()")
     days = (now - at(0)).days + 1
     history.service(1, RegisterService(slug="web", name="Web"), when=at(-24 * 400))
@@ -130,7 +130,7 @@ async def test_only_what_reaches_into_the_window_is_read(app_connection, owner, 
     assert row["created_ats"] == [at(-24 * 400)]
 
 
-async def test_a_window_long_past_shows_what_reached_into_it_however_long_that_was(app_connection, history):
+async def test_an_old_window_shows_impacts_of_every_length_that_overlap_it(app_connection, history):
     await app_connection.execute("SET timezone = 'America/New_York'")  # where a week may be an hour longer
     history.service(1, RegisterService(slug="web", name="Web"), when=at(-24))
     lengths = (1, 167, 168, 168.001, 169, 5000)
@@ -148,7 +148,7 @@ async def test_a_window_long_past_shows_what_reached_into_it_however_long_that_w
         assert row["stream_ids"] == [10, *expected]
 
 
-async def test_a_service_that_is_not_there_has_no_beginning(app_connection, history, other_history):
+async def test_an_unknown_or_retired_service_has_no_impacts(app_connection, history, other_history):
     history.service(1, RegisterService(slug="web", name="Web"))
     history.service(1, RetireService())
     other_history.service(2, RegisterService(slug="web", name="Web"))
@@ -161,7 +161,7 @@ async def test_a_service_that_is_not_there_has_no_beginning(app_connection, hist
         assert impact.impacted_services(row) == []
 
 
-async def test_days_are_24_hours_whatever_the_clocks_of_the_servers_zone_did(app_connection, history):
+async def test_days_have_24_hours_in_every_time_zone_of_the_server(app_connection, history):
     await app_connection.execute("SET TIME ZONE 'Europe/Berlin'")
     history.service(1, RegisterService(slug="web", name="Web"), when=at(-24 * 400))
     end = datetime(2025, 4, 10, 10, tzinfo=UTC)  # clocks went forward on March 30
@@ -174,7 +174,7 @@ async def test_days_are_24_hours_whatever_the_clocks_of_the_servers_zone_did(app
     assert row["ended_ats"] == [start + timedelta(minutes=30)]
 
 
-async def test_no_more_is_read_than_asked_for(app_connection, history):
+async def test_the_limit_bounds_the_impacts_that_are_read(app_connection, history):
     history.service(1, RegisterService(slug="web", name="Web"))
     for number in range(1, 6):
         history.incident(number, OpenIncident(title="i", service_ids=(1,)), when=at(number))

@@ -35,7 +35,7 @@ async def one(app_connection, history):
     return read
 
 
-async def test_an_incident_is_shown_as_it_was_opened(given, one, history):
+async def test_an_opened_incident_shows_all_its_fields(given, one, history):
     history.service(3, RegisterService(slug="web", name="Web"))
     history.incident(
         5,
@@ -71,7 +71,7 @@ async def test_an_incident_is_shown_as_it_was_opened(given, one, history):
     }
 
 
-async def test_every_change_shows_and_moves_updated_at_alone(given, one, history):
+async def test_each_change_shows_and_moves_only_updated_at(given, one, history):
     history.incident(5, OpenIncident(title="Down"), when=at(-1))
     history.incident(
         5,
@@ -104,7 +104,7 @@ async def test_every_change_shows_and_moves_updated_at_alone(given, one, history
     assert shown["updated_at"] == f"2026-01-01T00:{len(history.events):02}:00Z"
 
 
-async def test_resolved_at_is_when_it_was_resolved_until_it_is_opened_again(given, one, history):
+async def test_resolved_at_is_cleared_when_an_incident_is_reopened(given, one, history):
     history.incident(5, OpenIncident(title="Down"))
     history.incident(5, ResolveIncident(root_cause="DNS"), when=at(3))
     history.incident(5, ChangeIncident(title="Was down"))
@@ -124,7 +124,7 @@ async def test_resolved_at_is_when_it_was_resolved_until_it_is_opened_again(give
     ]
 
 
-async def test_the_timeline_names_who_wrote_it_oldest_first(given, one, owner, history):
+async def test_the_timeline_shows_authors_oldest_entry_first(given, one, owner, history):
     token = await owner.fetchval(
         "INSERT INTO api_tokens (tenant_id, token_id, prefix, digest, name, scopes)"
         " VALUES ($1, 1, 'p', 'd', 'CI \"x\"', '{}') RETURNING token_id",
@@ -143,7 +143,7 @@ async def test_the_timeline_names_who_wrote_it_oldest_first(given, one, owner, h
     ]
 
 
-async def test_links_follow_the_registry(given, one, history):
+async def test_service_links_follow_the_services(given, one, history):
     history.service(3, RegisterService(slug="web", name='"services":[]'))
     history.service(4, RegisterService(slug="db", name="DB"))
     history.service(4, RetireService())

@@ -1,4 +1,4 @@
-"""What happens when rebuilds, passes, pauses and code of two versions come between each other."""
+"""Rebuilds, catch-ups, pauses and code of two versions interleave without losing events."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def newer():
     return found
 
 
-async def test_a_rebuild_by_older_code_is_not_taken_for_the_newer_one(parts, acme, globex, app_connection):
+async def test_a_rebuild_by_older_code_does_not_count_for_newer_code(parts, acme, globex, app_connection):
     for tenant in (acme, globex):
         await shown(parts, tenant)
     older, ours = Rebuilder(parts.database, [Incidents()]), Rebuilder(parts.database, [newer()])
@@ -48,12 +48,12 @@ async def test_a_rebuild_by_older_code_is_not_taken_for_the_newer_one(parts, acm
         await management.register(app_connection, [newer()])
 
     assert await older.rebuild(acme.id, between_chunks=release_the_newer_code) == []
-    assert await older.rebuild(globex.id) == []  # it had this one on its list before
+    assert await older.rebuild(globex.id) == []  # the older code listed this tenant before the release
     assert sorted(await ours.pending_tenants(10)) == sorted([acme.id, globex.id])
     assert await ours.rebuild(acme.id) == ["incidents"]
 
 
-async def test_a_rebuild_that_is_asked_for_while_one_is_under_way_is_done_too(parts, acme, app_connection):
+async def test_a_rebuild_that_is_requested_during_another_runs_too(parts, acme, app_connection):
     await shown(parts, acme)
     found = Rebuilder(parts.database, [Incidents()])
     await found.request()
@@ -65,7 +65,7 @@ async def test_a_rebuild_that_is_asked_for_while_one_is_under_way_is_done_too(pa
     assert list(await found.pending_tenants(10)) == [acme.id]
 
 
-async def test_what_older_code_adds_rests_before_it_is_derived_anew(parts, acme, app_connection):
+async def test_rows_that_older_code_changes_settle_before_the_next_rebuild(parts, acme, app_connection):
     made = await shown(parts, acme)
     await management.register(app_connection, projections())
     await management.register(app_connection, [newer()])
@@ -77,7 +77,9 @@ async def test_what_older_code_adds_rests_before_it_is_derived_anew(parts, acme,
     assert list(await found.pending_tenants(10)) == [acme.id]
 
 
-async def test_a_pass_that_began_before_a_resume_hides_nothing_from_it(parts, acme, app_connection, monkeypatch):
+async def test_a_catch_up_that_began_before_a_resume_does_not_clear_the_backlog(
+    parts, acme, app_connection, monkeypatch
+):
     await shown(parts, acme)
     await management.register(app_connection, projections())
     await management.pause(app_connection, ["outbox"])
@@ -107,7 +109,7 @@ async def test_a_paused_outbox_is_in_the_backlog(parts, acme, app_connection):
     assert (await measure_backlog(app_connection, 10)).unseen_events == 1
 
 
-async def test_code_that_lacks_a_projection_does_not_hide_that_it_lags(parts, acme):
+async def test_code_without_a_projection_does_not_clear_its_backlog(parts, acme):
     await shown(parts, acme)
     older = Projector(parts.database, [projection for projection in projections() if projection.name != "outbox"])
     made = await opened(parts, acme)
@@ -117,7 +119,7 @@ async def test_code_that_lacks_a_projection_does_not_hide_that_it_lags(parts, ac
     assert await parts.projector.lagging_tenants() == []
 
 
-async def test_a_pass_that_is_cut_off_between_two_projections_leaves_the_tenant_noted(parts, acme, owner, monkeypatch):
+async def test_a_catch_up_that_ends_between_two_projections_leaves_the_backlog(parts, acme, owner, monkeypatch):
     await shown(parts, acme)
     await opened(parts, acme)
     made = await opened(parts, acme)
@@ -130,7 +132,7 @@ async def test_a_pass_that_is_cut_off_between_two_projections_leaves_the_tenant_
         await real_apply(self, connection, tenant_id, events)
 
     async def cut_off(self, connection, tenant_id, *, single):
-        # The single steps come one projection at a time: the first one is let through.
+        # After a failed batch, each step applies one event to one projection. The first step succeeds.
         if single and await owner.fetchval("SELECT max(position) FROM checkpoints") == made.position:
             raise DatabaseUnavailable("killed here")
         return await real_step(self, connection, tenant_id, single=single)
@@ -143,7 +145,7 @@ async def test_a_pass_that_is_cut_off_between_two_projections_leaves_the_tenant_
     assert await parts.projector.lagging_tenants() == [acme.id]
 
 
-async def test_a_worker_that_starts_tries_again_what_stands_still(parts, acme, owner, app_connection):
+async def test_a_starting_worker_retries_halted_projections(parts, acme, owner, app_connection):
     made = await shown(parts, acme)
     await plant(owner, acme.id, made.stream_id, 2, type="incident.exploded")
     found = Rebuilder(parts.database, projections())
@@ -151,7 +153,7 @@ async def test_a_worker_that_starts_tries_again_what_stands_still(parts, acme, o
     await found.rebuild(acme.id)
     await parts.projector.catch_up(acme.id, 0)
     assert {row["phase"] for row in await management.list_halted(app_connection)} == {"catch_up", "rebuild"}
-    # What a release that knows the event would read.
+    # This is how a release that knows the event would read it.
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("UPDATE events SET type = 'incident.updated' WHERE type = 'incident.exploded'")
     async with working(parts):
@@ -164,7 +166,7 @@ async def test_a_worker_that_starts_tries_again_what_stands_still(parts, acme, o
     assert [await found.verify(projection, acme.id) for projection in projections()] == [None] * len(NAMES)
 
 
-async def test_a_raised_version_tries_again_what_a_rebuild_could_not_do(parts, acme, owner, app_connection):
+async def test_a_raised_version_retries_a_failed_rebuild(parts, acme, owner, app_connection):
     made = await shown(parts, acme)
     await plant(owner, acme.id, made.stream_id, 2, type="incident.exploded")
     older = Rebuilder(parts.database, [Incidents()])
@@ -175,9 +177,7 @@ async def test_a_raised_version_tries_again_what_a_rebuild_could_not_do(parts, a
     assert list(await Rebuilder(parts.database, [newer()]).pending_tenants(10)) == [acme.id]
 
 
-async def test_rows_of_newer_code_that_older_code_cannot_go_on_from_are_left_to_the_newer(
-    parts, acme, app_connection, monkeypatch
-):
+async def test_newer_code_rebuilds_rows_that_halt_older_code(parts, acme, app_connection, monkeypatch):
     made = await shown(parts, acme)
     await management.register(app_connection, projections())
     await management.register(app_connection, [newer()])
@@ -196,7 +196,7 @@ async def test_rows_of_newer_code_that_older_code_cannot_go_on_from_are_left_to_
     assert await management.list_halted(app_connection) == []
 
 
-async def test_rows_that_cannot_be_written_are_on_record_as_a_failed_rebuild(parts, acme, owner, app_connection):
+async def test_rows_that_cannot_be_written_fail_the_rebuild(parts, acme, owner, app_connection):
     await shown(parts, acme)
     await owner.execute("ALTER TABLE incidents ADD CONSTRAINT refused CHECK (false) NOT VALID")
     found = Rebuilder(parts.database, projections())
@@ -208,7 +208,7 @@ async def test_rows_that_cannot_be_written_are_on_record_as_a_failed_rebuild(par
     assert await found.pending_tenants(10) == {}
 
 
-async def test_no_room_for_rows_that_wait_is_no_lost_database(parts, acme, app_connection, monkeypatch, tmp_path):
+async def test_a_full_disk_for_staged_rows_is_not_a_lost_database(parts, acme, app_connection, monkeypatch, tmp_path):
     await shown(parts, acme)
     monkeypatch.setattr("opsentry.projections.engine.replay.MAX_ROWS_IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
@@ -220,9 +220,7 @@ async def test_no_room_for_rows_that_wait_is_no_lost_database(parts, acme, app_c
 
 
 @pytest.mark.parametrize("in_memory", [0, 10**6])
-async def test_words_that_are_erased_while_a_rebuild_folds_are_in_none_of_its_rows(
-    parts, acme, app_connection, monkeypatch, in_memory
-):
+async def test_text_that_is_redacted_during_a_replay_is_in_no_row(parts, acme, app_connection, monkeypatch, in_memory):
     monkeypatch.setattr("opsentry.projections.engine.replay.MAX_ROWS_IN_MEMORY", in_memory)
     opening = OpenIncident(title="SECRET title", description="SECRET description")
     made = await commands.create(parts, incident.DECIDER, acme.id, opening, META)

@@ -37,7 +37,7 @@ async def one(app_connection, history):
     return read
 
 
-async def test_a_window_is_shown_as_it_was_announced(given, one, history):
+async def test_a_scheduled_window_shows_all_its_fields(given, one, history):
     history.service(3, RegisterService(slug="web", name="Web"))
     history.window(
         5, schedule(description="d", visibility="internal", service_ids=(3,), exclude_from_sla=True), when=at(-1)
@@ -66,7 +66,7 @@ async def test_a_window_is_shown_as_it_was_announced(given, one, history):
     }
 
 
-async def test_each_step_leaves_the_moment_when_it_happened(given, one, history):
+async def test_each_transition_shows_its_time(given, one, history):
     for number in (1, 2, 3):
         history.window(number, schedule())
     history.window(1, StartMaintenance(), when=at(10))
@@ -84,7 +84,7 @@ async def test_each_step_leaves_the_moment_when_it_happened(given, one, history)
     ]
 
 
-async def test_messages_stand_in_the_timeline(given, one, app_connection, history):
+async def test_messages_appear_in_the_timeline(given, one, app_connection, history):
     history.window(5, schedule())
     message = MaintenanceUpdated(message="Half way", status="active", is_public=False)
     history.events.append(
@@ -122,7 +122,7 @@ async def test_lists_are_the_last_announced_first_filtered_and_paged(given, app_
     assert await page(status="active") == (0, [])
 
 
-async def test_upcoming_are_the_scheduled_ones_in_the_future_the_next_first(given, app_connection, history):
+async def test_upcoming_windows_are_scheduled_ones_in_the_future_next_first(given, app_connection, history):
     now = datetime.now(UTC)
 
     def start(hours):
@@ -137,7 +137,9 @@ async def test_upcoming_are_the_scheduled_ones_in_the_future_the_next_first(give
     assert [item["id"] for item in decoded(row)] == [2, 3, 1]
 
 
-async def test_due_is_what_the_scheduler_has_to_move_on_of_all_tenants(given, app_connection, history, other_history):
+async def test_due_windows_are_those_of_all_tenants_with_a_transition_due(
+    given, app_connection, history, other_history
+):
     now = datetime.now(UTC)
 
     def window(start, end, **fields):

@@ -42,7 +42,7 @@ def told(rows):
     return [(row["subscription_id"], row["topic"]) for row in rows]
 
 
-async def test_each_subscription_is_told_of_each_event(intents, history):
+async def test_each_subscription_gets_an_intent_for_each_event(intents, history):
     history.subscription(1, subscriber_filter())
     history.subscription(2, subscriber_filter(channel="email"))
     history.incident(7, incident())
@@ -66,7 +66,7 @@ async def test_each_subscription_is_told_of_each_event(intents, history):
     assert not any(row["suppressed"] for row in rows)
 
 
-async def test_what_is_worth_telling(intents, history):
+async def test_notifiable_events_lead_to_intents(intents, history):
     history.subscription(1, subscriber_filter())
     history.incident(7, incident(description="It is down"))
     history.incident(7, ChangeIncident(title="t", service_ids=(1, 2), visibility="internal"))
@@ -117,7 +117,7 @@ async def test_subscriptions_filter_by_service(intents, history):
     ]
 
 
-async def test_subscriptions_filter_by_the_worst_severity_that_there_was(intents, history):
+async def test_subscriptions_filter_by_the_worst_severity_since_opening(intents, history):
     history.subscription(1, subscriber_filter(min_severity="major_outage"))
     history.incident(7, incident(severity="partial_outage"))
     history.incident(7, ChangeIncident(severity="critical"))
@@ -127,7 +127,7 @@ async def test_subscriptions_filter_by_the_worst_severity_that_there_was(intents
     history.incident(7, ChangeIncident(status="investigating"))
     history.incident(7, ResolveIncident())
     history.window(1, schedule(service_ids=(1,)))
-    # Whoever was told that it is critical hears that it no longer is, and that it is over; then it begins anew.
+    # A subscriber who was notified of the worst severity is notified until the end. Reopening starts over.
     assert [(row["position"], row["topic"]) for row in await intents()] == [
         (3, "incident.severity_changed"),
         (4, "incident.updated"),
@@ -145,7 +145,7 @@ async def test_subscriptions_choose_between_incidents_and_maintenance(intents, h
     assert told(await intents()) == [(2, "incident.opened"), (1, "maintenance.scheduled")]
 
 
-async def test_the_public_is_told_of_public_things_only(intents, history):
+async def test_the_public_audience_is_notified_of_public_events_only(intents, history):
     history.subscription(1, subscriber_filter(audience="public"))
     history.subscription(2, subscriber_filter(audience="internal"))
     history.incident(7, incident(visibility="internal"))
@@ -166,7 +166,7 @@ async def test_the_public_is_told_of_public_things_only(intents, history):
     assert len(rows) - len(public) == 6
 
 
-async def test_what_is_done_silently_is_told_to_nobody(intents, history):
+async def test_silent_events_lead_to_no_intents(intents, history):
     silent = msgspec.structs.replace(META, silent=True)
     history.subscription(1, subscriber_filter())
     history.incident(7, incident(), meta=silent)
@@ -175,7 +175,7 @@ async def test_what_is_done_silently_is_told_to_nobody(intents, history):
     assert told(await intents()) == [(1, "incident.resolved")]
 
 
-async def test_a_window_that_suppresses_alerts_does_so_while_it_is_active(intents, history):
+async def test_a_window_suppresses_alerts_while_it_is_active(intents, history):
     history.subscription(1, subscriber_filter())
     history.window(1, schedule(service_ids=(1, 2), suppress_alerts=True))
     history.incident(1, incident())
@@ -200,7 +200,7 @@ async def test_a_window_that_suppresses_alerts_does_so_while_it_is_active(intent
     ("suppress", "service_ids", "suppressed"),
     [(True, (1,), True), (True, (1, 2), True), (True, (1, 3), False), (True, (), False), (False, (1,), False)],
 )
-async def test_only_incidents_that_lie_within_the_window_are_suppressed(
+async def test_a_window_suppresses_only_incidents_whose_services_it_covers(
     intents, history, suppress, service_ids, suppressed
 ):
     history.subscription(1, subscriber_filter(notify_maintenance=False))
@@ -210,7 +210,7 @@ async def test_only_incidents_that_lie_within_the_window_are_suppressed(
     assert [row["suppressed"] for row in await intents()] == [suppressed]
 
 
-async def test_the_same_history_gives_the_same_ids_however_it_is_cut(intents, app_connection, history):
+async def test_intent_ids_do_not_depend_on_batches(intents, app_connection, history):
     for number in (1, 2):
         history.subscription(number, subscriber_filter())
     history.incident(7, incident(description="d"))
@@ -225,7 +225,7 @@ async def test_the_same_history_gives_the_same_ids_however_it_is_cut(intents, ap
     assert singly == whole
 
 
-async def test_subscriptions_are_read_only_where_all_may_have_to_be_told(app_connection, history, monkeypatch):
+async def test_all_subscriptions_are_loaded_only_for_notifiable_events(app_connection, history, monkeypatch):
     read = []
     fetch = type(app_connection).fetch
 
@@ -262,7 +262,7 @@ async def test_intents_of_two_tenants_never_share_an_id(intents, app_connection,
     assert mine["intent_id"] != theirs["intent_id"]
 
 
-async def test_the_outbox_keeps_no_words(app_connection, history):
+async def test_the_outbox_stores_no_erasable_text(app_connection, history):
     history.subscription(1, subscriber_filter(target="https://example.org/secret", encrypted_secret="secret"))
     history.subscription(2, subscriber_filter(target="secret", pending=True))
     history.subscription(
@@ -278,7 +278,7 @@ async def test_the_outbox_keeps_no_words(app_connection, history):
         assert not [row for row in rows if "secret" in row["line"]]
 
 
-async def test_a_subscription_made_by_command_is_told(parts, acme, app_connection):
+async def test_a_subscription_that_a_command_creates_is_notified(parts, acme, app_connection):
     created = await commands.create(parts, subscription.DECIDER, acme.id, subscriber_filter(audience="public"), META)
     opened = await commands.create(parts, DECIDER, acme.id, incident(), META)
     await parts.projector.catch_up(acme.id, opened.position)

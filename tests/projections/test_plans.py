@@ -1,4 +1,4 @@
-"""What the queries that run all the time cost: they go by their indexes and read no more rows than they answer."""
+"""Frequent queries use their indexes and read no more rows than they return."""
 
 import pytest
 
@@ -82,7 +82,7 @@ async def test_subscriptions_are_found_by_id_and_by_target(app_connection, owner
 
 
 @pytest.mark.parametrize("how", [Explained, ExplainedOnce])
-async def test_a_page_of_deliveries_reads_the_rows_it_shows(app_connection, owner, how):
+async def test_a_page_of_deliveries_reads_only_its_rows(app_connection, owner, how):
     await owner.execute(
         "INSERT INTO deliveries (tenant_id, intent_id, subscription_id, stream_kind, stream_id,"
         " position, channel, topic, created_at, state, finalized_at)"
@@ -100,7 +100,7 @@ async def test_a_page_of_deliveries_reads_the_rows_it_shows(app_connection, owne
     assert not [n for n in plan if n["Node Type"] == "Sort" and n["Actual Rows"] > 51]
 
 
-async def test_hot_queries_go_by_their_indexes(app_connection, full):
+async def test_frequent_queries_use_their_indexes(app_connection, full):
     tenant_id = full.tenant_id
 
     active = await plan_of(app_connection, lambda c: incidents.select_active_incidents(c, tenant_id))
@@ -119,9 +119,9 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
     remind = await plan_of(app_connection, lambda c: maintenance.select_windows_to_remind(c, 3600.0, 200))
     assert_goes_by(remind, "maintenance", "maintenance_to_remind", reads=0)
 
-    # Few incidents are withheld, however many there are.
-    muted = await plan_of(app_connection, lambda c: c.fetch(projection._LOAD_MUTED, tenant_id))
-    assert_goes_by(muted, "outbox_state", "outbox_state_muted", reads=0)
+    # A partial index finds the withheld incidents among all.
+    withheld = await plan_of(app_connection, lambda c: c.fetch(projection._LOAD_WITHHELD, tenant_id))
+    assert_goes_by(withheld, "outbox_state", "outbox_state_withheld", reads=0)
 
     service = await plan_of(app_connection, lambda c: services.select_service(c, tenant_id, 7))
     assert_goes_by(service, "services", "services_pkey", reads=1)
@@ -132,7 +132,7 @@ async def test_hot_queries_go_by_their_indexes(app_connection, full):
 
 
 @pytest.mark.parametrize("how", [Explained, ExplainedOnce])
-async def test_uptime_reads_what_reaches_into_its_window_and_of_a_week_before(app_connection, full, how):
+async def test_uptime_reads_impacts_of_its_window_and_of_the_week_before(app_connection, full, how):
     async def of_all_time(connection):
         return await impact.select_service_impacts(connection, full.tenant_id, 7, None, None, 36500, COUNT)
 
@@ -145,11 +145,11 @@ async def test_uptime_reads_what_reaches_into_its_window_and_of_a_week_before(ap
         assert most_rows(plan, "service_impacts") > 0
 
 
-async def test_the_first_page_of_windows_reads_the_rows_it_shows(app_connection, full):
+async def test_the_first_page_of_windows_reads_only_its_rows(app_connection, full):
     plan = await plan_of(
         app_connection, lambda c: maintenance.select_windows(c, full.tenant_id, MaintenanceFilter(), PageRequest(20))
     )
-    # The same index may serve the count, which looks at no row.
+    # An index-only scan for the count reads no row.
     (scan,) = [n for n in plan if n.get("Index Name") == "maintenance_newest" and n["Node Type"] == "Index Scan"]
     assert scan["Actual Rows"] * scan["Actual Loops"] == 20
     assert not [n for n in plan if n["Node Type"] == "Sort" and n["Actual Rows"] > 20]
@@ -169,7 +169,9 @@ async def test_the_first_page_of_windows_reads_the_rows_it_shows(app_connection,
         ("investigating", "critical", 0, "incidents_open"),
     ],
 )
-async def test_a_page_takes_its_ids_from_an_index_alone(app_connection, full, how, status, severity, offset, index):
+async def test_a_page_of_incidents_reads_its_ids_from_an_index_alone(
+    app_connection, full, how, status, severity, offset, index
+):
     async def page(connection):
         filter_ = IncidentFilter(status, severity)
         return await incidents.select_incidents(connection, full.tenant_id, filter_, PageRequest(20, offset))
@@ -184,7 +186,7 @@ async def test_a_page_takes_its_ids_from_an_index_alone(app_connection, full, ho
     assert_goes_by(plan, "incident_counts", "incident_counts_pkey", reads=20)
 
 
-async def test_totals_are_kept_by_their_keys(app_connection, full):
+async def test_totals_are_updated_through_their_keys(app_connection, full):
     explained = Explained(app_connection)
     await apply(explained, Incidents(), full.incident(COUNT + 1, OpenIncident(title="i", severity="critical")))
     (plan,) = [list(nodes(plan)) for plan in explained.plans]
@@ -192,7 +194,7 @@ async def test_totals_are_kept_by_their_keys(app_connection, full):
     assert_goes_by(plan, "incident_counts", "incident_counts_pkey", reads=1)
 
 
-async def test_the_log_is_read_by_its_keys(app_connection, owner, full):
+async def test_the_ledger_is_read_through_its_keys(app_connection, owner, full):
     for number in range(2, 2002):
         await plant(owner, full.tenant_id, number % 100 + 1, number // 100 + 2)
     await owner.execute("VACUUM ANALYZE events")

@@ -45,7 +45,7 @@ async def registered(parts, tenant, slug):
 
 
 @pytest.mark.parametrize("columns", POISON.values(), ids=POISON)
-async def test_an_event_that_cannot_be_applied_parks_who_reads_it_and_nobody_else(
+async def test_a_poison_event_halts_only_the_projections_that_read_it(
     parts, acme, globex, owner, app_connection, columns
 ):
     before = await opened(parts, acme)
@@ -74,7 +74,7 @@ async def test_an_event_that_cannot_be_applied_parks_who_reads_it_and_nobody_els
     assert [row["service_id"] for row in shown] == sorted([web.stream_id, after.stream_id])
 
 
-async def test_reads_of_a_parked_projection_still_answer_with_what_came_before(parts, acme, owner):
+async def test_reads_of_a_halted_projection_show_the_events_before_the_halt(parts, acme, owner):
     first = await opened(parts, acme, "Before")
     await plant(owner, acme.id, first.stream_id, 2, type="incident.exploded")
     await opened(parts, acme, "After")
@@ -87,7 +87,7 @@ async def test_reads_of_a_parked_projection_still_answer_with_what_came_before(p
         assert row["trusted_position"] == row["head_position"]
 
 
-async def test_what_is_parked_is_not_tried_again_and_again(parts, acme, owner, monkeypatch):
+async def test_a_halted_projection_is_not_retried_by_itself(parts, acme, owner, monkeypatch):
     first = await opened(parts, acme)
     await plant(owner, acme.id, first.stream_id, 2, type="incident.exploded")
     await parts.projector.catch_up(acme.id, 0)
@@ -103,7 +103,7 @@ async def test_what_is_parked_is_not_tried_again_and_again(parts, acme, owner, m
     assert row["etag"] == "1"
 
 
-async def test_a_parked_projection_goes_on_where_it_stopped_once_the_cause_is_gone(parts, acme, owner, monkeypatch):
+async def test_a_halted_projection_continues_after_a_retry(parts, acme, owner, monkeypatch):
     real = Impact.apply
     made = await opened(parts, acme)
 
@@ -129,7 +129,7 @@ async def test_a_parked_projection_goes_on_where_it_stopped_once_the_cause_is_go
     assert await owner.fetchval("SELECT count(*) FROM impact_states") == 2
 
 
-async def test_the_event_to_blame_is_found_in_the_middle_of_a_batch(parts, acme, owner, monkeypatch):
+async def test_the_poison_event_is_found_in_the_middle_of_a_batch(parts, acme, owner, monkeypatch):
     monkeypatch.setattr(runner_module, "BATCH_EVENTS", 20)
     good = [await opened(parts, acme, str(number)) for number in range(8)]
     position = await plant(owner, acme.id, good[-1].stream_id, 2, data="{}")
@@ -144,7 +144,7 @@ async def test_the_event_to_blame_is_found_in_the_middle_of_a_batch(parts, acme,
     }
 
 
-async def test_an_unknown_kind_of_stream_stops_nobody(parts, acme, owner, monkeypatch):
+async def test_an_unknown_kind_of_stream_halts_no_projection(parts, acme, owner, monkeypatch):
     monkeypatch.setattr(runner_module, "BATCH_EVENTS", 4)
     for number in range(6):
         await plant(owner, acme.id, number + 1, 1, kind="weather", type="weather.changed")
@@ -155,7 +155,7 @@ async def test_an_unknown_kind_of_stream_stops_nobody(parts, acme, owner, monkey
     assert await owner.fetchval("SELECT count(*) FROM incidents") == 6
 
 
-async def test_a_failure_of_the_moment_parks_nobody(parts, acme, owner, monkeypatch):
+async def test_a_transient_failure_halts_no_projection(parts, acme, owner, monkeypatch):
     real = Impact.apply
     failures = iter([True, False])
 
@@ -173,7 +173,7 @@ async def test_a_failure_of_the_moment_parks_nobody(parts, acme, owner, monkeypa
     assert {row["position"] for row in (await checkpoints(owner, acme.id)).values()} == {made.position}
 
 
-async def test_parking_does_not_undo_what_another_process_could_apply(parts, acme, owner):
+async def test_a_halt_does_not_undo_the_progress_of_another_process(parts, acme, owner):
     made = await opened(parts, acme)
     await parts.projector.catch_up(acme.id, made.position)
     await parts.projector._halt(acme.id, PoisonEvent("incidents", made.position, "an older version does not know it"))

@@ -50,7 +50,7 @@ async def listed(parts, tenant):
     return [item["title"] for item in msgspec.json.decode(b"[" + (row["items"] or b"") + b"]")]
 
 
-async def test_catching_up_brings_every_projection_to_the_event(parts, acme, globex, app_connection):
+async def test_a_catch_up_brings_each_projection_to_the_event(parts, acme, globex, app_connection):
     position = await busy_history(parts, acme)
     await parts.projector.catch_up(acme.id, position)
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, position)
@@ -72,7 +72,7 @@ async def test_batches_of_any_size_give_the_same_rows(parts, acme, app_connectio
     assert dumps == [dumps[0]] * 3
 
 
-async def test_a_projection_that_is_new_catches_up_by_itself(parts, acme, app_connection, owner, monkeypatch):
+async def test_a_new_projection_catches_up_by_itself(parts, acme, app_connection, owner, monkeypatch):
     monkeypatch.setattr(runner_module, "BATCH_EVENTS", 5)
     position = await busy_history(parts, acme)
     await parts.projector.catch_up(acme.id, position)
@@ -86,7 +86,7 @@ async def test_a_projection_that_is_new_catches_up_by_itself(parts, acme, app_co
     assert await dump(app_connection) == before
 
 
-async def test_many_runners_apply_each_event_once(parts, settings, acme, app_connection, monkeypatch):
+async def test_concurrent_projectors_apply_each_event_once(parts, settings, acme, app_connection, monkeypatch):
     monkeypatch.setattr(runner_module, "BATCH_EVENTS", 3)
     position = await busy_history(parts, acme, 20)
     applied: list[tuple[str, int]] = []
@@ -123,7 +123,7 @@ async def test_many_runners_apply_each_event_once(parts, settings, acme, app_con
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, position)
 
 
-async def test_whoever_comes_during_a_pass_gets_what_was_appended_meanwhile(parts, acme, app_connection, monkeypatch):
+async def test_a_caller_during_a_catch_up_sees_the_events_of_the_meantime(parts, acme, app_connection, monkeypatch):
     began, gate = asyncio.Event(), asyncio.Event()
     real = Projector._step
 
@@ -144,7 +144,7 @@ async def test_whoever_comes_during_a_pass_gets_what_was_appended_meanwhile(part
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, second.position)
 
 
-async def test_a_caller_who_gives_up_does_not_take_the_pass_from_the_others(parts, acme, app_connection, monkeypatch):
+async def test_a_cancelled_caller_does_not_cancel_the_catch_up_of_the_others(parts, acme, app_connection, monkeypatch):
     began, gate = asyncio.Event(), asyncio.Event()
     real = Projector._step
 
@@ -165,7 +165,7 @@ async def test_a_caller_who_gives_up_does_not_take_the_pass_from_the_others(part
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, made.position)
 
 
-async def test_a_read_shows_what_no_one_has_projected_yet(parts, acme, app_connection, owner):
+async def test_a_read_projects_events_that_nothing_projected(parts, acme, app_connection, owner):
     await opened(parts, acme, "Down")
     await parts.projector.catch_up(acme.id, 0)
     made = await opened(parts, acme, "Down again")
@@ -182,12 +182,12 @@ async def test_a_read_shows_what_no_one_has_projected_yet(parts, acme, app_conne
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, made.position)
 
 
-async def test_the_first_read_of_a_tenant_shows_all(parts, acme):
+async def test_the_first_read_of_a_tenant_shows_all_events(parts, acme):
     await opened(parts, acme, "Down")
     assert await listed(parts, acme) == ["Down"]
 
 
-async def test_a_read_brings_up_a_projection_that_never_ran_for_the_tenant(parts, acme, owner):
+async def test_a_read_catches_up_a_projection_that_never_ran_for_the_tenant(parts, acme, owner):
     position = await busy_history(parts, acme, 1)
     await parts.projector.catch_up(acme.id, position)
     await owner.execute("DELETE FROM checkpoints WHERE projection = 'impact'")
@@ -202,7 +202,7 @@ async def test_a_read_brings_up_a_projection_that_never_ran_for_the_tenant(parts
     assert len(impact.impacted_services(row)[0].periods) == 1
 
 
-async def test_a_read_does_not_wait_for_an_event_that_nobody_was_answered_yet(parts, acme, owner):
+async def test_a_read_does_not_wait_for_an_event_without_a_response(parts, acme, owner):
     await opened(parts, acme, "Down")
     await parts.projector.catch_up(acme.id, 0)
     before = await positions(owner, acme.id)
@@ -214,7 +214,7 @@ async def test_a_read_does_not_wait_for_an_event_that_nobody_was_answered_yet(pa
 
 
 @pytest.mark.production_timeouts
-async def test_a_read_that_cannot_catch_up_in_time_says_how_far_it_is(parts, acme, holder, owner):
+async def test_a_read_that_cannot_catch_up_in_time_tells_its_position(parts, acme, holder, owner):
     await opened(parts, acme, "Down")
     await parts.projector.catch_up(acme.id, 0)
     made = await opened(parts, acme, "Down again")
@@ -229,7 +229,7 @@ async def test_a_read_that_cannot_catch_up_in_time_says_how_far_it_is(parts, acm
     assert await listed(parts, acme) == ["Down again", "Down"]
 
 
-async def test_one_tenants_pass_that_is_stuck_holds_up_no_other(parts, acme, globex, holder, app_connection):
+async def test_a_stuck_catch_up_of_one_tenant_delays_no_other(parts, acme, globex, holder, app_connection):
     for tenant in (acme, globex):
         await opened(parts, tenant)
         await parts.projector.catch_up(tenant.id, 0)
@@ -247,7 +247,7 @@ async def test_one_tenants_pass_that_is_stuck_holds_up_no_other(parts, acme, glo
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, stuck.position)
 
 
-async def test_who_is_behind_is_known(parts, acme, globex):
+async def test_lagging_tenants_are_listed(parts, acme, globex):
     assert sorted(await parts.projector.lagging_tenants()) == [acme.id, globex.id]
     assert len(await parts.projector.lagging_tenants(limit=1)) == 1
     for tenant in (acme, globex):
@@ -259,7 +259,7 @@ async def test_who_is_behind_is_known(parts, acme, globex):
     assert await parts.projector.lagging_tenants(after=globex.id) == []
 
 
-async def test_a_pass_that_loses_its_connection_leaves_nothing_half_done(parts, acme, app_connection, monkeypatch):
+async def test_a_catch_up_that_loses_its_connection_changes_nothing(parts, acme, app_connection, monkeypatch):
     position = await busy_history(parts, acme, 4)
     real = Projector._apply
     failures = iter([True, True, False])
@@ -279,7 +279,7 @@ async def test_a_pass_that_loses_its_connection_leaves_nothing_half_done(parts, 
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, position)
 
 
-async def test_an_update_of_a_projected_incident_goes_on_from_its_row(parts, acme, app_connection):
+async def test_an_update_of_a_projected_incident_continues_from_its_row(parts, acme, app_connection):
     made = await opened(parts, acme)
     await parts.projector.catch_up(acme.id, made.position)
     posted = await commands.change(

@@ -20,7 +20,7 @@ from tests.conftest import META, make_service
 from tests.projections.histories import apply, batches, clear, dump, histories, schedule
 from tests.projections.planting import plant
 
-# The order in which rows were last written shows nowhere; what they hold does.
+# Rows are compared by their contents, not by the order in which they were written.
 DAMAGE = {
     "services": "UPDATE services SET name = 'wrong'",
     "incidents": "UPDATE incident_updates SET body = replace(body, 'message 3', 'wrong');"
@@ -76,7 +76,7 @@ RIGHT = [None] * len(ONE)
 
 
 @pytest.mark.parametrize("projection", projections(), ids=lambda p: p.name)
-async def test_damaged_rows_are_found_and_derived_anew(rebuilder, busy, app_connection, projection):
+async def test_verify_finds_damaged_rows_and_a_rebuild_repairs_them(rebuilder, busy, app_connection, projection):
     acme, globex, _ = busy
     right = await dump(app_connection)
     assert await rebuilder.verify(acme) == RIGHT
@@ -92,7 +92,7 @@ async def test_damaged_rows_are_found_and_derived_anew(rebuilder, busy, app_conn
     assert await dump(app_connection) == right
 
 
-async def test_rows_that_nothing_gave_rise_to_are_found_and_go(rebuilder, busy, app_connection):
+async def test_verify_finds_rows_without_a_stream_and_a_rebuild_removes_them(rebuilder, busy, app_connection):
     acme, _, _ = busy
     right = await dump(app_connection)
     await app_connection.execute(
@@ -107,7 +107,7 @@ async def test_rows_that_nothing_gave_rise_to_are_found_and_go(rebuilder, busy, 
     assert await dump(app_connection) == right
 
 
-async def test_totals_that_are_wrong_are_found_and_counted_anew(rebuilder, busy, app_connection):
+async def test_verify_finds_wrong_totals_and_a_rebuild_repairs_them(rebuilder, busy, app_connection):
     acme, _, _ = busy
     right = await dump(app_connection)
     await app_connection.execute("UPDATE incident_counts SET incidents = 7 WHERE tenant_id = $1", acme)
@@ -122,7 +122,7 @@ async def test_totals_that_are_wrong_are_found_and_counted_anew(rebuilder, busy,
 
 
 @pytest.mark.parametrize("in_memory", [0, 10, 10**6])
-async def test_all_projections_are_derived_from_one_reading(rebuilder, busy, app_connection, monkeypatch, in_memory):
+async def test_all_projections_are_rebuilt_from_one_reading(rebuilder, busy, app_connection, monkeypatch, in_memory):
     monkeypatch.setattr("opsentry.projections.engine.replay.MAX_ROWS_IN_MEMORY", in_memory)
     acme, globex, _ = busy
     right = await dump(app_connection)
@@ -143,7 +143,7 @@ async def test_all_projections_are_derived_from_one_reading(rebuilder, busy, app
     assert await rebuilder.of().pending_tenants(10) == {}
 
 
-async def test_commands_go_on_while_a_tenant_is_rebuilt_and_nothing_is_lost(rebuilder, busy, parts, app_connection):
+async def test_commands_continue_during_a_rebuild_and_lose_nothing(rebuilder, busy, parts, app_connection):
     acme, _, number = busy
     stopping = False
 
@@ -166,7 +166,7 @@ async def test_commands_go_on_while_a_tenant_is_rebuilt_and_nothing_is_lost(rebu
     assert await app_connection.fetchval(updates, acme, number) == 121 + written
 
 
-async def test_what_is_appended_while_it_folds_is_applied_before_the_swap(rebuilder, busy, parts, app_connection):
+async def test_events_appended_during_a_replay_are_applied_before_the_commit(rebuilder, busy, parts, app_connection):
     acme, _, number = busy
     late: list[int] = []
 
@@ -182,7 +182,7 @@ async def test_what_is_appended_while_it_folds_is_applied_before_the_swap(rebuil
     assert await rebuilder.verify(acme) == RIGHT
 
 
-async def test_readers_see_the_old_rows_until_the_new_ones_are_whole(rebuilder, busy, app_connection):
+async def test_reads_show_the_old_rows_until_the_rebuild_commits(rebuilder, busy, app_connection):
     acme, _, _ = busy
     await app_connection.execute("UPDATE incidents SET body = replace(body, 'Down', 'Up') WHERE tenant_id = $1", acme)
     before = await dump(app_connection)
@@ -197,7 +197,7 @@ async def test_readers_see_the_old_rows_until_the_new_ones_are_whole(rebuilder, 
     assert await rebuilder.verify(acme) == RIGHT
 
 
-async def test_a_second_rebuild_of_the_same_leaves_it_to_the_first(rebuilder, busy, owner):
+async def test_a_second_rebuild_of_a_tenant_does_nothing(rebuilder, busy, owner):
     acme, globex, _ = busy
     async with owner.transaction():
         await owner.execute("SELECT pg_advisory_xact_lock(hashtextextended('rebuild', $1))", acme)
@@ -206,7 +206,9 @@ async def test_a_second_rebuild_of_the_same_leaves_it_to_the_first(rebuilder, bu
         assert list(await rebuilder.of().pending_tenants(10)) == [acme]
 
 
-async def test_poison_leaves_the_rows_of_those_it_stops_as_they_were(rebuilder, busy, owner, app_connection, parts):
+async def test_a_poison_event_leaves_the_rows_of_its_projections_unchanged(
+    rebuilder, busy, owner, app_connection, parts
+):
     acme, _, number = busy
     right = await dump(app_connection)
     version = await owner.fetchval(
@@ -232,7 +234,7 @@ async def test_poison_leaves_the_rows_of_those_it_stops_as_they_were(rebuilder, 
     assert await management.list_halted(app_connection) == []
 
 
-async def test_a_defect_in_a_fold_is_blamed_on_its_event(rebuilder, busy, app_connection, monkeypatch):
+async def test_a_defect_in_a_replay_names_its_event(rebuilder, busy, app_connection, monkeypatch):
     acme, _, _ = busy
     real = impact_state.evolve
     positions = "SELECT position FROM events WHERE tenant_id = $1 AND stream_kind = 'incident' AND version = 60"
@@ -249,7 +251,7 @@ async def test_a_defect_in_a_fold_is_blamed_on_its_event(rebuilder, busy, app_co
     assert (row["projection"], row["position"], row["error"]) == ("impact", position, "ZeroDivisionError: a defect")
 
 
-async def test_a_rebuild_of_all_goes_on_where_it_was(rebuilder, busy, app_connection):
+async def test_a_rebuild_of_all_tenants_continues_where_it_stopped(rebuilder, busy, app_connection):
     acme, globex, _ = busy
     found = rebuilder.of(ONE["incidents"])
     await found.request()
@@ -266,7 +268,7 @@ async def test_a_rebuild_of_all_goes_on_where_it_was(rebuilder, busy, app_connec
     assert [row["generation"] for row in generations] == [2]
 
 
-async def test_a_raised_version_has_everything_derived_anew_and_older_code_never_undoes_it(
+async def test_a_raised_version_rebuilds_everything_and_older_code_never_undoes_it(
     rebuilder, busy, parts, app_connection
 ):
     acme, globex, number = busy
@@ -281,14 +283,14 @@ async def test_a_raised_version_has_everything_derived_anew_and_older_code_never
     for tenant_id in (acme, globex):
         assert await found.rebuild(tenant_id) == ["incidents"]
     assert await found.pending_tenants(10) == {}
-    # A process of the version before, not yet replaced, answers a command.
+    # A process of the older version still runs and handles a command.
     done = await commands.change(parts, incident.DECIDER, acme, number, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme, done.position)
     assert list(await found.pending_tenants(10)) == [acme]
     assert await management.register(app_connection, projections()) == []
 
 
-async def test_a_projection_that_is_new_is_derived_for_all(rebuilder, busy, app_connection):
+async def test_a_new_projection_is_rebuilt_for_all_tenants(rebuilder, busy, app_connection):
     acme, globex, _ = busy
     right = await dump(app_connection)
     await management.register(app_connection, projections())
@@ -303,7 +305,7 @@ async def test_a_projection_that_is_new_is_derived_for_all(rebuilder, busy, app_
     assert await dump(app_connection) == right
 
 
-async def test_a_paused_projection_stands_still_and_misses_nothing(rebuilder, busy, parts, app_connection):
+async def test_a_paused_projection_stays_and_misses_nothing_after_a_resume(rebuilder, busy, parts, app_connection):
     acme, _, number = busy
     await management.register(app_connection, projections())
     assert await management.pause(app_connection, ["incidents"]) == ["incidents"]
@@ -336,7 +338,7 @@ async def test_a_paused_projection_stands_still_and_misses_nothing(rebuilder, bu
 
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-async def test_whole_streams_give_the_rows_that_lived_through_every_event(app_connection, data):
+async def test_a_rebuild_equals_the_live_rows(app_connection, data):
     """The law that a rebuild rests on: for any history, any batches, tenants in any order, each and all of it twice."""
     made = data.draw(histories())
     lived, again = data.draw(batches(made)), data.draw(batches(made))

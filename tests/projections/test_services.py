@@ -33,7 +33,7 @@ async def listed(app_connection, history):
     return page
 
 
-async def test_a_service_is_shown_as_it_was_registered(given, listed, history):
+async def test_a_registered_service_shows_all_its_fields(given, listed, history):
     history.service(
         7, RegisterService(slug="web", name="Web", description="Shop", visibility="internal", tags=("a",)), when=at(-5)
     )
@@ -53,7 +53,7 @@ async def test_a_service_is_shown_as_it_was_registered(given, listed, history):
     ]
 
 
-async def test_a_change_shows_and_leaves_the_rest(given, app_connection, history):
+async def test_a_change_shows_and_keeps_the_other_fields(given, app_connection, history):
     history.service(7, RegisterService(slug="web", name="Web", description="Shop"), when=at(-5))
     history.service(7, ChangeService(name="Website", tags=("x", "y")))
     history.service(7, ChangeService(description=None, visibility="internal"))
@@ -70,7 +70,7 @@ async def test_a_change_shows_and_leaves_the_rest(given, app_connection, history
     assert (row["etag"], body["created_at"]) == ("3", "2025-12-31T19:00:00Z")
 
 
-async def test_a_retired_service_is_in_no_list_but_can_still_be_linked(given, listed, app_connection, history):
+async def test_a_retired_service_leaves_the_list_and_keeps_its_links(given, listed, app_connection, history):
     history.service(7, RegisterService(slug="old", name="Old"))
     history.service(8, RegisterService(slug="new", name="New"))
     history.service(7, RetireService())
@@ -133,7 +133,7 @@ async def test_services_are_found_by_name_slug_and_visibility(given, listed, his
         ("critical", "major_outage"),
     ],
 )
-async def test_the_worst_open_incident_gives_the_status(given, listed, history, severity, status):
+async def test_the_worst_open_incident_decides_the_status(given, listed, history, severity, status):
     history.service(1, RegisterService(slug="web", name="Web"))
     history.service(2, RegisterService(slug="db", name="DB"))
     history.incident(1, OpenIncident(title="i", severity="informational", service_ids=(1,)))
@@ -147,7 +147,7 @@ async def test_the_worst_open_incident_gives_the_status(given, listed, history, 
     assert sorted((await listed(status=status))[1]) == expected
 
 
-async def test_a_running_window_shows_unless_an_incident_is_worse(given, listed, history):
+async def test_an_active_window_shows_unless_an_incident_is_worse(given, listed, history):
     for number in (1, 2, 3, 4):
         history.service(number, RegisterService(slug=f"s{number}", name=f"s{number}"))
     history.window(1, schedule(service_ids=(1, 2, 3)))

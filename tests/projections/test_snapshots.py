@@ -38,7 +38,7 @@ async def applied(connection, events, size):
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 101, 1000])
-async def test_snapshots_do_not_depend_on_how_the_log_is_cut(app_connection, history, size):
+async def test_snapshots_do_not_depend_on_batches(app_connection, history, size):
     rows = await applied(app_connection, history.events, size)
     assert len(rows["incident_snapshots"]) == 3
     assert rows == await applied(app_connection, history.events, MANY)
@@ -46,7 +46,7 @@ async def test_snapshots_do_not_depend_on_how_the_log_is_cut(app_connection, his
 
 @pytest.mark.parametrize("size", [1, 50, 100, 1000])
 @pytest.mark.parametrize("at", [5, 99, 100, 101, 250, 300, MANY])
-async def test_an_erasure_leaves_no_older_snapshot_and_no_word(app_connection, history, size, at):
+async def test_a_redaction_leaves_no_older_snapshot_and_no_text(app_connection, history, size, at):
     short = History(1)
     short.incident(7, OpenIncident(title="Long"))
     for event in history.events[1:at]:

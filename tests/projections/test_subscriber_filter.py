@@ -1,4 +1,4 @@
-"""Intents of random histories, against the same worked out by other code, one event after the other."""
+"""Intents of random histories equal those of a second, simpler implementation."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -58,7 +58,7 @@ async def check(connection: Any, made: Iterable[History], cut: Iterable[list[Rec
 
 @with_a_database
 @given(data=st.data())
-async def test_any_history_is_told_to_whom_it_concerns(app_connection, data):
+async def test_any_history_notifies_the_subscriptions_that_match(app_connection, data):
     made = data.draw(histories())
     await check(app_connection, made, data.draw(batches(made)))
 
@@ -75,7 +75,7 @@ BEGINNINGS = {
     maintenance.KIND: st.builds(schedule, service_ids=SERVICES, suppress_alerts=st.sampled_from([True])),
     incident.KIND: st.builds(OpenIncident, title=st.just("Down"), service_ids=SERVICES),
 }
-# By what state a stream is in, so that little is refused.
+# Commands by the state of the stream, so that few are refused.
 STEPS = {
     "scheduled": st.just(StartMaintenance()) | st.builds(ChangeMaintenance, service_ids=SERVICES),
     "active": st.just(CompleteMaintenance()),
@@ -115,6 +115,6 @@ def withholding(draw: st.DrawFn) -> History:
 
 @with_a_database
 @given(data=st.data())
-async def test_what_was_withheld_is_told_once_where_it_is_not_over(app_connection, data):
+async def test_a_withheld_incident_that_stays_open_is_announced_once(app_connection, data):
     made = [data.draw(withholding())]
     await check(app_connection, made, data.draw(batches(made)))

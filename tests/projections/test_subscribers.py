@@ -1,4 +1,4 @@
-"""Who is told depends on what they wanted at that moment; and on what a window withheld, once it is over."""
+"""Intents follow the subscriptions as of each event, and the incidents that a window withheld."""
 
 import msgspec
 import pytest
@@ -39,7 +39,7 @@ async def intents(app_connection, history):
 # ------------------------------------------------------------------------------------------------ subscriptions
 
 
-async def test_nobody_is_told_of_what_came_before_they_asked_or_after_they_left(intents, history):
+async def test_a_subscription_is_notified_only_between_creation_and_removal(intents, history):
     history.incident(7, incident())
     history.subscription(1, subscriber_filter())
     history.incident(7, ChangeIncident(status="identified"))
@@ -48,7 +48,7 @@ async def test_nobody_is_told_of_what_came_before_they_asked_or_after_they_left(
     assert told(await intents()) == [(1, "incident.status_changed")]
 
 
-async def test_a_pending_subscription_is_asked_and_told_nothing_until_it_is_confirmed(intents, history):
+async def test_a_pending_subscription_gets_only_the_request_to_confirm(intents, history):
     history.subscription(3, subscriber_filter(channel="email", pending=True))
     history.incident(7, incident())
     history.subscription(3, ConfirmSubscription())
@@ -60,7 +60,7 @@ async def test_a_pending_subscription_is_asked_and_told_nothing_until_it_is_conf
     assert (resolved["position"], resolved["topic"]) == (4, "incident.resolved")
 
 
-async def test_a_pending_subscription_that_is_changed_is_told_by_the_change_once_it_is_confirmed(intents, history):
+async def test_a_changed_pending_subscription_matches_by_the_change_once_confirmed(intents, history):
     history.subscription(1, subscriber_filter(pending=True, service_ids=(1,)))
     history.subscription(1, ChangeSubscription(service_ids=(2,)))
     history.incident(7, incident(service_ids=(2,)))
@@ -73,12 +73,12 @@ async def test_a_pending_subscription_that_is_changed_is_told_by_the_change_once
     ]
 
 
-async def test_a_subscription_that_is_not_pending_is_not_asked(intents, history):
+async def test_an_active_subscription_gets_no_request_to_confirm(intents, history):
     history.subscription(1, subscriber_filter())
     assert await intents() == []
 
 
-async def test_what_is_wanted_changes_with_the_subscription(intents, history):
+async def test_intents_follow_changes_of_the_filter(intents, history):
     history.subscription(1, subscriber_filter(audience="public"))
     history.incident(7, incident(visibility="internal"))
     history.subscription(1, ChangeSubscription(audience="internal"))
@@ -98,7 +98,7 @@ async def test_what_is_wanted_changes_with_the_subscription(intents, history):
 
 
 @pytest.mark.parametrize("reason", ["disabled_by_owner", "endpoint_gone", "endpoint_failing"])
-async def test_a_disabled_subscription_is_told_nothing_until_it_is_enabled(intents, history, reason):
+async def test_a_disabled_subscription_gets_no_intents_until_it_is_enabled(intents, history, reason):
     history.subscription(1, subscriber_filter())
     history.subscription(1, DisableSubscription(reason=reason))
     history.incident(7, incident())
@@ -107,17 +107,17 @@ async def test_a_disabled_subscription_is_told_nothing_until_it_is_enabled(inten
     assert told(await intents()) == [(1, "incident.resolved")]
 
 
-async def test_another_secret_or_target_changes_nothing(intents, history, app_connection):
+async def test_a_new_secret_or_target_keeps_the_filter(intents, history, app_connection):
     history.subscription(1, subscriber_filter(encrypted_secret="s"))
     history.subscription(1, RotateSecret(encrypted_secret="t", previous_until=at(5)))
     history.subscription(1, ChangeSubscription(target="https://example.com"))
     history.incident(7, incident())
     assert told(await intents()) == [(1, "incident.opened")]
     state = await app_connection.fetchval("SELECT state FROM outbox_state WHERE kind = 'subscription'")
-    assert msgspec.json.decode(state)["since"] == 1
+    assert msgspec.json.decode(state)["since_position"] == 1
 
 
-async def test_a_test_is_for_the_one_that_asked(intents, history):
+async def test_a_test_goes_to_its_subscription_alone(intents, history):
     history.subscription(1, subscriber_filter(notify_incidents=False, notify_maintenance=False))
     history.subscription(2, subscriber_filter(channel="email"))
     history.subscription(1, RequestTest())
@@ -126,7 +126,7 @@ async def test_a_test_is_for_the_one_that_asked(intents, history):
     assert (row["stream_kind"], row["stream_id"], row["suppressed"]) == ("subscription", 1, False)
 
 
-async def test_nothing_is_left_of_a_subscription_that_was_removed(intents, history, app_connection):
+async def test_a_removed_subscription_leaves_no_state(intents, history, app_connection):
     history.subscription(1, subscriber_filter(pending=True))
     history.subscription(1, RemoveSubscription(versions=(1,)))
     await intents()
@@ -138,14 +138,14 @@ async def test_nothing_is_left_of_a_subscription_that_was_removed(intents, histo
 
 @pytest.fixture
 def within(history):
-    """A subscription to incidents, and a window that withholds what is told of services 1 and 2."""
+    """A subscription to incidents, and an active window that suppresses alerts of services 1 and 2."""
     history.subscription(1, subscriber_filter(notify_maintenance=False))
     history.window(1, schedule(service_ids=(1, 2), suppress_alerts=True))
     history.window(1, StartMaintenance())
     return history
 
 
-async def test_what_is_still_open_when_a_window_is_over_is_told_once_each(intents, app_connection, within):
+async def test_each_incident_still_open_at_the_end_of_a_window_is_announced_once(intents, app_connection, within):
     for number in (7, 8):
         within.incident(number, incident(service_ids=(1,)))
         within.incident(number, PostUpdate(message="m"))
@@ -162,8 +162,8 @@ async def test_what_is_still_open_when_a_window_is_over_is_told_once_each(intent
     assert {(row["created_at"], row["suppressed"], row["subscription_id"]) for row in rows} == {
         (over.recorded_at, False, 1)
     }
-    muted = "SELECT count(*) FROM outbox_state WHERE state LIKE '%muted%'"
-    assert await app_connection.fetchval(muted) == 0
+    withheld = "SELECT count(*) FROM outbox_state WHERE state LIKE '%is_withheld%'"
+    assert await app_connection.fetchval(withheld) == 0
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ async def test_what_is_still_open_when_a_window_is_over_is_told_once_each(intent
         ([ChangeIncident(service_ids=())], True),
     ],
 )
-async def test_what_was_heard_or_is_over_is_not_told_again(intents, within, since, still_open):
+async def test_an_incident_that_was_notified_or_resolved_is_not_announced_again(intents, within, since, still_open):
     within.incident(7, incident())
     for command in since:
         within.incident(7, command)
@@ -185,7 +185,7 @@ async def test_what_was_heard_or_is_over_is_not_told_again(intents, within, sinc
     assert [row["topic"] for row in await intents()].count(STILL_OPEN) == int(still_open)
 
 
-async def test_what_was_told_aloud_and_had_no_news_since_is_not_told_again(intents, history):
+async def test_an_incident_notified_before_the_window_is_not_announced(intents, history):
     history.subscription(1, subscriber_filter(notify_maintenance=False))
     history.incident(7, incident())
     history.window(1, schedule(service_ids=(1,), suppress_alerts=True))
@@ -194,7 +194,7 @@ async def test_what_was_told_aloud_and_had_no_news_since_is_not_told_again(inten
     assert told(await intents()) == [(1, "incident.opened")]
 
 
-async def test_another_window_goes_on_withholding_until_it_is_over_too(intents, within):
+async def test_an_incident_stays_withheld_until_the_last_window_ends(intents, within):
     within.window(2, schedule(service_ids=(1,), suppress_alerts=True))
     within.window(2, StartMaintenance())
     for number, services in ((7, (1,)), (8, (2,))):
@@ -207,13 +207,13 @@ async def test_another_window_goes_on_withholding_until_it_is_over_too(intents, 
     ]
 
 
-async def test_a_window_that_is_completed_silently_tells_nothing(intents, within):
+async def test_a_silent_end_of_a_window_announces_nothing(intents, within):
     within.incident(7, incident())
     within.window(1, CompleteMaintenance(), meta=SILENT)
     assert [row["suppressed"] for row in await intents()] == [True]
 
 
-async def test_whoever_asked_since_is_told_what_is_still_open_and_whoever_left_is_not(intents, within):
+async def test_the_subscriptions_at_the_end_of_a_window_get_its_announcements(intents, within):
     within.incident(7, incident())
     within.subscription(2, subscriber_filter(notify_maintenance=False))
     within.subscription(3, subscriber_filter(notify_maintenance=False, service_ids=(2,)))
@@ -225,7 +225,7 @@ async def test_whoever_asked_since_is_told_what_is_still_open_and_whoever_left_i
     ]
 
 
-async def test_the_public_is_not_told_of_what_is_still_open_inside(intents, within):
+async def test_the_public_audience_gets_no_announcement_of_an_internal_incident(intents, within):
     within.subscription(2, subscriber_filter(notify_maintenance=False, audience="public"))
     within.incident(7, incident())
     within.incident(7, ChangeIncident(visibility="internal"))
@@ -236,7 +236,7 @@ async def test_the_public_is_not_told_of_what_is_still_open_inside(intents, with
 @pytest.mark.parametrize(
     ("suppress", "services", "withheld"), [(True, (1,), True), (False, (1,), False), (True, (2,), False)]
 )
-async def test_what_a_window_withholds_is_what_it_said_when_it_began(intents, history, suppress, services, withheld):
+async def test_a_window_suppresses_by_its_services_at_its_start(intents, history, suppress, services, withheld):
     history.subscription(1, subscriber_filter(notify_maintenance=False))
     history.window(1, schedule(service_ids=(9,), suppress_alerts=not suppress))
     history.window(1, ChangeMaintenance(suppress_alerts=suppress, service_ids=services))

@@ -44,7 +44,7 @@ async def row_of(connection: Any, history: History, number: int) -> Any:
     )
 
 
-async def test_a_row_has_the_answer_and_the_state(app_connection, history):
+async def test_a_row_has_the_response_and_the_state(app_connection, history):
     history.subscription(1, subscriber_filter(service_ids=(2, 1), encrypted_secret="ciphertext"))
     history.subscription(1, ChangeSubscription(audience="internal"))
     await apply(app_connection, PROJECTION, history.events)
@@ -68,7 +68,7 @@ async def test_a_row_has_the_answer_and_the_state(app_connection, history):
     assert row["body"].encode() == subscriptions.render(history.events)
 
 
-async def test_of_a_removed_one_nothing_is_left_that_was_written(app_connection, history):
+async def test_a_removed_subscription_keeps_no_erasable_text(app_connection, history):
     history.subscription(1, subscriber_filter(encrypted_secret="ciphertext"))
     history.subscription(1, RotateSecret(encrypted_secret="ciphertext", previous_until=at(5)))
     remove(history, 1)
@@ -97,9 +97,7 @@ _STEPS = st.sampled_from(
     encrypted_secret=st.sampled_from([None, "encrypted_secret"]),
     pending=st.booleans(),
 )
-async def test_a_removed_one_is_derived_from_erased_words_as_it_was_live(
-    app_connection, steps, encrypted_secret, pending
-):
+async def test_a_replay_of_a_removed_subscription_gives_the_live_row(app_connection, steps, encrypted_secret, pending):
     history = History(10**6)
     history.subscription(1, subscriber_filter(encrypted_secret=encrypted_secret, pending=pending))
     for step in steps:
@@ -119,7 +117,9 @@ async def test_a_removed_one_is_derived_from_erased_words_as_it_was_live(
     assert "[redacted]" not in str(derived)
 
 
-async def test_lists_are_the_tenants_own_newest_first_and_without_removed_ones(app_connection, history, other_history):
+async def test_a_list_has_the_tenants_own_subscriptions_newest_first_without_removed_ones(
+    app_connection, history, other_history
+):
     history.subscription(1, subscriber_filter())
     history.subscription(2, subscriber_filter(channel="email", target="ops@example.org"))
     history.subscription(3, subscriber_filter(pending=True))
@@ -149,7 +149,7 @@ async def test_lists_are_the_tenants_own_newest_first_and_without_removed_ones(a
 
 
 @pytest.mark.parametrize("target", ["ops@example.org", "nobody@example.org"])
-async def test_whoever_signs_up_again_is_found_by_the_target(app_connection, history, other_history, target):
+async def test_subscriptions_are_found_by_target(app_connection, history, other_history, target):
     history.subscription(1, subscriber_filter(channel="email", target="ops@example.org"))
     history.subscription(2, subscriber_filter(channel="email", target="ops@example.org", pending=True))
     history.subscription(3, subscriber_filter(target="ops@example.org"))

@@ -85,7 +85,7 @@ async def rebuild_again_and_again(settings, owner, monkeypatch, rounds):  # noqa
         events_total += 1
         await quiet()
         before = await owner.fetchval(INTENTS)
-        monkeypatch.setattr(intents, "_TOLD", intents._TOLD | {IncidentEdited})
+        monkeypatch.setattr(intents, "NOTIFIABLE_EVENTS", intents.NOTIFIABLE_EVENTS | {IncidentEdited})
         monkeypatch.setattr(Outbox, "version", Outbox.version + 1)
         await rebuild_outbox()
         assert await owner.fetchval(INTENTS) == before + SUBSCRIBERS

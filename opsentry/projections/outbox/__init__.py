@@ -1,1 +1,1 @@
-"""The outbox: notification intents, derived from the ledger by rules."""
+"""The outbox: notification intents that rules derive from the ledger."""

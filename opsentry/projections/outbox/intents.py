@@ -1,11 +1,11 @@
-"""Notification intents, derived: who must be told of which event. Pure; `outbox` keeps what comes of it as rows."""
+"""Generate notification intents from events: which subscription is notified of which event. Pure; see `projection`."""
 
 from bisect import bisect_right, insort
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
 from operator import attrgetter
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -31,12 +31,15 @@ from opsentry.domain.maintenance import (
 from opsentry.domain.subscription import SubscriptionCreated, SubscriptionTestRequested
 from opsentry.events.codec import RecordedEvent
 from opsentry.projections.engine.projection import Streams
-from opsentry.projections.outbox.rules import SubscriberFilter, Topic, evolve, evolve_filter, matches
+from opsentry.projections.outbox.rules import SubjectState, SubscriberFilter, evolve_filter, evolve_subject
 
-# What is told once about an incident that was withheld by a window, when the window is over and the incident is not.
 STILL_OPEN = "incident.still_open"
+"""The topic of the one notification that follows a window which suppressed those of an incident that is still open."""
 
-_TOLD = frozenset(
+ACTIVE = "active"
+"""The kind under which the outbox stores an active window that suppresses alerts."""
+
+NOTIFIABLE_EVENTS = frozenset(
     {
         IncidentOpened,
         IncidentUpdated,
@@ -56,7 +59,7 @@ _TOLD = frozenset(
 
 
 class Intent(NamedTuple):
-    """One message that must be sent, or that was withheld by a window with `suppress_alerts`; a row of its table."""
+    """One notification to send, or one that an active window `suppressed`; a row of `outbox_intents`."""
 
     intent_id: UUID
     position: int
@@ -69,178 +72,192 @@ class Intent(NamedTuple):
     created_at: datetime
 
 
-Key = tuple[str, int]
+StateKey: TypeAlias = tuple[str, int]
+"""The kind and id under which the outbox stores a state."""
 
-_FOR_EVER = 2**63
+_NO_END = 2**63
 _position = attrgetter("position")
 
 _T = TypeVar("_T")
 
 
-class _Span(NamedTuple, Generic[_T]):
-    """What holds for the events after position `since` and before `until`."""
+class _Interval(NamedTuple, Generic[_T]):
+    """A value that holds for the events after position `start` and before position `end`."""
 
-    since: int
-    until: int
-    what: _T
-
-
-def tells(recorded: RecordedEvent) -> bool:
-    """Return whether all subscriptions may have to be told of the event, or of what it ends."""
-    return type(recorded.event) in _TOLD and not recorded.meta.silent
+    start: int
+    end: int
+    value: _T
 
 
-class Derived(NamedTuple):
-    """What events give rise to: intents, what has to be known for the next events, and what no longer has to."""
+def is_notifiable(recorded: RecordedEvent) -> bool:
+    """Return whether subscriptions may be notified of the event, or of the end of the window that it ends."""
+    return type(recorded.event) in NOTIFIABLE_EVENTS and not recorded.meta.silent
+
+
+class OutboxChanges(NamedTuple):
+    """The changes that events make: new intents, states to store, and the keys of states to delete."""
 
     intents: list[Intent]
-    known: dict[Key, msgspec.Struct]
-    forgotten: set[Key]
+    states: dict[StateKey, msgspec.Struct]
+    deleted: set[StateKey]
 
 
-class Derivation:
-    """Derives intents from streams, kind by kind: subscriptions, then windows, then incidents.
+class IntentGenerator:
+    """Generate intents from streams, kind by kind: first subscriptions, then windows, then incidents.
 
-    In this order all that an event of a stream depends on is known, as of that event's own position, however the
-    streams interleave in the ledger. So they may be read one after the other, as a rebuild does. Of what is known
-    already, events that were seen before are passed over.
+    In this order everything that an event depends on is known as of the event's position, however the streams
+    interleave in the ledger. So a rebuild can read stream by stream. Events that a given state already includes are
+    skipped.
 
     Args:
-        filters: Subscriptions that there are before the events to come, by id.
-        active: Windows that are active then and suppress alerts, by id.
+        filters: The filters of existing subscriptions, by id.
+        active: The active windows that suppress alerts, by id.
     """
 
-    def __init__(self, filters: Mapping[int, SubscriberFilter], active: Mapping[int, Topic]) -> None:
+    def __init__(self, filters: Mapping[int, SubscriberFilter], active: Mapping[int, SubjectState]) -> None:
         self._filters = dict(filters)
-        self._spans = {
-            n: [_Span(subscriber_filter.since, _FOR_EVER, subscriber_filter)]
-            for n, subscriber_filter in filters.items()
-            if subscriber_filter.active
+        self._filter_intervals = {
+            subscription_id: [_Interval(each.since_position, _NO_END, each)]
+            for subscription_id, each in filters.items()
+            if each.is_active
         }
-        self._windows = {n: _Span(topic.since, _FOR_EVER, frozenset(topic.service_ids)) for n, topic in active.items()}
-        self._ends: list[RecordedEvent] = []
-        self._steps: tuple[list[int], list[tuple[frozenset[int], ...]]] | None = None
+        self._windows = {
+            window_id: _Interval(window.since_position, _NO_END, frozenset(window.service_ids))
+            for window_id, window in active.items()
+        }
+        self._window_ends: list[RecordedEvent] = []
+        self._suppression_steps: tuple[list[int], list[tuple[frozenset[int], ...]]] | None = None
 
-    def follow(self, kind: str, streams: Streams, topics: Mapping[int, Topic]) -> Derived:
-        """Fold the streams' events; `topics` is what is known already of some of them.
+    def process(self, kind: str, streams: Streams, subjects: Mapping[int, SubjectState]) -> OutboxChanges:
+        """Process the events of streams of one kind.
 
-        A stream without events is an incident that nothing happened to, but perhaps to the window that withheld it.
+        Args:
+            kind: The kind.
+            streams: Events by stream id. A stream without events is an incident that a window withheld: the window's
+                end may concern it.
+            subjects: The known states of these streams.
         """
-        derived = Derived([], {}, set())
-        for number, stream in streams.items():
+        changes = OutboxChanges([], {}, set())
+        for stream_id, stream in streams.items():
             if kind == subscription.KIND:
-                self._follow_subscription(number, stream, derived)
+                self._process_subscription(stream_id, stream, changes)
                 continue
-            topic = before = topics.get(number)
+            subject = before = subjects.get(stream_id)
             for recorded in stream:
-                topic = self._sum_up(number, topic, recorded.position, derived)
-                if topic is None or recorded.position > topic.since:
-                    topic = self._follow_event(evolve(topic, recorded), recorded, derived)
-            topic = self._sum_up(number, topic, _FOR_EVER, derived)
-            if topic is not None and topic is not before:
-                derived.known[kind, number] = topic
-        return derived
+                subject = self._notify_still_open(stream_id, subject, recorded.position, changes)
+                if subject is None or recorded.position > subject.since_position:
+                    subject = self._process_event(evolve_subject(subject, recorded), recorded, changes)
+            subject = self._notify_still_open(stream_id, subject, _NO_END, changes)
+            if subject is not None and subject is not before:
+                changes.states[kind, stream_id] = subject
+        return changes
 
-    def _follow_subscription(self, number: int, stream: Sequence[RecordedEvent], derived: Derived) -> None:
-        subscriber_filter = before = self._filters.get(number)
+    def _process_subscription(
+        self, subscription_id: int, stream: Sequence[RecordedEvent], changes: OutboxChanges
+    ) -> None:
+        subscriber_filter = before = self._filters.get(subscription_id)
         for recorded in stream:
-            if subscriber_filter is not None and recorded.position <= subscriber_filter.since:
+            if subscriber_filter is not None and recorded.position <= subscriber_filter.since_position:
                 continue
             earlier, subscriber_filter = subscriber_filter, evolve_filter(subscriber_filter, recorded)
             if subscriber_filter is not earlier:
-                spans = self._spans.setdefault(number, [])
-                if earlier is not None and earlier.active:
-                    spans[-1] = spans[-1]._replace(until=recorded.position)
-                if subscriber_filter is not None and subscriber_filter.active:
-                    spans.append(_Span(recorded.position, _FOR_EVER, subscriber_filter))
+                intervals = self._filter_intervals.setdefault(subscription_id, [])
+                if earlier is not None and earlier.is_active:
+                    intervals[-1] = intervals[-1]._replace(end=recorded.position)
+                if subscriber_filter is not None and subscriber_filter.is_active:
+                    intervals.append(_Interval(recorded.position, _NO_END, subscriber_filter))
             match recorded.event:
-                # A pending one is asked whether it matches to be told; a test is for the one that asked for it.
+                # The request to confirm and the test go to this subscription alone, whatever its filter says.
                 case SubscriptionCreated(pending=True) | SubscriptionTestRequested():
                     if subscriber_filter is not None and not recorded.meta.silent:
-                        derived.intents.append(_intent(recorded, number, subscriber_filter.channel))
+                        changes.intents.append(_intent(recorded, subscription_id, subscriber_filter.channel))
         if subscriber_filter is None:
-            self._filters.pop(number, None)
-            derived.forgotten.add((subscription.KIND, number))
+            self._filters.pop(subscription_id, None)
+            changes.deleted.add((subscription.KIND, subscription_id))
         elif subscriber_filter is not before:
-            self._filters[number] = subscriber_filter
-            derived.known[subscription.KIND, number] = subscriber_filter
+            self._filters[subscription_id] = subscriber_filter
+            changes.states[subscription.KIND, subscription_id] = subscriber_filter
 
-    def _follow_event(self, topic: Topic, recorded: RecordedEvent, derived: Derived) -> Topic:
-        """Note what a window does to others, tell what is worth telling; return the topic as that leaves it."""
+    def _process_event(self, subject: SubjectState, recorded: RecordedEvent, changes: OutboxChanges) -> SubjectState:
+        """Add the intents of an event, and return the subject's state after that."""
         if recorded.kind == maintenance.KIND:
-            self._follow_window(recorded, topic, derived)
-        if not tells(recorded):
-            return topic
-        suppressed = recorded.kind == incident.KIND and self._withheld(topic, recorded.position)
-        for number, channel in self._matching(recorded.kind, topic, recorded):
-            derived.intents.append(_intent(recorded, number, channel, suppressed=suppressed))
-        muted = suppressed and not isinstance(recorded.event, IncidentResolved)
-        if muted or topic.muted:
-            return msgspec.structs.replace(topic, since=recorded.position, muted=muted)
-        return topic
+            self._process_window(recorded, subject, changes)
+        if not is_notifiable(recorded):
+            return subject
+        suppressed = recorded.kind == incident.KIND and self._is_suppressed(subject, recorded.position)
+        for subscription_id, channel in self._matching(recorded.kind, subject, recorded):
+            changes.intents.append(_intent(recorded, subscription_id, channel, suppressed=suppressed))
+        is_withheld = suppressed and not isinstance(recorded.event, IncidentResolved)
+        if is_withheld or subject.is_withheld:
+            return msgspec.structs.replace(subject, since_position=recorded.position, is_withheld=is_withheld)
+        return subject
 
-    def _follow_window(self, recorded: RecordedEvent, topic: Topic, derived: Derived) -> None:
-        number = recorded.stream_id
-        key = ("active", number)
+    def _process_window(self, recorded: RecordedEvent, window: SubjectState, changes: OutboxChanges) -> None:
+        """Track when a window suppresses alerts."""
+        window_id = recorded.stream_id
+        key = (ACTIVE, window_id)
         match recorded.event:
-            case MaintenanceStarted() if topic.suppress_alerts:
-                self._windows[number] = _Span(recorded.position, _FOR_EVER, frozenset(topic.service_ids))
-                derived.known[key] = topic
-            case MaintenanceCompleted() if number in self._windows:
-                self._windows[number] = self._windows[number]._replace(until=recorded.position)
+            case MaintenanceStarted() if window.suppress_alerts:
+                self._windows[window_id] = _Interval(recorded.position, _NO_END, frozenset(window.service_ids))
+                changes.states[key] = window
+            case MaintenanceCompleted() if window_id in self._windows:
+                self._windows[window_id] = self._windows[window_id]._replace(end=recorded.position)
                 if not recorded.meta.silent:
-                    insort(self._ends, recorded, key=_position)
-                derived.known.pop(key, None)
-                derived.forgotten.add(key)
+                    insort(self._window_ends, recorded, key=_position)
+                changes.states.pop(key, None)
+                changes.deleted.add(key)
             case _:
                 return
-        self._steps = None
+        self._suppression_steps = None
 
-    def _sum_up(self, number: int, topic: Topic | None, before: int, derived: Derived) -> Topic | None:
-        """Tell that an incident is still open, at the first end of a window before this position that lets it be told.
+    def _notify_still_open(
+        self, incident_id: int, subject: SubjectState | None, before: int, changes: OutboxChanges
+    ) -> SubjectState | None:
+        """Add the intents that a withheld incident is still open, at the first window end before position `before`.
 
-        Whoever missed what was withheld hears of it once, then.
+        A window end counts only if no other window suppresses the incident then. Each withheld incident is announced
+        once.
         """
-        if topic is None or not topic.muted:
-            return topic
-        for end in self._ends[bisect_right(self._ends, topic.since, key=_position) :]:
+        if subject is None or not subject.is_withheld:
+            return subject
+        first = bisect_right(self._window_ends, subject.since_position, key=_position)
+        for end in self._window_ends[first:]:
             if end.position >= before:
                 break
-            if not self._withheld(topic, end.position):
-                for subscription_id, channel in self._matching(incident.KIND, topic, end):
-                    derived.intents.append(_intent(end, subscription_id, channel, still_open=number))
-                return msgspec.structs.replace(topic, since=end.position, muted=False)
-        return topic
+            if not self._is_suppressed(subject, end.position):
+                for subscription_id, channel in self._matching(incident.KIND, subject, end):
+                    changes.intents.append(_intent(end, subscription_id, channel, still_open=incident_id))
+                return msgspec.structs.replace(subject, since_position=end.position, is_withheld=False)
+        return subject
 
-    def _matching(self, kind: str, topic: Topic, recorded: RecordedEvent) -> Iterator[tuple[int, str]]:
-        """Yield each subscription that matches to be told as of the event, and its channel."""
-        position = recorded.position
-        for number, spans in self._spans.items():
-            for since, until, subscriber_filter in spans:
-                if since < position < until and matches(subscriber_filter, kind, topic, recorded):
-                    yield number, subscriber_filter.channel
+    def _matching(self, kind: str, subject: SubjectState, recorded: RecordedEvent) -> Iterator[tuple[int, str]]:
+        """Yield the id and channel of each subscription that matches as of the event."""
+        for subscription_id, intervals in self._filter_intervals.items():
+            for start, end, subscriber_filter in intervals:
+                if start < recorded.position < end and subscriber_filter.matches(kind, subject, recorded):
+                    yield subscription_id, subscriber_filter.channel
 
-    def _withheld(self, topic: Topic, position: int) -> bool:
-        """Return whether a window suppresses what is told of an incident at this position."""
-        services = topic.service_ids
-        return bool(services) and any(covered.issuperset(services) for covered in self._suppressing(position))
+    def _is_suppressed(self, subject: SubjectState, position: int) -> bool:
+        """Return whether one window that is active at this position covers all services of an incident."""
+        services = subject.service_ids
+        return bool(services) and any(covered.issuperset(services) for covered in self._suppressed_services(position))
 
-    def _suppressing(self, position: int) -> Sequence[frozenset[int]]:
+    def _suppressed_services(self, position: int) -> Sequence[frozenset[int]]:
         """Return the services of each window that suppresses alerts at this position."""
-        if self._steps is None:
-            # Few are active at once, however many there ever were: what holds between one change and the next.
-            edges = [(span.since, number) for number, span in self._windows.items()]
-            edges += [(span.until, number) for number, span in self._windows.items()]
+        if self._suppression_steps is None:
+            # Few windows are active at once, however many there were. So each step between two changes lists them.
+            edges = [(interval.start, window_id) for window_id, interval in self._windows.items()]
+            edges += [(interval.end, window_id) for window_id, interval in self._windows.items()]
             positions: list[int] = []
             steps: list[tuple[frozenset[int], ...]] = [()]
             active: dict[int, frozenset[int]] = {}
-            for edge, number in sorted(edges):
-                if active.pop(number, None) is None:
-                    active[number] = self._windows[number].what
+            for edge, window_id in sorted(edges):
+                if active.pop(window_id, None) is None:
+                    active[window_id] = self._windows[window_id].value
                 positions.append(edge)
                 steps.append(tuple(active.values()))
-            self._steps = positions, steps
-        positions, steps = self._steps
+            self._suppression_steps = positions, steps
+        positions, steps = self._suppression_steps
         return steps[bisect_right(positions, position)]
 
 
@@ -252,7 +269,7 @@ def _intent(
     suppressed: bool = False,
     still_open: int | None = None,
 ) -> Intent:
-    """Return the intent that tells of an event, or, at the end of a window, of the incident that is `still_open`."""
+    """Return the intent for an event or, at the end of a window, for the incident `still_open`."""
     kind, stream_id, topic = recorded.kind, recorded.stream_id, recorded.event.TYPE
     if still_open is not None:
         kind, stream_id, topic = incident.KIND, still_open, STILL_OPEN
@@ -270,9 +287,10 @@ def _intent(
 
 
 def intent_id(recorded: RecordedEvent, subscription_id: int, channel: str, still_open: int | None = None) -> UUID:
-    """Return the id that this event, subscription and channel always get (an RFC 9562 version 8 UUID).
+    """Derive the id of an intent from its event, subscription and channel (an RFC 9562 version 8 UUID).
 
-    The end of a window may tell of several incidents that are `still_open`, each with an id of its own.
+    The same arguments always give the same id, so a rebuild changes none. The end of a window may announce several
+    incidents that are `still_open`, each with its own id.
     """
     name = f"{recorded.tenant_id}:{recorded.position}:{subscription_id}:{channel}"
     if still_open is not None:

@@ -1,7 +1,7 @@
-"""Notification intents: who must be told of which event, derived from the log, subscriptions and suppression.
+"""The projection `outbox`: an intent for each notification that events ask for.
 
-The only projection that looks at more than one stream: at subscriptions and active windows, as of each event, and at
-incidents that a window withheld, when it is over. It keeps what it has to know of them as its own rows.
+Unlike other projections, it reads several streams for one row: subscriptions and active windows as of each event, and
+at the end of a window the incidents that it withheld. It stores its knowledge of them in its own table.
 """
 
 from collections.abc import Sequence
@@ -15,33 +15,36 @@ from opsentry.domain.maintenance import MaintenanceCompleted
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream
-from opsentry.projections.outbox.intents import Derivation, Derived, Intent, tells
-from opsentry.projections.outbox.rules import SubscriberFilter, Topic
+from opsentry.projections.outbox.intents import ACTIVE, Intent, IntentGenerator, OutboxChanges, is_notifiable
+from opsentry.projections.outbox.rules import SubjectState, SubscriberFilter
 
-# A tenant's active windows, which are few, and all of its subscriptions, which may be very many.
-_LOAD_ALL = "SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = $2"
+# Selects all states of kind $2: active windows, which are few, or all subscriptions.
+_LOAD_KIND = "SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = $2"
 
-# Incidents that a window withheld and that are open: as many as were withheld, found by their index.
-_LOAD_MUTED = """
-SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = 'incident' AND state LIKE '%"muted":%'
+# Selects the open incidents whose last notification a window withheld. A partial index has exactly these rows.
+_LOAD_WITHHELD = """
+SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = 'incident' AND state LIKE '%"is_withheld":%'
 """
 
-# What is known already of the streams in this batch, each by the index; see the same in incidents.
+# Selects the states of these streams. LIMIT makes it one index lookup for each; see `incidents`.
 _LOAD = """
 SELECT s.* FROM unnest($2::text[], $3::bigint[]) AS wanted (kind, id) CROSS JOIN LATERAL (
     SELECT kind, id, state FROM outbox_state
     WHERE tenant_id = $1 AND kind = wanted.kind AND id = wanted.id LIMIT 1) AS s
 """
 
+# Inserts or replaces states.
 _STORE = """
 INSERT INTO outbox_state (tenant_id, kind, id, state) SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::text[])
 ON CONFLICT (tenant_id, kind, id) DO UPDATE SET state = excluded.state
 """
 
-_FORGET = """
+# Deletes states.
+_DELETE = """
 DELETE FROM outbox_state WHERE tenant_id = $1 AND (kind, id) IN (SELECT * FROM unnest($2::text[], $3::bigint[]))
 """
 
+# Inserts intents; a repeated event changes nothing, because its intents have the same ids.
 _STORE_INTENTS = """
 INSERT INTO outbox_intents (tenant_id, intent_id, position, subscription_id, channel, topic, stream_kind, stream_id,
     suppressed, created_at)
@@ -58,13 +61,13 @@ INTENTS = Table(
     keys=1,
     of_streams={kind: f"stream_kind = '{kind}' AND stream_id BETWEEN $2 AND $3" for kind in _KINDS},
 )
-STATE = Table(
+STATES = Table(
     "outbox_state",
     ("kind", "id", "state"),
     keys=2,
     of_streams={
         subscription.KIND: f"kind = '{subscription.KIND}' AND id BETWEEN $2 AND $3",
-        maintenance.KIND: f"kind IN ('{maintenance.KIND}', 'active') AND id BETWEEN $2 AND $3",
+        maintenance.KIND: f"kind IN ('{maintenance.KIND}', '{ACTIVE}') AND id BETWEEN $2 AND $3",
         incident.KIND: f"kind = '{incident.KIND}' AND id BETWEEN $2 AND $3",
     },
 )
@@ -74,31 +77,31 @@ class Outbox:
     """The projection `outbox`."""
 
     name = "outbox"
-    version = 2
+    version = 1
     kinds = _KINDS
-    tables = (INTENTS, STATE)
+    tables = (INTENTS, STATES)
 
     async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """Write the intents that `events` give rise to, and what has to be known for the next ones."""
-        derivation, topics = await _load(connection, tenant_id, events)
+        """Insert the intents of `events`, and store the states that the next events need."""
+        generator, subjects = await _load(connection, tenant_id, events)
         for kind in self.kinds:
-            known = topics.get(kind, {})
+            known = subjects.get(kind, {})
             streams = dict.fromkeys(known, ()) | by_stream(event for event in events if event.kind == kind)
-            derived = derivation.follow(kind, streams, known)
-            if derived.known:
-                await connection.execute(_STORE, tenant_id, *zip(*_state_rows(derived), strict=True))
-            if derived.forgotten:
-                await connection.execute(_FORGET, tenant_id, *zip(*sorted(derived.forgotten), strict=True))
-            if derived.intents:
-                await connection.execute(_STORE_INTENTS, tenant_id, *zip(*derived.intents, strict=True))
+            changes = generator.process(kind, streams, known)
+            if changes.states:
+                await connection.execute(_STORE, tenant_id, *zip(*_state_rows(changes), strict=True))
+            if changes.deleted:
+                await connection.execute(_DELETE, tenant_id, *zip(*sorted(changes.deleted), strict=True))
+            if changes.intents:
+                await connection.execute(_STORE_INTENTS, tenant_id, *zip(*changes.intents, strict=True))
 
     def replayer(self) -> Replay:
-        """Return a function that gives the rows of whole streams."""
-        derivation = Derivation({}, {})
+        """Return a function that computes the rows of whole streams."""
+        generator = IntentGenerator({}, {})
 
         def replay(kind: str, streams: Streams) -> Rows:
-            derived = derivation.follow(kind, streams, {})
-            return {INTENTS.name: list(derived.intents), STATE.name: _state_rows(derived)}
+            changes = generator.process(kind, streams, {})
+            return {INTENTS.name: list(changes.intents), STATES.name: _state_rows(changes)}
 
         return replay
 
@@ -106,31 +109,36 @@ class Outbox:
 _S = TypeVar("_S", bound=msgspec.Struct)
 
 
-def _state_rows(derived: Derived) -> list[tuple[Any, ...]]:
-    return [(kind, number, msgspec.json.encode(value).decode()) for (kind, number), value in derived.known.items()]
+def _state_rows(changes: OutboxChanges) -> list[tuple[Any, ...]]:
+    return [
+        (kind, stream_id, msgspec.json.encode(state).decode()) for (kind, stream_id), state in changes.states.items()
+    ]
 
 
 async def _load(
     connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]
-) -> tuple[Derivation, dict[str, dict[int, Topic]]]:
-    """Return what there is to replay from, and the topics that `events` may tell of, by kind and id."""
-    rows = list(await connection.fetch(_LOAD_ALL, tenant_id, "active"))
+) -> tuple[IntentGenerator, dict[str, dict[int, SubjectState]]]:
+    """Return a generator that knows the subscriptions and active windows, and the subjects of `events` by kind and id.
+
+    Subscriptions may be very many, so they are all loaded only if an event is notifiable.
+    """
+    rows = list(await connection.fetch(_LOAD_KIND, tenant_id, ACTIVE))
     loaded = set()
-    if any(tells(recorded) for recorded in events):
-        rows += await connection.fetch(_LOAD_ALL, tenant_id, subscription.KIND)
+    if any(is_notifiable(recorded) for recorded in events):
+        rows += await connection.fetch(_LOAD_KIND, tenant_id, subscription.KIND)
         loaded.add(subscription.KIND)
     if keys := sorted({(e.kind, e.stream_id) for e in events if e.kind not in loaded}):
         rows += await connection.fetch(_LOAD, tenant_id, *zip(*keys, strict=True))
     if any(isinstance(recorded.event, MaintenanceCompleted) for recorded in events):
-        rows += await connection.fetch(_LOAD_MUTED, tenant_id)
+        rows += await connection.fetch(_LOAD_WITHHELD, tenant_id)
     filters: dict[int, SubscriberFilter] = {}
-    topics: dict[str, dict[int, Topic]] = {}
+    subjects: dict[str, dict[int, SubjectState]] = {}
     for row in rows:
         if row["kind"] == subscription.KIND:
             filters[row["id"]] = _decode(row, SubscriberFilter)
         else:
-            topics.setdefault(row["kind"], {})[row["id"]] = _decode(row, Topic)
-    return Derivation(filters, topics.get("active", {})), topics
+            subjects.setdefault(row["kind"], {})[row["id"]] = _decode(row, SubjectState)
+    return IntentGenerator(filters, subjects.get(ACTIVE, {})), subjects
 
 
 def _decode(row: asyncpg.Record, type_: type[_S]) -> _S:

@@ -1,4 +1,4 @@
-"""What intents depend on, as the outbox knows it: incidents and windows that are told of, and who matches to hear."""
+"""The rules of the outbox: its knowledge of incidents, windows and subscriptions, and which subscriptions match."""
 
 import msgspec
 
@@ -28,9 +28,9 @@ from opsentry.domain.subscription import (
 )
 from opsentry.domain.uptime import LEVELS
 from opsentry.events.codec import RecordedEvent
-from opsentry.projections.visibility import is_event_public
+from opsentry.projections.visibility import PUBLIC, is_event_public
 
-_CHANGES = frozenset(
+_RELEVANT_EVENTS = frozenset(
     {
         IncidentOpened,
         IncidentVisibilityChanged,
@@ -46,118 +46,127 @@ _CHANGES = frozenset(
 )
 
 
-class Topic(msgspec.Struct, kw_only=True, frozen=True, gc=False, omit_defaults=True):
-    """What the outbox has to know of an incident or a window: none of its words.
+class SubjectState(msgspec.Struct, kw_only=True, frozen=True, gc=False, omit_defaults=True):
+    """The outbox's knowledge of an incident or a maintenance window; it contains no erasable text.
 
     Attributes:
-        since: The position since which it is so; what came until there has been seen.
-        visibility: Who may be told.
-        service_ids: The services it touches.
-        severity: An incident's.
-        worst: The worst that it was since it was opened, or re-opened.
-        suppress_alerts: Whether a window withholds what is told of incidents within it.
-        muted: Whether the last message about an open incident was withheld, and nobody has heard since.
+        since_position: The position of the event that led to this state; earlier events are already processed.
+        visibility: The audience that may see it.
+        service_ids: The affected services.
+        severity: The severity of an incident.
+        worst_severity: The worst severity of an incident since it was opened or reopened.
+        suppress_alerts: Whether an active window suppresses notifications of incidents within its services.
+        is_withheld: Whether a window suppressed the last notification of an open incident, and none followed.
     """
 
-    since: int = 0
+    since_position: int = 0
     visibility: str
     service_ids: tuple[int, ...]
     severity: str | None = None
-    worst: str | None = None
+    worst_severity: str | None = None
     suppress_alerts: bool = False
-    muted: bool = False
+    is_withheld: bool = False
 
 
 class SubscriberFilter(msgspec.Struct, frozen=True):
-    """A subscription and the position since which it holds: it is not told of what came before.
+    """The filter of a subscription, valid for events after `since_position`.
 
-    One that is not `active`, because it is pending or disabled, is told nothing.
+    A pending or disabled subscription is not `is_active`: it receives nothing.
     """
 
-    since: int
+    since_position: int
     channel: str
     audience: str
     notify_incidents: bool
     notify_maintenance: bool
     service_ids: tuple[int, ...]
     min_severity: str
-    active: bool = True
+    is_active: bool = True
+
+    def matches(self, kind: str, subject: SubjectState, recorded: RecordedEvent) -> bool:
+        """Return whether the subscription is notified of an event.
+
+        The worst severity since an incident was opened decides. So a subscriber who was notified of it is also notified
+        when it gets better and when it is resolved.
+
+        Args:
+            kind: The stream kind of the subject.
+            subject: The incident or maintenance window as of the event.
+            recorded: The event.
+        """
+        if not (self.notify_incidents if kind == incident.KIND else self.notify_maintenance):
+            return False
+        if self.audience == PUBLIC and not is_event_public(subject.visibility, recorded.event):
+            return False
+        if self.service_ids and not set(self.service_ids) & set(subject.service_ids):
+            return False
+        return subject.worst_severity is None or LEVELS[subject.worst_severity] >= LEVELS[self.min_severity]
 
 
-def evolve(topic: Topic | None, recorded: RecordedEvent) -> Topic:
-    """Fold one event of an incident or a window; one that changes nothing here gives the same object.
+def evolve_subject(subject: SubjectState | None, recorded: RecordedEvent) -> SubjectState:
+    """Apply one event of an incident or a maintenance window; an event without effect returns the same object.
 
     Raises:
-        ValueError: The stream does not begin with its beginning.
+        ValueError: The stream does not start with the event that begins it.
     """
     event, position = recorded.event, recorded.position
-    if topic is not None and type(event) not in _CHANGES:
-        return topic
+    if subject is not None and type(event) not in _RELEVANT_EVENTS:
+        return subject
     match event:
         case IncidentOpened(visibility=visibility, service_ids=service_ids, severity=severity):
-            return Topic(
-                since=position, visibility=visibility, service_ids=service_ids, severity=severity, worst=severity
+            return SubjectState(
+                since_position=position,
+                visibility=visibility,
+                service_ids=service_ids,
+                severity=severity,
+                worst_severity=severity,
             )
         case MaintenanceScheduled(visibility=visibility, service_ids=service_ids, suppress_alerts=suppress_alerts):
-            return Topic(
-                since=position, visibility=visibility, service_ids=service_ids, suppress_alerts=suppress_alerts
+            return SubjectState(
+                since_position=position,
+                visibility=visibility,
+                service_ids=service_ids,
+                suppress_alerts=suppress_alerts,
             )
-    if topic is None:
-        raise ValueError(f"{event.TYPE} without a beginning")
-    change = msgspec.structs.replace
+    if subject is None:
+        raise ValueError(f"the stream starts with {event.TYPE}")
+    replace = msgspec.structs.replace
     match event:
         case IncidentVisibilityChanged(visibility=visibility):
-            return change(topic, since=position, visibility=visibility)
+            return replace(subject, since_position=position, visibility=visibility)
         case IncidentServicesChanged(service_ids=service_ids):
-            return change(topic, since=position, service_ids=service_ids)
+            return replace(subject, since_position=position, service_ids=service_ids)
         case IncidentSeverityChanged(severity=severity):
-            worst = max(severity, topic.worst or severity, key=LEVELS.__getitem__)
-            return change(topic, since=position, severity=severity, worst=worst)
+            worst = max(severity, subject.worst_severity or severity, key=LEVELS.__getitem__)
+            return replace(subject, since_position=position, severity=severity, worst_severity=worst)
         case IncidentResolved():
-            return change(topic, since=position, muted=False)
+            return replace(subject, since_position=position, is_withheld=False)
         case IncidentReopened():
-            return change(topic, since=position, worst=topic.severity)
+            return replace(subject, since_position=position, worst_severity=subject.severity)
         case MaintenanceChanged():
-            kept = {name: value for name, value in set_fields(event).items() if name in Topic.__struct_fields__}
-            return change(topic, since=position, **kept)
-    return change(topic, since=position)
+            changed = {n: value for n, value in set_fields(event).items() if n in SubjectState.__struct_fields__}
+            return replace(subject, since_position=position, **changed)
+    return replace(subject, since_position=position)
 
 
 def evolve_filter(subscriber_filter: SubscriberFilter | None, recorded: RecordedEvent) -> SubscriberFilter | None:
-    """Fold one event of a subscription, `None` once it is removed; what changes nothing here gives the same object."""
+    """Apply one event of a subscription; an event without effect returns the same object, a removal `None`."""
     event = recorded.event
     if isinstance(event, SubscriptionCreated):
         state = subscription.evolve(None, event)
-        values = {name: getattr(state, name) for name in SubscriberFilter.__struct_fields__ if hasattr(state, name)}
-        return SubscriberFilter(since=recorded.position, active=not event.pending, **values)
+        fields = {name: getattr(state, name) for name in SubscriberFilter.__struct_fields__ if hasattr(state, name)}
+        return SubscriberFilter(since_position=recorded.position, is_active=not event.pending, **fields)
     if subscriber_filter is None or isinstance(event, SubscriptionRemoved):
         return None
-    change = msgspec.structs.replace
+    replace = msgspec.structs.replace
     match event:
         case SubscriptionConfirmed() | SubscriptionEnabled():
-            changed = change(subscriber_filter, active=True)
+            after = replace(subscriber_filter, is_active=True)
         case SubscriptionDisabled():
-            changed = change(subscriber_filter, active=False)
+            after = replace(subscriber_filter, is_active=False)
         case SubscriptionChanged():
-            kept = {
-                name: value for name, value in set_fields(event).items() if name in SubscriberFilter.__struct_fields__
-            }
-            changed = change(subscriber_filter, **kept)
+            changed = {n: value for n, value in set_fields(event).items() if n in SubscriberFilter.__struct_fields__}
+            after = replace(subscriber_filter, **changed)
         case _:
             return subscriber_filter
-    return subscriber_filter if changed == subscriber_filter else change(changed, since=recorded.position)
-
-
-def matches(subscriber_filter: SubscriberFilter, kind: str, topic: Topic, recorded: RecordedEvent) -> bool:
-    """Return whether a subscription matches to be told of `topic`, of this kind, that `recorded` happened.
-
-    An incident counts by the worst that it was since it was opened: whoever was told that it is so bad is also told
-    that it no longer is, and that it is over.
-    """
-    if not (subscriber_filter.notify_incidents if kind == incident.KIND else subscriber_filter.notify_maintenance):
-        return False
-    if subscriber_filter.audience == "public" and not is_event_public(topic.visibility, recorded.event):
-        return False
-    if subscriber_filter.service_ids and not set(subscriber_filter.service_ids) & set(topic.service_ids):
-        return False
-    return topic.worst is None or LEVELS[topic.worst] >= LEVELS[subscriber_filter.min_severity]
+    return subscriber_filter if after == subscriber_filter else replace(after, since_position=recorded.position)
