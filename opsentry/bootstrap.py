@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import structlog
 from aiohttp import web
 
@@ -21,7 +22,7 @@ from opsentry.application.subscriptions import disable_subscription
 from opsentry.events.appender import Appender
 from opsentry.events.codec import Actor
 from opsentry.events.command_handler import CommandHandler
-from opsentry.http import health
+from opsentry.http import health, openapi
 from opsentry.http.context import Dependencies
 from opsentry.http.server import create_app
 from opsentry.identity.api_tokens import ApiTokens
@@ -61,7 +62,7 @@ SENDER_POOL = 8
 REDIS_SHARE = 0.8
 
 
-OPERATIONS = (*health.OPERATIONS, *operator.OPERATIONS, *v1.OPERATIONS)
+OPERATIONS = (*health.OPERATIONS, *openapi.OPERATIONS, *operator.OPERATIONS, *v1.OPERATIONS)
 
 
 def projections() -> list[Projection]:
@@ -139,6 +140,7 @@ async def serving(
         api_tokens, operator_tokens = ApiTokens(parts.database), OperatorTokens(parts.database)
         dependencies = Dependencies(settings, application, api_tokens, operator_tokens, limiter, failures)
         app = create_app(dependencies, OPERATIONS, pages(dependencies, sign_ups))
+        app[openapi.DOCUMENT] = msgspec.json.encode(openapi.build_document(OPERATIONS))
         app[health.READINESS] = Readiness(probe, client)
         app[operator.OPERATOR_QUERIES] = OperatorQueries(parts.database, parts.projector.projections)
         web_runner = web.AppRunner(

@@ -29,6 +29,7 @@ from opsentry.infrastructure.postgres import migrate, migrations
 from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.settings import Settings
 from tests import commands
+from tests.contract import check_response
 from tests.waiting import GENEROUS_SECONDS, Clock
 
 META = Meta(Actor("operator"))
@@ -261,9 +262,19 @@ class Client:
         return await self.send("PATCH", f"/api/v1{path}", json=body, **options)
 
 
+async def _hold_to_the_contract(
+    request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    response = await send(request)
+    octets = await response.read() if response.content_type == "application/json" else b""
+    check_response(request.method, str(request.url), response.status, response.headers, octets)
+    return response
+
+
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
+    """A client session that holds every response of the API to its OpenAPI document."""
+    async with aiohttp.ClientSession(middlewares=(_hold_to_the_contract,)) as session:
         yield session
 
 

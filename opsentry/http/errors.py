@@ -15,6 +15,7 @@ from opsentry.events.appender import TenantBusy
 from opsentry.events.command_handler import ConcurrencyConflict, IdempotencyKeyReused
 from opsentry.http.body import MAX_BODY_BYTES, BodyBroken, BodyTooLarge, BodyTooSlow, NotJson
 from opsentry.http.operation import ErrorBody
+from opsentry.http.responses import json_response
 from opsentry.identity.tokens import InvalidToken
 from opsentry.infrastructure.encryption import DecryptionFailed, EncryptionKeyMissing
 from opsentry.infrastructure.postgres import DatabaseUnavailable, OutcomeUnknown
@@ -126,7 +127,7 @@ def error_response(error: Exception, request: web.Request, request_id: str) -> w
 def _response(status: int, message: str, request_id: str, field: str | None = None) -> web.Response:
     is_ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
     body = ErrorBody(error=message, field=field, request_id=request_id if is_ours else None)
-    return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json", charset="utf-8")
+    return json_response(msgspec.json.encode(body), status=status)
 
 
 def _framework_response(error: web.HTTPException, request_id: str) -> web.Response:

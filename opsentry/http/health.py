@@ -44,7 +44,7 @@ async def probe(_: web.Request) -> web.StreamResponse:
 @operation("GET", "/health/live", tag=_TAG, audience="anyone", result=Liveness)
 async def get_liveness(_: web.Request) -> web.StreamResponse:
     """Answer while the process runs, in JSON."""
-    return web.Response(body=b'{"status":"ok"}', content_type="application/json", charset="utf-8", headers=NO_STORE)
+    return web.Response(body=b'{"status":"ok"}\n', content_type="application/json", charset="utf-8", headers=NO_STORE)
 
 
 @operation("GET", "/health/ready", tag=_TAG, audience="anyone", result=ReadinessBody, errors=(503,))
@@ -54,7 +54,7 @@ async def get_readiness(request: web.Request) -> web.StreamResponse:
     body = ReadinessBody("ready" if report.is_ready else "unavailable", report.checks)
     return web.Response(
         status=HTTPStatus.OK if report.is_ready else HTTPStatus.SERVICE_UNAVAILABLE,
-        body=msgspec.json.encode(body),
+        body=msgspec.json.encode(body) + b"\n",
         content_type="application/json",
         charset="utf-8",
         headers=NO_STORE,

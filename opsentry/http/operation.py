@@ -41,7 +41,7 @@ class Operation:
         body: The JSON body; `None` ignores it.
         is_body_optional: Whether an empty body means `{}`.
         status: The status of success.
-        result: The schema of a successful body; `None` for a body without JSON.
+        results: The schemas that a successful body may have; empty for a body without JSON.
         media_type: The media type of a successful body.
         is_idempotent: Whether it takes an `Idempotency-Key`.
         is_conditional: Whether it takes `If-Match` (writes) or `If-None-Match` (reads).
@@ -62,7 +62,7 @@ class Operation:
     body: type[msgspec.Struct] | None
     is_body_optional: bool
     status: int
-    result: Any
+    results: Sequence[Any]
     media_type: str
     is_idempotent: bool
     is_conditional: bool
@@ -129,7 +129,7 @@ def operation(
             body=_struct(body),
             is_body_optional=body_optional,
             status=status,
-            result=result,
+            results=result if isinstance(result, tuple) else () if result is None else (result,),
             media_type=media_type,
             is_idempotent=idempotent,
             is_conditional=conditional,

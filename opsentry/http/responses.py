@@ -18,8 +18,8 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 
 def json_response(body: bytes, *, status: int = HTTPStatus.OK) -> web.Response:
-    """Return encoded JSON."""
-    return web.Response(status=status, body=body, headers=_JSON)
+    """Return encoded JSON as a line, so that a terminal shows the next prompt below it."""
+    return web.Response(status=status, body=body + b"\n", headers=_JSON)
 
 
 def encoded_response(value: Any, *, position: int | None = None, lag_events: int = 0) -> web.Response:

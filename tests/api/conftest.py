@@ -92,7 +92,8 @@ async def raw(client, method, path, **options):
     """(status, octets) of an answer."""
     url = f"{client.base_url}/api/v1{path}"
     async with client.session.request(method, url, headers=client.headers, **options) as response:
-        return response.status, await response.read()
+        octets = await response.read()
+        return response.status, octets.removesuffix(b"\n") if response.content_type == "application/json" else octets
 
 
 @pytest.fixture

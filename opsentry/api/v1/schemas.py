@@ -17,14 +17,7 @@ from opsentry.api.v1.enums import (
 )
 from opsentry.events.audit import Entry
 from opsentry.http.params import Id, Position
-
-
-class ServiceLink(msgspec.Struct):
-    """A service as other resources link it."""
-
-    id: Id
-    slug: str
-    name: str
+from opsentry.projections.services import ServiceLink
 
 
 class TimelineEntry(msgspec.Struct):

@@ -49,7 +49,7 @@ class DailyUptimeQuery(msgspec.Struct, kw_only=True):
     "/api/v1/services/{id}/uptime",
     tag=_TAG,
     scopes=("read:status",),
-    result=ServiceTrailingUptime | ServiceUptime,
+    result=(ServiceTrailingUptime, ServiceUptime),
     conditional=True,
 )
 async def get_service_uptime(context: RequestContext[ServiceUptimeQuery, NoBody]) -> web.StreamResponse:
@@ -84,7 +84,7 @@ async def get_daily_uptime(context: RequestContext[DailyUptimeQuery, NoBody]) ->
     "/api/v1/uptime",
     tag=_TAG,
     scopes=("read:status",),
-    result=TenantTrailingUptime | TenantUptime,
+    result=(TenantTrailingUptime, TenantUptime),
     conditional=True,
 )
 async def get_tenant_uptime(context: RequestContext[WindowQuery, NoBody]) -> web.StreamResponse:
