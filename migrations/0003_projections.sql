@@ -141,7 +141,7 @@ CREATE INDEX subscriptions_by_target ON subscriptions (tenant_id, channel, targe
 -- Unconfirmed subscriptions; the worker removes old ones.
 CREATE INDEX subscriptions_pending ON subscriptions (created_at, tenant_id, subscription_id) WHERE status = 'pending';
 
--- The present state of each incident or maintenance window, as far as services feel it. The next event continues from it.
+-- The present state of each incident or maintenance window, as far as services feel it.
 CREATE TABLE impact_states (
     tenant_id   bigint NOT NULL,
     stream_kind text NOT NULL,     -- incident | maintenance
@@ -167,8 +167,8 @@ CREATE TABLE service_impacts (
     is_excluded     boolean NOT NULL,
     PRIMARY KEY (tenant_id, stream_kind, stream_id, service_id, started_version)
 ) WITH (fillfactor = 80);
--- Two indexes let the uptime of an old window of time skip all later impacts: an impact of at most a week starts at most
--- a week before the window, and longer impacts are few.
+-- Two indexes let the uptime of an old window of time skip all later impacts. An impact of at most a week starts at
+-- most a week before the window, and longer impacts are few.
 CREATE INDEX service_impacts_brief ON service_impacts (tenant_id, service_id, started_at)
     WHERE NOT (ended_at AT TIME ZONE 'UTC' > started_at AT TIME ZONE 'UTC' + interval '168 hours');
 CREATE INDEX service_impacts_long ON service_impacts (tenant_id, service_id, ended_at)
@@ -217,7 +217,8 @@ CREATE TABLE outbox_state (
 -- table, even with statistics of the table's first minute.
 CREATE INDEX outbox_state_few ON outbox_state (tenant_id) WHERE kind IN ('subscription', 'active');
 -- Open incidents whose last notification a window withheld; the end of the window announces them.
-CREATE INDEX outbox_state_withheld ON outbox_state (tenant_id) WHERE kind = 'incident' AND state LIKE '%"is_withheld":%';
+CREATE INDEX outbox_state_withheld ON outbox_state (tenant_id)
+    WHERE kind = 'incident' AND state LIKE '%"is_withheld":%';
 
 GRANT SELECT, INSERT, UPDATE ON projections TO opsentry_app;
 GRANT SELECT, INSERT, UPDATE, DELETE ON

@@ -137,9 +137,7 @@ async def test_upcoming_windows_are_scheduled_ones_in_the_future_next_first(give
     assert [item["id"] for item in decoded(row)] == [2, 3, 1]
 
 
-async def test_due_windows_are_those_of_all_tenants_with_a_transition_due(
-    given, app_connection, history, other_history
-):
+async def test_due_windows_of_all_tenants_are_listed(given, app_connection, history, other_history):
     now = datetime.now(UTC)
 
     def window(start, end, **fields):

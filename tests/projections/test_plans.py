@@ -169,9 +169,7 @@ async def test_the_first_page_of_windows_reads_only_its_rows(app_connection, ful
         ("investigating", "critical", 0, "incidents_open"),
     ],
 )
-async def test_a_page_of_incidents_reads_its_ids_from_an_index_alone(
-    app_connection, full, how, status, severity, offset, index
-):
+async def test_a_page_reads_its_ids_from_an_index_alone(app_connection, full, how, status, severity, offset, index):
     async def page(connection):
         filter_ = IncidentFilter(status, severity)
         return await incidents.select_incidents(connection, full.tenant_id, filter_, PageRequest(20, offset))

@@ -206,9 +206,7 @@ async def test_a_second_rebuild_of_a_tenant_does_nothing(rebuilder, busy, owner)
         assert list(await rebuilder.of().pending_tenants(10)) == [acme]
 
 
-async def test_a_poison_event_leaves_the_rows_of_its_projections_unchanged(
-    rebuilder, busy, owner, app_connection, parts
-):
+async def test_a_poison_event_fails_the_rebuild_and_changes_no_row(rebuilder, busy, owner, app_connection, parts):
     acme, _, number = busy
     right = await dump(app_connection)
     version = await owner.fetchval(

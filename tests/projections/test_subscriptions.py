@@ -117,9 +117,7 @@ async def test_a_replay_of_a_removed_subscription_gives_the_live_row(app_connect
     assert "[redacted]" not in str(derived)
 
 
-async def test_a_list_has_the_tenants_own_subscriptions_newest_first_without_removed_ones(
-    app_connection, history, other_history
-):
+async def test_a_list_has_own_subscriptions_newest_first_without_removed_ones(app_connection, history, other_history):
     history.subscription(1, subscriber_filter())
     history.subscription(2, subscriber_filter(channel="email", target="ops@example.org"))
     history.subscription(3, subscriber_filter(pending=True))
