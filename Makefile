@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 OPSENTRY_DEMO_DIR ?= .opsentry
 
-.PHONY: demo test unit check prose faults bench lock format clean
+.PHONY: demo test unit check prose faults bench schema lock format clean
 
 $(VENV)/.demo: requirements/demo.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ prose: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)
+
+schema: $(VENV)/.dev
+	$(BIN)/python -m tools.dump_schema
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

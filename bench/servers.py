@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 
 from opsentry.demo.embedded import APP_USER, EmbeddedPostgres, EmbeddedValkey
-from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.infrastructure.migrations import migrate, migrations
 
 ROOT = Path(__file__).parent.parent
 # The bench measures how long the database takes: a slow machine must show it as a figure, not as a timeout.

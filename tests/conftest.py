@@ -25,7 +25,7 @@ from opsentry.identity import api_tokens, tenants
 from opsentry.identity.scopes import SCOPES
 from opsentry.infrastructure import single_flight
 from opsentry.infrastructure.encryption import generate_key
-from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.infrastructure.migrations import migrate, migrations
 from opsentry.infrastructure.single_flight import TtlCache
 from opsentry.settings import Settings
 from tests import commands

@@ -28,11 +28,11 @@ from opsentry.identity import tenants
 from opsentry.identity.tenants import SlugTaken, TenantNotFound
 from opsentry.identity.tokens import TokenNotFound
 from opsentry.importing.statuspage import MalformedExport
+from opsentry.infrastructure.migrations import MigrationRefused
 from opsentry.infrastructure.postgres import (
     Connection,
     Database,
     DatabaseUnavailable,
-    MigrationRefused,
     OutcomeUnknown,
     TransientError,
 )

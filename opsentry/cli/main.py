@@ -19,7 +19,8 @@ from opsentry.cli.sending import sending_group
 from opsentry.cli.service import service_group
 from opsentry.cli.tenant import tenant_group
 from opsentry.cli.token import token_group
-from opsentry.infrastructure.postgres import Database, migrate, migrations
+from opsentry.infrastructure.migrations import migrate, migrations
+from opsentry.infrastructure.postgres import Database
 from opsentry.settings import Settings
 
 # A migration may rewrite large tables.

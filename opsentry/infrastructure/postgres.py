@@ -1,11 +1,8 @@
-"""The way to PostgreSQL: a pool whose waits are bounded, driver errors translated once, and migrations."""
+"""Connect to PostgreSQL through a pool with bounded waits, and translate the driver's errors once."""
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -13,12 +10,6 @@ import asyncpg
 Record: TypeAlias = asyncpg.Record
 """A row, read by column name."""
 Connection: TypeAlias = asyncpg.Connection  # lent by the pool as a proxy with the same methods
-
-MIGRATIONS = next(
-    path
-    for path in (Path(__file__).parents[2] / "migrations", Path(__file__).parents[1] / "migrations")
-    if path.is_dir()
-)
 
 _LOST = (
     OSError,
@@ -177,67 +168,3 @@ class Database:
 
 async def _keep(_: Connection) -> None:
     return None
-
-
-# ------------------------------------------------------------------------------------------------ migrations
-
-
-class MigrationRefused(Exception):
-    """The database cannot be migrated from here; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Migration:
-    """One forward step of the schema: a plain SQL file named `NNNN_what_it_does.sql`."""
-
-    number: int
-    name: str
-    sql: str
-
-    @property
-    def checksum(self) -> str:
-        """SHA-256 of the file, hex."""
-        return hashlib.sha256(self.sql.encode()).hexdigest()
-
-
-def migrations(folder: Path = MIGRATIONS) -> Sequence[Migration]:
-    """Return the migrations in `folder`, in order."""
-    return [Migration(int(path.name[:4]), path.stem, path.read_text()) for path in sorted(folder.glob("*.sql"))]
-
-
-async def migrate(connection: Connection, steps: Sequence[Migration]) -> list[Migration]:
-    """Apply those of `steps` that the database lacks, all in one transaction, and return them.
-
-    Many processes may call it at once: the first does the work, the others wait and find it done.
-
-    Raises:
-        MigrationRefused: A step that was applied before has been edited since, or the database is ahead of `steps`.
-    """
-    async with connection.transaction():
-        # A transaction's advisory lock, as a session's would not survive a transaction-mode pooler. The number is ours.
-        await connection.execute("SELECT pg_advisory_xact_lock(7306925114)")
-        await connection.execute(
-            "CREATE TABLE IF NOT EXISTS schema_migrations (number integer PRIMARY KEY, name text NOT NULL,"
-            " checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
-        )
-        applied = {row["number"]: row for row in await connection.fetch("SELECT * FROM schema_migrations")}
-        known = {step.number for step in steps}
-        for number, row in applied.items():
-            if number not in known:
-                raise MigrationRefused(f"the database has {row['name']}, which this version of Opsentry does not know")
-        done = []
-        for step in steps:
-            row = applied.get(step.number)
-            if row is None:
-                await connection.execute(step.sql)
-                await connection.execute(
-                    "INSERT INTO schema_migrations (number, name, checksum) VALUES ($1, $2, $3)",
-                    step.number,
-                    step.name,
-                    step.checksum,
-                )
-                done.append(step)
-            elif row["checksum"] != step.checksum:
-                raise MigrationRefused(f"{step.name} was edited after it had been applied; add a new file instead")
-        await connection.execute("GRANT SELECT ON schema_migrations TO opsentry_app")
-        return done

@@ -2,7 +2,7 @@
 
 import asyncpg
 
-from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.infrastructure.migrations import migrate, migrations
 
 APPLICATION_ROLE = "opsentry_app"
 

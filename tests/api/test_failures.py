@@ -13,7 +13,7 @@ import pytest
 from opsentry.application import readiness
 from opsentry.bootstrap import core, serving
 from opsentry.demo.embedded import APP_USER, EmbeddedPostgres, EmbeddedValkey
-from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.infrastructure.migrations import migrate, migrations
 from tests.conftest import Client, make_tenant
 from tests.waiting import GENEROUS_SECONDS, until
 

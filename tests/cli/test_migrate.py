@@ -5,8 +5,9 @@ import asyncpg
 import pytest
 
 from opsentry.demo.embedded import APP_USER
-from opsentry.infrastructure.postgres import migrations
+from opsentry.infrastructure.migrations import migrations
 from tests.system.processes import environment, opsentry
+from tools.dump_schema import SCHEMA_FILE, dump_schema
 
 
 @pytest.fixture
@@ -49,14 +50,39 @@ async def test_an_edited_migration_is_refused(settings, owner):
     await owner.execute("UPDATE schema_migrations SET checksum = 'other' WHERE number = $1", last.number)
     ran = await opsentry(environment(settings), "migrate")
     assert (ran.code, ran.out) == (1, "")
-    assert ran.err == f"Error: {last.name} was edited after it had been applied; add a new file instead\n"
+    assert ran.err == (
+        f"Error: {last.name} is not the file that this database was migrated with; nothing was changed;"
+        " restore the file and put the change into a new migration, or create a new database\n"
+    )
 
 
 async def test_a_newer_database_is_refused(settings, owner):
     await owner.execute("INSERT INTO schema_migrations (number, name, checksum) VALUES (9999, '9999_later', 'x')")
     ran = await opsentry(environment(settings), "migrate")
     assert (ran.code, ran.out) == (1, "")
-    assert ran.err == "Error: the database has 9999_later, which this version of Opsentry does not know\n"
+    assert ran.err == (
+        "Error: this database was migrated by a newer version of Opsentry (it has 9999_later); nothing was changed;"
+        " run that version or a later one\n"
+    )
+
+
+async def test_a_database_of_an_unreleased_version_is_refused(settings, owner):
+    await owner.execute(
+        "UPDATE schema_migrations SET name = '0002_access', checksum = 'x' WHERE number = 2;"
+        "INSERT INTO schema_migrations (number, name, checksum) VALUES (9, '0009_deliveries', 'x')"
+    )
+    before = await owner.fetch("SELECT * FROM schema_migrations ORDER BY number")
+    ran = await opsentry(environment(settings), "migrate")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == (
+        "Error: this database was made by an unreleased version of Opsentry (it has 0002_access);"
+        " nothing was changed; create a new database\n"
+    )
+    assert await owner.fetch("SELECT * FROM schema_migrations ORDER BY number") == before
+
+
+async def test_the_committed_schema_is_that_of_a_migrated_database(settings):
+    assert SCHEMA_FILE.read_text() == dump_schema(settings.migration_database_url), "run `make schema`"
 
 
 async def test_a_login_without_the_right_to_migrate_gets_one_line(empty, postgres):

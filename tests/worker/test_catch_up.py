@@ -3,7 +3,7 @@ import asyncpg
 from opsentry.bootstrap import core, working
 from opsentry.demo.embedded import APP_USER, DATABASE, EmbeddedPostgres
 from opsentry.domain.incident import DECIDER, OpenIncident
-from opsentry.infrastructure.postgres import migrate, migrations
+from opsentry.infrastructure.migrations import migrate, migrations
 from opsentry.settings import Settings
 from tests import commands
 from tests.conftest import META, make_tenant
