@@ -109,11 +109,11 @@ async def test_a_busy_tenant_does_not_delay_others(parts, acme, globex, owner, a
         await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
         async with working(parts):
             await completed(app_connection, 1)
-            assert await story(app_connection, free) == DONE
-            assert await story(app_connection, held) == DONE[:1]
+            assert await story(app_connection, free, globex.id) == DONE
+            assert await story(app_connection, held, acme.id) == DONE[:1]
     async with working(parts):
         await completed(owner, 2)
-    assert await story(owner, held) == DONE
+    assert await story(owner, held, acme.id) == DONE
 
 
 async def test_more_windows_than_a_batch_are_all_moved(parts, owner):

@@ -25,10 +25,13 @@ async def schedule(parts: Core, tenant_id: int, begins_in: float, lasts: float =
     return executed.stream_id
 
 
-async def story(owner: Any, maintenance_id: int) -> list[str]:
-    """Return the types of a window's events."""
+async def story(owner: Any, maintenance_id: int, tenant_id: int | None = None) -> list[str]:
+    """Return the types of a window's events; `tenant_id` tells it from another tenant's window with the same id."""
     rows = await owner.fetch(
-        "SELECT type FROM events WHERE stream_kind = 'maintenance' AND stream_id = $1 ORDER BY version", maintenance_id
+        "SELECT type FROM events WHERE stream_kind = 'maintenance' AND stream_id = $1"
+        " AND ($2::bigint IS NULL OR tenant_id = $2) ORDER BY version",
+        maintenance_id,
+        tenant_id,
     )
     return [row["type"] for row in rows]
 
