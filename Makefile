@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 OPSENTRY_DEMO_DIR ?= .opsentry
 
-.PHONY: demo test unit check prose faults bench schema lock format clean
+.PHONY: demo test unit check prose reference faults bench schema lock format clean
 
 $(VENV)/.demo: requirements/demo.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,12 +35,17 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tools.reference --check
 	-@$(MAKE) --no-print-directory prose
 
 # Checks wording and spelling: banned phrases, long sentences in docs, typing errors.
 prose: $(VENV)/.dev
 	@$(BIN)/python tools/check_prose.py
 	@$(BIN)/codespell
+
+# Writes the generated parts of the API reference.
+reference: $(VENV)/.dev
+	@$(BIN)/python -m tools.reference
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)

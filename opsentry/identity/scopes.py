@@ -1,6 +1,6 @@
 """Scopes: the permissions of an API token."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias, get_args
 
 from opsentry.domain.decider import InvalidField
@@ -10,6 +10,16 @@ Scope: TypeAlias = Literal[
 ]
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+MEANINGS: Mapping[Scope, str] = {
+    "read:status": "Read services, incidents, maintenance windows and uptime.",
+    "read:audit": "Read the tenant's ledger. Together with a write scope: redact.",
+    "write:incidents": "Declare, change, update and resolve incidents.",
+    "write:maintenance": "Schedule, change, start, complete and cancel maintenance windows.",
+    "write:services": "Create, change and remove services.",
+    "write:subscriptions": "Read and change subscriptions and their deliveries.",
+}
+"""What each scope allows."""
 
 
 def check_scopes(scopes: Iterable[str]) -> list[Scope]:
