@@ -1,4 +1,4 @@
-"""What the tests of several endpoints start from."""
+"""Fixtures and helpers that the tests of several endpoints share."""
 
 from dataclasses import dataclass
 
@@ -67,29 +67,29 @@ async def make_operator(parts, **fields):
 
 
 async def recorded(parts, tenant_id, kind, stream_id):
-    """The events of a stream."""
+    """Return the events of a stream."""
     async with parts.database.connection() as connection:
         return [e.event for e in await store.read_stream(connection, tenant_id, kind, stream_id)]
 
 
 async def types(parts, tenant_id, kind, stream_id):
-    """The types of a stream's events."""
+    """Return the types of a stream's events."""
     return [event.TYPE for event in await recorded(parts, tenant_id, kind, stream_id)]
 
 
 async def head(parts, tenant_id):
-    """How many events the tenant's ledger has."""
+    """Return the position of the tenant's last event."""
     async with parts.database.connection() as connection:
         return await store.read_head_position(connection, tenant_id)
 
 
 def refused(message):
-    """The body of a 400: its message begins with the name of the field at fault."""
+    """Return the body of a 400, whose message begins with the name of the field at fault."""
     return {"error": message, "field": message.partition(":")[0]}
 
 
 async def raw(client, method, path, **options):
-    """(status, octets) of an answer."""
+    """Return (status, octets) of an answer."""
     url = f"{client.base_url}/api/v1{path}"
     async with client.session.request(method, url, headers=client.headers, **options) as response:
         octets = await response.read()
@@ -104,17 +104,17 @@ async def operator(http, base_url, parts: Core) -> Client:
 
 @pytest.fixture
 async def things(api, parts: Core, acme: Tenant) -> dict[str, int]:
-    """One of each, of tenant acme, every word of theirs a canary."""
+    """One resource of each kind, of tenant acme, with a canary in every text field."""
     words = {"title": f"{CANARY} title", "description": f"{CANARY} description"}
     service = await make_service(parts, acme.id, CANARY.lower(), name=CANARY, description=CANARY, tags=(CANARY,))
     _, incident, _ = await api.post("/incidents", {**words, "service_ids": [service], "severity": "critical"})
     await api.post(f"/incidents/{incident['id']}/updates", {"message": f"{CANARY} message"})
     await api.patch(f"/incidents/{incident['id']}", {"root_cause": CANARY, "postmortem": CANARY})
     _, window, _ = await api.post("/maintenance", {**DRILL, **words, "service_ids": [service]})
-    _, wish, _ = await api.post("/subscriptions", {**HOOK, "target": f"https://example.com/{CANARY}"})
+    _, subscription, _ = await api.post("/subscriptions", {**HOOK, "target": f"https://example.com/{CANARY}"})
     return {
         "services": service,
         "incidents": incident["id"],
         "maintenance": window["id"],
-        "subscriptions": wish["id"],
+        "subscriptions": subscription["id"],
     }

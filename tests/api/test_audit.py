@@ -216,7 +216,7 @@ async def test_moments_that_are_none_are_refused(api, things, moment, says):
         assert says in answer["error"]
 
 
-async def test_what_speaks_of_now_only_does_not_seem_to_speak_of_then(api, things):
+async def test_endpoints_that_show_only_the_present_refuse_as_of(api, things):
     for path in (f"/services/{things['services']}/uptime", "/maintenance/upcoming"):
         assert (await api.get(f"{path}?as_of=1"))[0] == 400
 
@@ -273,7 +273,7 @@ async def test_erasing_needs_both_scopes(api, parts, acme, things):
         ({"events": [0], "reason": "r"}, "events[0]: must be an integer from 1"),
     ],
 )
-async def test_what_cannot_be_erased_is_explained_and_loses_nothing(api, things, body, says):
+async def test_an_impossible_redaction_is_explained_and_loses_nothing(api, things, body, says):
     for kind in ("incidents", "maintenance"):
         before = await raw(api, "GET", f"/{kind}/{things[kind]}")
         status, answer, _ = await api.post(f"/{kind}/{things[kind]}/redactions", body)

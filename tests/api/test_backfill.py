@@ -15,7 +15,7 @@ HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
 SECOND = timedelta(seconds=1)
 
-# The commands that may tell of the past, of an incident that is there where one is needed.
+# The commands that accept a time in the past.
 COMMANDS: tuple[tuple[str, dict[str, str]], ...] = (
     ("/incidents", {"title": "Told"}),
     ("/incidents/{incident}/updates", {"message": "M"}),
@@ -151,7 +151,7 @@ async def test_null_is_now(api, path, body):
 
 @each_command
 @pytest.mark.parametrize("ahead", [CLOCK_SKEW + 2 * SECOND, HOUR, timedelta(days=365_000)])
-async def test_what_has_not_happened_yet_is_refused(api, parts, acme, path, body, ahead):
+async def test_a_time_in_the_future_is_refused(api, parts, acme, path, body, ahead):
     _, incident, _ = await api.post("/incidents", {"title": "A"})
     before = await head(parts, acme.id)
     sent = {**body, "occurred_at": ago(-ahead)}
@@ -173,7 +173,7 @@ async def test_a_clock_that_is_a_little_fast_means_now(api, path, body):
 
 
 @each_command
-async def test_what_is_no_moment_is_refused(api, parts, acme, path, body):
+async def test_an_invalid_time_is_refused(api, parts, acme, path, body):
     _, incident, _ = await api.post("/incidents", {"title": "A"})
     before = await head(parts, acme.id)
     for bad in NO_MOMENTS:
@@ -184,7 +184,7 @@ async def test_what_is_no_moment_is_refused(api, parts, acme, path, body):
 
 
 @pytest.mark.parametrize(("path", "body"), COMMANDS[1:])
-async def test_nothing_happened_before_what_it_follows(api, parts, acme, path, body):
+async def test_a_change_cannot_precede_its_incident(api, parts, acme, path, body):
     began = ago(5 * HOUR)
     _, incident, _ = await api.post("/incidents", {"title": "A", "occurred_at": began})
     path, before = path.format(incident=incident["id"]), await head(parts, acme.id)
@@ -195,7 +195,7 @@ async def test_nothing_happened_before_what_it_follows(api, parts, acme, path, b
     assert (await api.post(path, {**body, "occurred_at": began}))[0] in {200, 201}
 
 
-async def test_what_happened_just_now_cannot_be_preceded(api, parts, acme, path):
+async def test_an_update_cannot_precede_the_latest_change(api, parts, acme, path):
     _, incident, _ = await api.patch(path, {"severity": "critical"})
     before = await head(parts, acme.id)
     status, answer, _ = await api.post(f"{path}/updates", {"message": "M", "occurred_at": ago(HOUR)})
@@ -204,7 +204,7 @@ async def test_what_happened_just_now_cannot_be_preceded(api, parts, acme, path)
     assert await head(parts, acme.id) == before
 
 
-async def test_a_whole_story_is_told_in_order(api, path):
+async def test_a_timeline_is_backfilled_in_order(api, path):
     moments = [ago(n * HOUR) for n in (9, 8, 8, 7)]
     for n, then in enumerate(moments):
         assert (await api.post(f"{path}/updates", {"message": f"m{n}", "occurred_at": then}))[0] == 201
@@ -242,7 +242,7 @@ async def test_twenty_updates_of_the_past_at_once_leave_a_timeline_in_order(api,
 
 @pytest.fixture
 async def intents(parts, acme):
-    """Somebody wants to be told; a function that counts what they are told."""
+    """Subscribe a webhook and lend a function that counts the intents of the tenant."""
     command = CreateSubscription(channel="webhook", target="x")
     await commands.create(parts, subscription.DECIDER, acme.id, command, META)
 
@@ -259,7 +259,7 @@ async def intents(parts, acme):
     ("length", "told"),
     [(None, 1), (SECOND, 1), (NEWS_MAX_AGE - 20 * SECOND, 1), (NEWS_MAX_AGE + 5 * SECOND, 0), (HOUR, 0), (-SECOND, 1)],
 )
-async def test_old_news_are_told_to_nobody(api, intents, path, body, length, told):
+async def test_only_recent_changes_notify_subscribers(api, intents, path, body, length, told):
     _, incident, _ = await api.post("/incidents", {"title": "A", "occurred_at": ago(2 * HOUR)})
     assert await intents() == 0
     sent = body if length is None else {**body, "occurred_at": ago(length)}
@@ -267,7 +267,7 @@ async def test_old_news_are_told_to_nobody(api, intents, path, body, length, tol
     assert await intents() == told
 
 
-async def test_news_of_an_old_incident_are_news(api, path, intents):
+async def test_recent_changes_of_an_old_incident_notify_subscribers(api, path, intents):
     await api.post(f"{path}/updates", {"message": "M", "occurred_at": ago(HOUR)})
     assert await intents() == 0
     await api.patch(path, {"severity": "critical"})
@@ -352,7 +352,7 @@ async def test_later_changes_leave_an_incident_where_it_was_in_the_list(api, pat
     assert [incident["title"] for incident in (await api.get("/incidents"))[1]["incidents"]] == ["B", "A"]
 
 
-async def test_the_past_as_it_was_known_did_not_have_what_was_told_later(api, path):
+async def test_an_as_of_query_lacks_incidents_that_were_backfilled_later(api, path):
     _, _, told = await api.get("/events/head")
     then = told["Opsentry-Position"]
     await api.post("/incidents", {"title": "B", "occurred_at": ago(20 * HOUR)})

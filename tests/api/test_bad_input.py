@@ -1,4 +1,4 @@
-"""Whatever is wrong with a field or a query parameter: 400 that names it, and nothing is changed."""
+"""Check that an invalid field or query parameter is named in a 400 and changes nothing."""
 
 import json
 

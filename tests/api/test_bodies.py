@@ -1,4 +1,4 @@
-"""Bodies that are no JSON, not declared to be, too large, cut off or wrongly encoded."""
+"""Check bodies that are invalid JSON, of another content type, too large, truncated or wrongly encoded."""
 
 import asyncio
 import gzip
@@ -38,7 +38,7 @@ JSON = {"Content-Type": "application/json"}
         b'{"title": "T", "x": {"y": ' + b"[" * 30_000 + b"]" * 30_000 + b"}}",
     ],
 )
-async def test_what_is_no_json_is_a_bad_request(api, parts, acme, octets):
+async def test_invalid_json_is_a_bad_request(api, parts, acme, octets):
     _, created, _ = await api.post("/incidents", {"title": "A"})
     _, window, _ = await api.post("/maintenance", DRILL)
     before = await head(parts, acme.id)
@@ -129,7 +129,7 @@ async def test_a_client_that_leaves_in_the_middle_is_no_defect_of_ours(api, part
 
 
 @pytest.mark.parametrize("expect", ["100-continue", "100-Continue", "something-else"])
-async def test_who_waits_to_be_asked_for_the_body_is_asked(api, expect):
+async def test_an_expect_header_never_blocks_a_request(api, expect):
     options = {"json": {"title": "T"}, "headers": {"Expect": expect}}
     status, _, headers = await asyncio.wait_for(api.send("POST", "/api/v1/incidents", **options), 5)
     assert status == 201

@@ -1,4 +1,4 @@
-"""`PATCH /maintenance/:id`: what may be changed when, what stays, and what is recorded of it."""
+"""Check which fields `PATCH /maintenance/:id` changes in each status, and which events it appends."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -100,7 +100,7 @@ async def test_no_change_is_no_event(api, parts, acme, window, path, status, bod
 
 @pytest.mark.parametrize("field", CHANGES)
 @pytest.mark.parametrize("status", MOVES)
-async def test_what_may_be_changed_when(api, parts, acme, path, status, field):
+async def test_the_status_decides_which_fields_may_change(api, parts, acme, path, status, field):
     for action in MOVES[status]:
         await api.post(f"{path}/{action}")
     before = await head(parts, acme.id)
@@ -114,7 +114,7 @@ async def test_what_may_be_changed_when(api, parts, acme, path, status, field):
         assert await head(parts, acme.id) == before
 
 
-async def test_what_is_refused_takes_what_would_be_allowed_with_it(api, path):
+async def test_one_forbidden_field_refuses_the_whole_change(api, path):
     await api.post(f"{path}/start")
     status, answer, _ = await api.patch(path, {"title": "T", "visibility": "internal", "service_ids": None})
     assert (status, answer["error"]) == (
@@ -140,7 +140,7 @@ async def test_what_is_refused_takes_what_would_be_allowed_with_it(api, path):
         ({"service_ids": [99]}, "service_ids: no such service: 99"),
     ],
 )
-async def test_what_is_wrong_is_named_and_nothing_is_changed(api, parts, acme, path, body, message):
+async def test_an_invalid_field_is_named_and_nothing_changes(api, parts, acme, path, body, message):
     before = await head(parts, acme.id)
     status, answer, _ = await api.patch(path, {"title": "T", **body})
     assert (status, answer) == (400, refused(answer["error"]))

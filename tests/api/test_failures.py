@@ -111,7 +111,7 @@ async def test_a_frozen_database_is_said_and_its_return_is_noticed(stack, own_po
     await until_ready(stack)
     assert (await stack.post("/incidents", {"title": "after"}))[0] == 201
     titles = [i["title"] for i in (await stack.get("/incidents"))[1]["incidents"]]
-    # What was asked for while it was frozen may have happened, and then is to be seen, once.
+    # The server may have carried out the request that arrived during the freeze, but only once.
     assert titles in (["after", "before"], ["after", "T", "before"])
 
 
@@ -160,7 +160,7 @@ async def test_a_body_that_trickles_in_is_cut(stack):
 
 
 @pytest.mark.production_timeouts
-async def test_what_was_answered_is_never_denied_while_read_models_stand_still(api, parts, acme, owner):
+async def test_a_created_resource_is_found_while_projections_are_blocked(api, parts, acme, owner):
     await parts.projector.catch_up(acme.id, 0)
     window = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
     async with owner.transaction():
@@ -175,7 +175,7 @@ async def test_what_was_answered_is_never_denied_while_read_models_stand_still(a
             )
             assert {name: found[name] for name in made} == made
             assert (await api.get(f"{path}/987654321"))[:2] == (404, {"error": "not found"})
-        # What only its read model knows cannot be denied either.
+        # A service is known from its read model alone, so it cannot be denied while that lags.
         status, _, headers = await api.get("/services/987654321")
         assert (status, headers["Retry-After"]) == (503, "1")
     assert (await api.get("/services/987654321"))[0] == 404

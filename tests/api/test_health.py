@@ -66,7 +66,7 @@ async def test_readiness_follows_the_backlog(
     assert (await ready_again(monkeypatch, anonymous))[0] == 200
 
 
-async def test_an_outbox_that_stands_still_does_not_look_healthy(monkeypatch, anonymous, api, parts, acme, owner):
+async def test_a_halted_outbox_is_reported_as_unhealthy(monkeypatch, anonymous, api, parts, acme, owner):
     await api.post("/incidents", {"title": "A"})
     await owner.execute("UPDATE checkpoints SET position = 0, halted_at = 1 WHERE projection = 'outbox'")
     _, body, _ = await ready_again(monkeypatch, anonymous)
@@ -92,7 +92,7 @@ async def test_many_probes_are_one_round_of_checks(anonymous):
         ("PATCH", "/api/v1/services", "GET, HEAD"),
     ],
 )
-async def test_another_method_is_told_which_there_are(anonymous, method, path, allow):
+async def test_an_unsupported_method_is_answered_with_the_allowed_ones(anonymous, method, path, allow):
     status, body, headers = await anonymous.send(method, path)
     assert (status, body, headers["Allow"]) == (405, {"error": "method not allowed"}, allow)
     assert headers["X-Request-ID"]

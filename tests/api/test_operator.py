@@ -44,7 +44,7 @@ async def test_how_read_models_stand_over_all_tenants(operator, api, other_api, 
     assert {row["rebuilt_at"] for row in rows} == {"2026-01-02T01:04:05.678901Z"}
 
 
-async def test_what_stopped_is_named(monkeypatch, operator, api, parts, acme, owner):
+async def test_halted_projections_are_listed_with_their_event(monkeypatch, operator, api, parts, acme, owner):
     assert (await operator.send("GET", "/ops/projections/halted"))[1] == {"halted": []}
     _, incident, _ = await api.post("/incidents", {"title": "Down"})
     position = await plant(owner, acme.id, incident["id"], 2, type="incident.exploded")
@@ -56,7 +56,7 @@ async def test_what_stopped_is_named(monkeypatch, operator, api, parts, acme, ow
     assert all("incident.exploded" in row["error"] for row in found)
 
 
-async def test_all_who_ask_at_about_the_same_time_share_one_query(monkeypatch, http, settings, parts):
+async def test_concurrent_requests_share_one_query(monkeypatch, http, settings, parts):
     began, may_end = asyncio.Semaphore(0), asyncio.Event()
     query = management.projection_status
     asked = 0
@@ -75,7 +75,7 @@ async def test_all_who_ask_at_about_the_same_time_share_one_query(monkeypatch, h
         clients = [Client(http, url, value) for value in values] * 5
         waiting = [asyncio.create_task(client.send("GET", "/ops/projections")) for client in clients]
         await began.acquire()
-        # Nobody else waits for it, and whoever gives up does not end it.
+        # Other endpoints answer meanwhile, and a client that disconnects does not end the shared query.
         assert (await clients[0].send("GET", "/ops/projections/halted"))[0] == 200
         waiting.pop().cancel()
         may_end.set()

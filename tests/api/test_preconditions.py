@@ -17,7 +17,7 @@ from tests.api.conftest import DRILL, head
 from tests.conftest import META, Client, make_service
 from tests.waiting import until
 
-# What changes a thing that is there: method, path, body.
+# The commands that change an existing resource: method, path, body.
 COMMANDS: tuple[tuple[str, str, Any], ...] = (
     ("PATCH", "/incidents/{incident}", {"title": "B"}),
     ("POST", "/incidents/{incident}/updates", {"message": "M"}),
@@ -63,7 +63,7 @@ async def ids(api, parts, acme):
 
 
 async def tag(client, path):
-    """The entity tag of what a command changes."""
+    """Return the entity tag of the resource that a command at `path` changes."""
     return (await client.get("/".join(path.split("/")[:3])))[2]["ETag"]
 
 
@@ -87,7 +87,7 @@ async def rename(parts, acme, service_id, name="Renamed"):
 
 
 @each_command
-async def test_a_command_for_what_was_read_is_carried_out(api, ids, method, path, body):
+async def test_a_command_with_the_current_tag_is_carried_out(api, ids, method, path, body):
     path = path.format(**ids)
     status, _, headers = await send(api, method, path, body, await tag(api, path))
     assert status in {200, 201}
@@ -95,7 +95,7 @@ async def test_a_command_for_what_was_read_is_carried_out(api, ids, method, path
 
 
 @each_command
-async def test_a_command_for_what_has_changed_is_refused(api, parts, acme, ids, method, path, body):
+async def test_a_command_with_a_stale_tag_is_refused(api, parts, acme, ids, method, path, body):
     path = path.format(**ids)
     current, before = await tag(api, path), await head(parts, acme.id)
     for stale in ('"0"', '"99"', '"99-1"'):
@@ -105,7 +105,7 @@ async def test_a_command_for_what_has_changed_is_refused(api, parts, acme, ids, 
     assert await head(parts, acme.id) == before
 
 
-async def test_what_was_read_before_an_edit_is_out_of_date_after_it(api, parts, acme, ids):
+async def test_a_tag_read_before_an_edit_is_stale_after_it(api, parts, acme, ids):
     path = f"/incidents/{ids['incident']}"
     read = await tag(api, path)
     _, _, edited = await send(api, "PATCH", path, {"title": "B"}, read)
@@ -117,7 +117,7 @@ async def test_what_was_read_before_an_edit_is_out_of_date_after_it(api, parts, 
 
 
 @each_command
-async def test_a_star_matches_whatever_there_is(api, ids, method, path, body):
+async def test_a_star_matches_any_version(api, ids, method, path, body):
     assert (await send(api, method, path.format(**ids), body, "*"))[0] in {200, 201}
 
 
@@ -153,13 +153,13 @@ async def test_nonsense_never_matches(api, parts, acme, ids, nonsense):
 
 
 @pytest.mark.parametrize("other", ['"01"', '"\u0661"', f'"{"9" * 5000}"'])
-async def test_a_number_that_is_written_otherwise_never_matches(api, parts, acme, ids, other):
+async def test_another_spelling_of_the_version_never_matches(api, parts, acme, ids, other):
     path, before = f"/incidents/{ids['incident']}", await head(parts, acme.id)
     assert (await send(api, "PATCH", path, {"title": "B"}, other))[0] == 412
     assert await head(parts, acme.id) == before
 
 
-async def test_a_renamed_service_stops_no_editor(api, parts, acme, ids):
+async def test_a_renamed_service_makes_no_tag_stale(api, parts, acme, ids):
     path = f"/incidents/{ids['incident']}"
     read = await tag(api, path)
     await rename(parts, acme, ids["service"])
@@ -170,14 +170,14 @@ async def test_a_renamed_service_stops_no_editor(api, parts, acme, ids):
     assert (await send(api, "PATCH", path, {"title": "C"}, headers["ETag"]))[0] == 200
 
 
-async def test_a_refusal_tells_the_tag_that_a_read_tells(api, parts, acme, ids):
+async def test_a_refusal_carries_the_tag_of_a_read(api, parts, acme, ids):
     await rename(parts, acme, ids["service"])
     path = f"/incidents/{ids['incident']}"
     status, _, headers = await send(api, "PATCH", path, {"title": "B"}, '"99"')
     assert (status, headers["ETag"]) == (412, await tag(api, path))
 
 
-async def test_what_is_not_there_matches_nothing_and_is_not_found(api, other_api, ids):
+async def test_a_missing_incident_is_not_found_for_any_tag(api, other_api, ids):
     path = f"/incidents/{ids['incident']}"
     for client, missing in ((api, "/incidents/999"), (other_api, path)):
         for value in ("*", '"1"', '"99"'):
@@ -207,7 +207,7 @@ async def test_of_twenty_editors_at_two_processes_one_wins(api, http, settings, 
 
 
 @each_command
-async def test_a_keyed_retry_is_answered_although_what_it_names_has_changed(api, parts, acme, ids, method, path, body):
+async def test_a_keyed_retry_is_answered_although_its_tag_is_stale(api, parts, acme, ids, method, path, body):
     path = path.format(**ids)
     read = await tag(api, path)
     status, answered, headers = await send(api, method, path, body, read, key="k")
@@ -240,7 +240,7 @@ async def test_a_command_that_is_refused_leaves_its_key_unused(api, ids, method,
 
 
 async def read(client, path, *tags, method="GET"):
-    """(status, octets, headers) of an answer to one who has `tags` already."""
+    """Return (status, octets, headers) of an answer to a client that holds `tags`."""
     headers = CIMultiDict(client.headers)
     for value in tags:
         headers.add("If-None-Match", value)
@@ -250,7 +250,7 @@ async def read(client, path, *tags, method="GET"):
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @each_read
-async def test_what_the_client_has_is_not_sent_again(api, ids, path, method):
+async def test_an_unchanged_body_is_not_sent_again(api, ids, path, method):
     path = path.format(**ids)
     status, octets, headers = await read(api, path, method=method)
     assert (status, bool(octets)) == (200, method == "GET")
@@ -266,7 +266,7 @@ async def test_what_the_client_has_is_not_sent_again(api, ids, path, method):
         assert (await read(api, path, *tags, method=method))[0] == 200
 
 
-async def test_a_head_tells_what_a_get_tells(api, ids):
+async def test_head_answers_with_the_headers_of_get(api, ids):
     for path in READS:
         _, octets, got = await read(api, path.format(**ids))
         status, nothing, told = await read(api, path.format(**ids), method="HEAD")
@@ -275,7 +275,7 @@ async def test_a_head_tells_what_a_get_tells(api, ids):
             assert told.get(name) == got.get(name)
 
 
-async def test_what_changed_is_sent_with_another_tag(api, ids):
+async def test_a_changed_body_is_sent_with_another_tag(api, ids):
     paths = [path.format(**ids) for path in READS]
     before = {path: await read(api, path) for path in paths}
     since = (datetime.now(UTC) - timedelta(hours=2)).isoformat()
@@ -291,7 +291,7 @@ async def test_what_changed_is_sent_with_another_tag(api, ids):
         assert (await read(api, path, after["ETag"], headers["ETag"], method="HEAD"))[0] in {200, 304}
 
 
-async def test_a_renamed_service_changes_the_tags_of_what_shows_it(api, parts, acme, ids):
+async def test_a_renamed_service_changes_the_tags_of_all_bodies_that_show_it(api, parts, acme, ids):
     paths = [path.format(**ids) for path in READS if "uptime" not in path]
     before = {path: await read(api, path) for path in paths}
     await rename(parts, acme, ids["service"])
@@ -311,7 +311,7 @@ async def test_a_second_new_name_changes_the_tags_again(api, parts, acme, ids):
         assert len(set(tags)) == 4
 
 
-async def test_a_service_in_another_state_changes_the_tags_of_what_shows_it(api, ids):
+async def test_a_service_in_another_state_changes_the_tags_of_all_bodies_that_show_it(api, ids):
     body = {"title": "O", "severity": "critical", "service_ids": [ids["service"]]}
     paths = [
         "/services",
@@ -350,7 +350,7 @@ async def test_an_answer_to_a_command_has_the_tag_of_a_read(api, parts, acme, id
         assert (await read(api, path, headers["ETag"]))[0] == 304
 
 
-async def test_what_is_not_found_or_refused_is_no_304(api, ids):
+async def test_a_missing_resource_or_a_refused_request_is_no_304(api, ids):
     assert (await read(api, "/incidents/999", "*"))[0] == 404
     assert (await read(api, "/incidents?limit=x", "*"))[0] == 400
     headers = {"If-None-Match": "*"}
@@ -369,7 +369,7 @@ async def test_a_page_is_not_taken_for_another_tenants(api, other_api, globex, i
 # ---------------------------------------------------------------------------------------------------- positions
 
 
-async def test_a_change_that_changed_nothing_tells_a_position_that_shows_it(api, parts, acme, ids):
+async def test_an_empty_change_answers_with_a_position_that_shows_it(api, parts, acme, ids):
     await api.post("/incidents", {"title": "Later"})
     method, path, body = UNCHANGING
     _, _, headers = await send(api, method, path.format(**ids), body)
@@ -377,7 +377,7 @@ async def test_a_change_that_changed_nothing_tells_a_position_that_shows_it(api,
 
 
 @each_changing_command
-async def test_a_command_tells_its_position_and_reads_show_it(api, parts, acme, ids, method, path, body):
+async def test_a_command_answers_with_its_position_and_reads_show_it(api, parts, acme, ids, method, path, body):
     _, _, headers = await send(api, method, path.format(**ids), body)
     assert int(headers["Opsentry-Position"]) == await head(parts, acme.id)
     for each in READS:
@@ -387,7 +387,7 @@ async def test_a_command_tells_its_position_and_reads_show_it(api, parts, acme, 
 
 
 async def opened(parts, acme, ids, title="Unprojected"):
-    """The position of an incident that nobody has projected yet."""
+    """Open an incident, which is not projected yet, and return its position."""
     command = OpenIncident(title=title, severity="critical", service_ids=(ids["service"],))
     return (await commands.create(parts, incident.DECIDER, acme.id, command, META)).position
 
@@ -401,7 +401,7 @@ async def test_a_read_shows_the_position_that_it_asks_for(api, parts, acme, ids,
         assert (status, int(headers["Opsentry-Position"])) == (200, position)
 
 
-async def test_what_was_just_recorded_is_in_the_read_that_asks_for_it(api, parts, acme, ids):
+async def test_a_read_includes_the_event_at_the_position_that_it_asks_for(api, parts, acme, ids):
     for path in ("/incidents", "/incidents/active"):
         position = await opened(parts, acme, ids, path)
         _, page, _ = await api.get(path, headers={"Opsentry-Min-Position": str(position)})
@@ -411,7 +411,7 @@ async def test_what_was_just_recorded_is_in_the_read_that_asks_for_it(api, parts
     assert found["current_status"] == "major_outage"
 
 
-async def test_a_read_that_has_what_the_client_has_still_shows_the_position(api, parts, acme, ids):
+async def test_a_304_still_shows_the_position(api, parts, acme, ids):
     path = f"/incidents/{ids['incident']}"
     _, _, known = await read(api, path)
     position = await opened(parts, acme, ids)
@@ -435,7 +435,7 @@ async def test_a_position_far_ahead_is_waited_for_a_bounded_time(api, parts, acm
         assert seconds < 2.6
 
 
-async def test_a_position_that_is_reached_while_it_is_waited_for_is_shown(api, parts, acme, ids, monkeypatch):
+async def test_a_read_shows_a_position_that_is_reached_during_the_wait(api, parts, acme, ids, monkeypatch):
     position = await head(parts, acme.id) + 1
     polling = set()
     sleep = asyncio.sleep
@@ -459,7 +459,7 @@ async def test_a_position_that_is_reached_while_it_is_waited_for_is_shown(api, p
     assert answers[READS.index("/incidents")][1]["incidents"][0]["title"] == "Unprojected"
 
 
-async def test_another_processs_command_is_shown_to_who_asks_for_its_position(api, http, settings, acme, ids):
+async def test_a_read_shows_the_position_of_another_processs_command(api, http, settings, acme, ids):
     async with core(settings) as two, serving(settings, two) as url:
         there = Client(http, url, acme.token)
         for n in range(10):
@@ -472,7 +472,7 @@ async def test_another_processs_command_is_shown_to_who_asks_for_its_position(ap
     "nonsense",
     ["", "x", "-1", "+1", "1.0", "1e3", "0x1", "1 2", "1,2", "1_0", "\u0661", str(2**63), "9" * 20, "9" * 5000],
 )
-async def test_a_position_that_is_none_is_refused(api, ids, nonsense):
+async def test_an_invalid_position_is_refused(api, ids, nonsense):
     for path in READS:
         status, body, _ = await api.get(path.format(**ids), headers={"Opsentry-Min-Position": nonsense})
         assert (status, body["error"].split(":")[0]) == (400, "Opsentry-Min-Position")

@@ -139,7 +139,7 @@ async def test_two_processes_share_one_limit(http, limited_settings, parts, acme
             status, _, _ = await clients[turn % 2].get("/health")
             passed += status == 200
             await asyncio.sleep(0)
-        # What reaches one process before it hears of the other's is let through; here, a few in twenty milliseconds.
+        # A process admits requests until it learns of the other's count: here, a few in twenty milliseconds.
         assert 50 <= passed < 100
 
 

@@ -17,7 +17,7 @@ from tests.waiting import until
 KEY = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 TOLD = ("ETag", "Location", "Opsentry-Position", "Content-Type")
 
-# One of each command: method, path, body.
+# One request of each command: method, path, body.
 REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "declare": ("POST", "/incidents", {"title": "New", "description": "Told", "severity": "critical"}),
     "change": ("PATCH", "/incidents/{incident}", {"title": "Changed", "severity": "major_outage"}),
@@ -37,10 +37,10 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 CREATING = {"declare", "schedule"}
 ACTIONS = {"start", "complete", "cancel"}
-# How many events they are, if not one: what stood with the erased words is said again.
+# Commands that append several events, with their number. A redaction also restates the fields that remain.
 EVENTS = {"declare": 2, "change": 2, "update": 2, "change window": 3, "redact incident": 2, "redact window": 2}
 
-# Whether so many sessions wait for a lock.
+# Tells whether exactly $1 sessions wait for a lock.
 WAITERS = """
 SELECT count(*) = $1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
 """
@@ -49,7 +49,7 @@ each_command = pytest.mark.parametrize("name", REQUESTS)
 
 
 class Answer(NamedTuple):
-    """All of an answer that a client keeps."""
+    """Hold the parts of a response that a repeat must reproduce."""
 
     status: int
     octets: bytes
@@ -74,7 +74,7 @@ async def send(client, request, key=KEY, **options):
 
 @pytest.fixture
 async def ids(api, parts, acme):
-    """What there is to change: an incident and two windows that touch a service."""
+    """The ids of a service, and of an incident and two windows that affect it."""
     service_id = await make_service(parts, acme.id, "portal", name="Portal")
     words = {"title": "A", "description": "Somebody's name", "service_ids": [service_id]}
     _, incident, _ = await api.post("/incidents", words)
@@ -106,7 +106,7 @@ async def test_a_repeat_is_answered_alike_and_appends_nothing(api, parts, acme, 
 
 
 @each_command
-async def test_the_answer_is_what_a_read_shows(api, ids, name):
+async def test_the_answer_equals_a_later_read(api, ids, name):
     method, path, body = request(name, ids)
     _, answered, _ = await api.send(method, f"/api/v1{path}", json=body, headers={"Idempotency-Key": KEY})
     collection = path.split("/")[1]
@@ -135,7 +135,7 @@ async def test_twenty_sent_to_two_processes_append_once(http, parts, settings, a
     assert await head(parts, acme.id) - before == EVENTS.get(name, 1)
 
 
-async def test_a_process_that_is_new_answers_what_another_one_did(api, http, settings, acme, ids):
+async def test_another_process_answers_a_repeat_alike(api, http, settings, acme, ids):
     first = await send(api, request("update", ids))
     async with core(settings) as later, serving(settings, later) as url:
         assert await send(Client(http, url, acme.token), request("update", ids)) == first._replace(replayed="true")
@@ -281,7 +281,7 @@ async def test_an_action_refused_with_409_leaves_the_key_unused(api, ids):
     assert await send(api, complete) == done._replace(replayed="true")
 
 
-async def test_what_is_not_found_leaves_the_key_unused(api, ids):
+async def test_a_command_refused_with_404_leaves_the_key_unused(api, ids):
     for path in ("/incidents/999/updates", "/incidents/0/updates"):
         assert (await send(api, ("POST", path, {"message": "M"}))).status == 404
     done = await send(api, request("update", ids))
@@ -295,7 +295,7 @@ async def test_a_repeat_is_answered_although_the_command_would_be_refused_now(ap
         assert await send(api, request(name, ids), name) == first._replace(replayed="true")
 
 
-async def test_a_change_that_changed_nothing_stays_one_after_others_changed_something(api, parts, acme, ids):
+async def test_a_repeat_of_an_empty_change_changes_nothing_after_later_changes(api, parts, acme, ids):
     path = f"/incidents/{ids['incident']}"
     before = await head(parts, acme.id)
     first = await send(api, ("PATCH", path, {"title": "A"}))
@@ -307,7 +307,7 @@ async def test_a_change_that_changed_nothing_stays_one_after_others_changed_some
     assert (await send(api, ("PATCH", path, {"title": "C"}))).status == 422
 
 
-async def test_twenty_changes_that_change_nothing_are_answered_alike(api, parts, acme, ids):
+async def test_twenty_empty_changes_at_once_are_answered_alike(api, parts, acme, ids):
     before = await head(parts, acme.id)
     unchanging = ("PATCH", f"/incidents/{ids['incident']}", {"title": "A"})
     answers = await asyncio.gather(*(send(api, unchanging) for _ in range(20)))
@@ -316,7 +316,7 @@ async def test_twenty_changes_that_change_nothing_are_answered_alike(api, parts,
     assert await head(parts, acme.id) == before
 
 
-async def test_an_erasure_of_what_is_erased_already_is_answered_alike(api, parts, acme, ids):
+async def test_a_repeated_redaction_of_redacted_fields_is_answered_alike(api, parts, acme, ids):
     erase = request("redact incident", ids)
     await send(api, erase, "first")
     appended = await head(parts, acme.id)
@@ -331,7 +331,7 @@ async def test_an_erasure_of_what_is_erased_already_is_answered_alike(api, parts
 
 
 @each_command
-async def test_the_answer_is_that_of_then_after_later_changes(api, parts, acme, ids, name):
+async def test_a_repeat_keeps_its_answer_after_later_changes(api, parts, acme, ids, name):
     first = await send(api, request(name, ids))
     made = first.told["Location"].rsplit("/")[-1] if name == "declare" else ids["incident"]
     for body in ({"title": "Later", "visibility": "internal", "service_ids": []}, {"status": "monitoring"}):
@@ -344,7 +344,7 @@ async def test_the_answer_is_that_of_then_after_later_changes(api, parts, acme, 
 
 
 @each_command
-async def test_the_answer_is_that_of_then_after_a_service_was_changed(api, parts, acme, ids, name):
+async def test_a_repeat_keeps_its_answer_after_a_service_was_changed(api, parts, acme, ids, name):
     await change_service(parts, acme, ids, ChangeService(name="Portal of then"))
     first = await send(api, request(name, ids))
     assert b"Portal of then" in first.octets
@@ -355,7 +355,7 @@ async def test_the_answer_is_that_of_then_after_a_service_was_changed(api, parts
         assert await head(parts, acme.id) == appended
 
 
-async def test_an_unchanging_change_is_answered_with_the_links_of_then(api, parts, acme, ids):
+async def test_a_repeat_of_an_empty_change_keeps_its_service_links(api, parts, acme, ids):
     await change_service(parts, acme, ids, ChangeService(name="Portal of then"))
     unchanging = ("PATCH", f"/incidents/{ids['incident']}", {"title": "A"})
     first = await send(api, unchanging)
@@ -364,7 +364,7 @@ async def test_an_unchanging_change_is_answered_with_the_links_of_then(api, part
     assert await send(api, unchanging) == first._replace(replayed="true")
 
 
-async def test_a_service_renamed_while_a_command_waits_is_linked_alike_ever_after(
+async def test_a_repeat_keeps_the_links_of_a_service_renamed_while_the_command_waited(
     api, parts, settings, owner, acme, ids
 ):
     before = await head(parts, acme.id)
@@ -381,14 +381,14 @@ async def test_a_service_renamed_while_a_command_waits_is_linked_alike_ever_afte
     assert await send(api, request("declare", ids)) == first._replace(replayed="true")
 
 
-async def test_a_service_that_is_retired_takes_no_new_incident_but_a_repeat_is_answered(api, parts, acme, ids):
+async def test_a_retired_service_takes_no_new_incident_but_a_repeat_is_answered(api, parts, acme, ids):
     first = await send(api, request("declare", ids))
     await change_service(parts, acme, ids, RetireService())
     assert (await send(api, request("declare", ids), "another")).status == 400
     assert await send(api, request("declare", ids)) == first._replace(replayed="true")
 
 
-async def test_the_authors_are_those_of_then(api, http, base_url, parts, acme, ids):
+async def test_a_repeat_keeps_the_authors_of_its_answer(api, http, base_url, parts, acme, ids):
     other = Client(http, base_url, await make_token(parts, acme.id, *SCOPES))
     await send(other, request("update", ids))
     first = await send(api, request("update", ids))
@@ -397,18 +397,18 @@ async def test_the_authors_are_those_of_then(api, http, base_url, parts, acme, i
     assert await send(api, request("update", ids)) == first._replace(replayed="true")
 
 
-async def test_a_repeat_does_not_bring_back_words_that_were_erased_since(api, ids):
+async def test_a_repeat_never_brings_back_fields_that_were_redacted_since(api, ids):
     first = await send(api, request("declare", ids))
     assert b"Told" in first.octets
     made = first.told["Location"].removeprefix("/api/v1")
     await api.post(f"{made}/redactions", {"fields": ["description"], "reason": "Name"})
     again = await send(api, request("declare", ids))
-    # The title stood in the same event, so its words of then are gone too.
+    # The same event held the title, so that is redacted too.
     assert again.octets == first.octets.replace(b'"Told"', b'"[redacted]"').replace(b'"New"', b'"[redacted]"')
     assert again[2:] == (first.told, "true")
 
 
-async def test_an_erasure_does_not_answer_with_the_words_it_erased(api, ids):
+async def test_a_redaction_never_answers_with_the_redacted_fields(api, ids):
     for name, words in (("redact incident", b"Somebody's name"), ("redact window", b'"title":"A"')):
         answer = await send(api, request(name, ids), name)
         assert answer.status == 201
@@ -471,13 +471,13 @@ async def test_keys_and_bodies_are_kept_as_digests_only(api, owner, acme, parts)
     assert [event.title for event in await recorded(parts, acme.id, "incident", row["stream_id"])] == ["BODY-CANARY"]
 
 
-async def test_the_same_key_of_another_token_is_not_to_be_recognized(api, other_api, owner):
+async def test_equal_keys_of_two_tokens_have_different_digests(api, other_api, owner):
     for client in (api, other_api):
         await send(client, ("POST", "/incidents", {"title": "A"}))
     assert await owner.fetchval("SELECT count(DISTINCT key) FROM idempotency_keys") == 2
 
 
-async def test_old_keys_are_forgotten_and_younger_ones_are_not(api, parts, owner, acme):
+async def test_keys_are_pruned_after_their_lifetime(api, parts, owner, acme):
     create, before = ("POST", "/incidents", {"title": "A"}), await head(parts, acme.id)
     old = await send(api, create, "old")
     await owner.execute("UPDATE idempotency_keys SET recorded_at = recorded_at - interval '61 minutes'")
@@ -493,7 +493,7 @@ async def test_old_keys_are_forgotten_and_younger_ones_are_not(api, parts, owner
     assert await head(parts, acme.id) == before + 3
 
 
-async def test_keys_are_forgotten_some_at_a_time_the_oldest_first(api, other_api, parts, owner):
+async def test_keys_are_pruned_in_batches_from_the_oldest(api, other_api, parts, owner):
     create = ("POST", "/incidents", {"title": "A"})
     for n, client in enumerate((api, other_api, api)):
         await send(client, create, f"k{n}")

@@ -53,7 +53,7 @@ async def test_every_endpoint_wants_its_scope_and_no_other(http, base_url, parts
     assert await head(parts, acme.id) == before
 
 
-async def test_what_is_lacked_is_said_before_anything_else_is_looked_at(http, base_url, parts, acme):
+async def test_a_missing_scope_is_reported_before_the_path_and_the_body_are_read(http, base_url, parts, acme):
     client = Client(http, base_url, await make_token(parts, acme.id, "read:status"))
     for path in ("/incidents", "/incidents/abc/updates", "/incidents/1/resolve"):
         status, body, _ = await client.post(path, data=b"[" * 70_000)

@@ -1,4 +1,4 @@
-"""Signing secrets and targets that are secrets: told once, kept encrypted_secret, and nowhere in clear."""
+"""Check that signing secrets and secret targets are shown once, stored encrypted and never in clear."""
 
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -24,7 +24,7 @@ WHERE n.nspname = 'public' AND c.relkind IN ('r', 'p', 'm') AND a.attnum > 0 AND
 
 
 async def found_in_clear(owner, *secrets):
-    """Where one of the secrets lies, as text or within octets."""
+    """Return each (table, column, secret) that holds a secret as text or within octets."""
     places = []
     for table, column in await owner.fetch(COLUMNS):
         for secret in secrets:
@@ -38,7 +38,7 @@ async def found_in_clear(owner, *secrets):
     return places
 
 
-async def test_no_secret_lies_or_is_answered_in_clear(api, parts, acme, owner):
+async def test_no_secret_is_stored_or_answered_in_clear(api, parts, acme, owner):
     _, hook, _ = await api.post("/subscriptions", HOOK, headers={"Idempotency-Key": "k"})
     _, slack, _ = await api.post("/subscriptions", SLACK, headers={"Idempotency-Key": "l"})
     _, rotated, _ = await api.post(f"/subscriptions/{hook['id']}/rotate-secret")
@@ -49,7 +49,7 @@ async def test_no_secret_lies_or_is_answered_in_clear(api, parts, acme, owner):
     secrets = [hook["secret"], rotated["secret"], "XXXXYYYYZZZZ", "AAAABBBBCCCC"]
     secrets += [secret.removeprefix("whsec_") for secret in secrets[:2]]
     assert await found_in_clear(owner, *secrets) == []
-    assert await found_in_clear(owner, "example.com/hook")  # what is no secret is found so
+    assert await found_in_clear(owner, "example.com/hook")  # a target that is no secret proves the search
     paths = ["/subscriptions", "/events", "/events/export"]
     paths += [f"/subscriptions/{number}{more}" for number in (hook["id"], slack["id"]) for more in ("", "/deliveries")]
     for path in paths:
@@ -61,7 +61,7 @@ async def test_no_secret_lies_or_is_answered_in_clear(api, parts, acme, owner):
 # ---------------------------------------------------------------------------------------------------- rotation
 
 
-async def test_a_rotation_tells_a_new_secret_once(api, parts, acme):
+async def test_a_rotation_shows_the_new_secret_once(api, parts, acme):
     _, made, _ = await api.post("/subscriptions", HOOK)
     path = f"/subscriptions/{made['id']}"
     status, rotated, headers = await api.post(f"{path}/rotate-secret")
@@ -92,7 +92,7 @@ async def test_a_rotation_that_is_sent_again_is_one_rotation(api, parts, acme):
 
 
 async def secrets_of(parts, tenant_id, number):
-    """The present secret, the one before it, and until when that is good."""
+    """Return the current secret, the previous one, and the time at which that expires."""
     state = subscription.DECIDER.fold(await recorded(parts, tenant_id, "subscription", number))
     assert state is not None
     box = SecretBox([SECRET_KEY])
@@ -103,7 +103,7 @@ async def secrets_of(parts, tenant_id, number):
     return present, previous, state.previous_until
 
 
-async def test_a_webhook_of_before_there_were_secrets_gets_its_first_one(api, parts, acme):
+async def test_a_webhook_without_a_secret_gets_its_first_one(api, parts, acme):
     command = CreateSubscription(channel="webhook", target=HOOK["target"])
     made = await commands.create(parts, subscription.DECIDER, acme.id, command, META)
     await parts.projector.catch_up(acme.id, made.position)
@@ -120,7 +120,7 @@ async def test_a_webhook_of_before_there_were_secrets_gets_its_first_one(api, pa
 
 
 @pytest.mark.parametrize("body", [SLACK, MAIL])
-async def test_what_is_not_signed_has_no_secret_to_rotate(api, parts, acme, body):
+async def test_a_channel_without_signatures_has_no_secret_to_rotate(api, parts, acme, body):
     _, made, _ = await api.post("/subscriptions", body)
     status, answer, _ = await api.post(f"/subscriptions/{made['id']}/rotate-secret")
     assert (status, answer) == (409, {"error": f"messages to {body['channel']} are not signed"})
@@ -144,7 +144,7 @@ async def served_with_keys(settings, *keys):
         yield url
 
 
-async def test_without_a_key_nothing_that_needs_one_is_kept(http, settings, parts, acme):
+async def test_without_an_encryption_key_no_secret_is_accepted(http, settings, parts, acme):
     async with served_with_keys(settings) as url:
         api = Client(http, url, acme.token)
         before = await head(parts, acme.id)
@@ -158,7 +158,7 @@ async def test_without_a_key_nothing_that_needs_one_is_kept(http, settings, part
         assert (await api.patch(f"/subscriptions/{made['id']}", {"target": "else@example.org"}))[0] == 200
 
 
-async def test_another_key_goes_on_and_a_lost_one_is_said(http, settings, parts, acme, api):
+async def test_a_new_encryption_key_keeps_secrets_readable_and_a_lost_one_is_reported(http, settings, parts, acme, api):
     headers = {"Idempotency-Key": "k"}
     _, made, _ = await api.post("/subscriptions", HOOK, headers=headers)
     _, slack, _ = await api.post("/subscriptions", SLACK)
@@ -169,7 +169,7 @@ async def test_another_key_goes_on_and_a_lost_one_is_said(http, settings, parts,
         status, answer, _ = await lost.post("/subscriptions", HOOK, headers=headers)
         assert status == 503
         assert "OPSENTRY_ENCRYPTION_KEYS" in answer["error"]
-        # What can be read no more can still be replaced, and read without the secret.
+        # An unreadable secret can still be replaced, and its subscription read without it.
         status, _, told = await lost.patch(f"/subscriptions/{slack['id']}", {"target": SLACK["target"]})
         assert (status, told["ETag"]) == (200, '"2"')
         assert (await lost.post(f"/subscriptions/{made['id']}/rotate-secret"))[0] == 200

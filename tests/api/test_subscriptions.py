@@ -24,7 +24,7 @@ async def make(api, body=HOOK, **fields):
 
 
 async def give(parts, tenant_id, number, command):
-    """Carry out a command that is nobody's over HTTP."""
+    """Carry out a command that has no endpoint."""
     executed = await commands.change(parts, subscription.DECIDER, tenant_id, number, command, META)
     await parts.projector.catch_up(tenant_id, executed.position)
 
@@ -100,7 +100,7 @@ async def test_a_target_that_is_a_secret_is_shown_in_part(api, parts, acme):
         ({**HOOK, "service_ids": None}, "service_ids: must be an array"),
     ],
 )
-async def test_what_cannot_be_used_is_named(api, parts, acme, body, says):
+async def test_an_invalid_field_is_named_and_creates_nothing(api, parts, acme, body, says):
     before = await head(parts, acme.id)
     status, answer, _ = await api.post("/subscriptions", body)
     assert status == 400
@@ -155,7 +155,7 @@ async def test_lists_are_the_newest_first_and_filtered(api, parts, acme):
         assert (await api.get(f"/subscriptions?{query}"))[0] == 400
 
 
-async def test_what_the_client_has_is_not_sent_again(api):
+async def test_an_unchanged_subscription_is_not_sent_again(api):
     number = await make(api)
     for path in ("/subscriptions", f"/subscriptions/{number}"):
         _, _, headers = await api.get(path)
@@ -167,7 +167,7 @@ async def test_what_the_client_has_is_not_sent_again(api):
 # ---------------------------------------------------------------------------------------------------- change
 
 
-async def test_a_change_changes_what_it_names(api, parts, acme):
+async def test_a_change_changes_only_the_given_fields(api, parts, acme):
     service_id = await make_service(parts, acme.id, "portal")
     number = await make(api)
     before = (await api.get(f"/subscriptions/{number}"))[1]
@@ -191,7 +191,7 @@ async def test_a_change_changes_what_it_names(api, parts, acme):
     assert await of(parts, acme, number) == ["subscription.created", "subscription.changed"]
 
 
-async def test_a_whole_answer_may_be_sent_back_as_it_came(api, parts, acme):
+async def test_a_whole_answer_may_be_sent_back_unchanged(api, parts, acme):
     for body in (HOOK, SLACK, MAIL):
         number = await make(api, body)
         _, read, _ = await api.get(f"/subscriptions/{number}")
@@ -211,19 +211,20 @@ async def test_sending_is_turned_off_and_on(api, parts, acme):
     ]  # fmt: skip
 
 
-async def test_who_has_to_agree_first_is_not_enabled_by_others(api, parts, acme):
+async def test_a_pending_subscription_is_enabled_by_its_target_alone(api, parts, acme):
     wish = CreateSubscription(channel="email", target="ops@example.org", pending=True)
     made = await commands.create(parts, subscription.DECIDER, acme.id, wish, META)
     path = f"/subscriptions/{made.stream_id}"
     assert (await api.get(path))[1]["status"] == "pending"
     status, answer, _ = await api.patch(path, {"enabled": True})
-    assert (status, answer["error"]) == (409, "a pending subscription is enabled by whoever owns its target")
+    assert status == 409
+    assert answer["error"].startswith("a pending subscription is enabled by")
     assert (await api.post(f"{path}/test"))[0] == 409
     await give(parts, acme.id, made.stream_id, ConfirmSubscription())
     assert (await api.get(path))[1]["status"] == "active"
 
 
-async def test_a_hidden_target_is_replaced_sealed_and_the_same_one_is_no_change(api, parts, acme):
+async def test_a_hidden_target_is_replaced_encrypted_and_the_same_one_is_no_change(api, parts, acme):
     number = await make(api, SLACK)
     path = f"/subscriptions/{number}"
     status, _, headers = await api.patch(path, {"target": SLACK["target"]})
@@ -257,7 +258,7 @@ async def test_another_target_of_a_webhook_keeps_its_secret(api, parts, acme):
         ([], "body: must be a JSON object"),
     ],
 )  # fmt: skip
-async def test_a_change_that_cannot_be_used_is_refused(api, parts, acme, body, says):
+async def test_an_invalid_change_is_refused(api, parts, acme, body, says):
     number = await make(api)
     status, answer, _ = await api.patch(f"/subscriptions/{number}", body)
     assert status == 400
@@ -265,7 +266,7 @@ async def test_a_change_that_cannot_be_used_is_refused(api, parts, acme, body, s
     assert await of(parts, acme, number) == ["subscription.created"]
 
 
-async def test_a_change_that_is_sent_again_is_one_change(api, parts, acme):
+async def test_a_repeated_change_is_one_change(api, parts, acme):
     number = await make(api, SLACK)
     body = {"target": "https://hooks.slack.com/services/T111/B111/AAAABBBBCCCC", "enabled": False}
     headers = {"Idempotency-Key": "k"}
@@ -278,7 +279,7 @@ async def test_a_change_that_is_sent_again_is_one_change(api, parts, acme):
 # ---------------------------------------------------------------------------------------------------- remove
 
 
-async def test_a_removed_one_is_gone_and_its_words_with_it(api, parts, acme, owner):
+async def test_a_removed_subscription_is_gone_and_redacted(api, parts, acme, owner):
     number = await make(api)
     path = f"/subscriptions/{number}"
     await api.patch(path, {"target": "https://example.com/other"})
@@ -312,13 +313,13 @@ async def test_a_removed_one_is_gone_and_its_words_with_it(api, parts, acme, own
     assert await head(parts, acme.id) == before
 
 
-async def test_a_removal_that_is_sent_again_is_one_removal(api, parts, acme):
+async def test_a_repeated_removal_is_one_removal(api, parts, acme):
     number = await make(api)
     first, again = [await api.delete(f"/subscriptions/{number}", headers={"Idempotency-Key": "k"}) for _ in range(2)]
     assert (first[0], again[0], again[2]["Idempotency-Replayed"]) == (204, 204, "true")
 
 
-async def test_a_replay_after_the_removal_has_no_words_and_no_secret(api):
+async def test_a_repeat_after_the_removal_shows_no_target_and_no_secret(api):
     headers = {"Idempotency-Key": "k"}
     _, made, _ = await api.post("/subscriptions", HOOK, headers=headers)
     await api.delete(f"/subscriptions/{made['id']}")
@@ -329,7 +330,7 @@ async def test_a_replay_after_the_removal_has_no_words_and_no_secret(api):
 # ---------------------------------------------------------------------------------------------------- editors, others
 
 
-async def test_if_match_lets_nobody_overwrite_what_they_have_not_seen(api, parts, acme):
+async def test_if_match_prevents_lost_updates(api, parts, acme):
     number = await make(api)
     path = f"/subscriptions/{number}"
     await api.patch(path, {"audience": "internal"})
@@ -347,7 +348,7 @@ async def test_if_match_lets_nobody_overwrite_what_they_have_not_seen(api, parts
     assert (await api.delete(path, headers={"If-Match": '"2"'}))[0] == 204
 
 
-async def test_another_tenants_is_the_same_404(api, other_api, parts, acme):
+async def test_another_tenants_subscription_is_the_same_404(api, other_api, parts, acme):
     number = await make(api)
     before = await head(parts, acme.id)
     for method, where, body in (

@@ -108,7 +108,7 @@ async def test_a_window_explains_itself(api, parts, acme, web):
     assert [p["excluded"] for p in body["periods"]] == [False, False, False, True]
 
 
-async def test_what_still_lasts_has_no_end_and_past_windows_stay_as_they_are(api, parts, acme, web):
+async def test_an_ongoing_outage_has_no_end_and_past_windows_stay_unchanged(api, parts, acme, web):
     await outage(parts, acme.id, 10, None, [web])
     path = f"/services/{web}/uptime?{between(0, 20)}&explain=true"
     _, body, headers = await api.get(path)
@@ -136,7 +136,7 @@ async def test_the_end_may_be_a_little_ahead_of_the_servers_clock(api, owner, we
     assert (await api.get(path + text(now + timedelta(minutes=1))))[0] == 400
 
 
-async def test_what_lasted_before_the_service_began_is_not_its_downtime(api, parts, acme):
+async def test_an_outage_before_the_service_began_is_not_its_downtime(api, parts, acme):
     late = await make_service(parts, acme.id, "late", occurred_at=at(50))
     source = await outage(parts, acme.id, 10, 60, [late])
     _, body, _ = await api.get(f"/services/{late}/uptime?{between(20, 30)}&explain=true")

@@ -42,8 +42,8 @@ incident_changes = st.one_of(
 incidents = st.tuples(severities, touched, st.lists(st.tuples(seconds, incident_changes), min_size=1, max_size=7))
 moves = st.sampled_from([StartMaintenance(), StartMaintenance(), CompleteMaintenance(), CancelMaintenance()])
 windows = st.tuples(st.booleans(), touched, st.lists(st.tuples(seconds, moves), max_size=3))
-# When two services began, and what happened, in any order: what is told later may have happened before, also before
-# there was the service.
+# The seconds at which two services began, and their events in any order of recording. An event may have occurred before
+# those recorded earlier, even before its service began.
 histories = st.tuples(
     st.tuples(*[st.sampled_from([-30, 0, 20, 80])] * 2),
     st.lists(st.tuples(st.integers(-20, SPAN), incidents | windows), min_size=1, max_size=6),
@@ -166,7 +166,7 @@ async def test_uptime_is_what_every_second_adds_up_to(parts, http, base_url, nig
             decider, opening = incident.DECIDER, OpenIncident(title="i", severity=nature, service_ids=ids)
             steps = [(at(second), command_of(change, services)) for second, change in changes]
         else:
-            # What it is planned for makes no difference: it goes by when it really was.
+            # The schedule makes no difference: the actual start and end count.
             planned: Any = {"scheduled_start": at(begin), "scheduled_end": at(begin + 5)}
             decider = maintenance.DECIDER
             opening = ScheduleMaintenance(title="w", service_ids=ids, exclude_from_sla=nature, **planned)
