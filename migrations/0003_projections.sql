@@ -24,7 +24,7 @@ CREATE TABLE checkpoints (
 ) WITH (fillfactor = 50);
 -- Tenants to rebuild and halted projections are found without reading the others.
 CREATE INDEX checkpoints_generation ON checkpoints (projection, generation) WHERE rebuild_error IS NULL;
-CREATE INDEX checkpoints_stopped ON checkpoints (projection)
+CREATE INDEX checkpoints_halted ON checkpoints (projection)
     WHERE halted_at IS NOT NULL OR rebuild_error IS NOT NULL;
 
 CREATE TABLE services (

@@ -759,7 +759,7 @@ ALTER TABLE ONLY tenants
 
 CREATE INDEX checkpoints_generation ON checkpoints USING btree (projection, generation) WHERE (rebuild_error IS NULL);
 
-CREATE INDEX checkpoints_stopped ON checkpoints USING btree (projection) WHERE ((halted_at IS NOT NULL) OR (rebuild_error IS NOT NULL));
+CREATE INDEX checkpoints_halted ON checkpoints USING btree (projection) WHERE ((halted_at IS NOT NULL) OR (rebuild_error IS NOT NULL));
 
 CREATE INDEX deliveries_due ON deliveries USING btree (tenant_id, subscription_id, next_attempt_at) WHERE (next_attempt_at IS NOT NULL);
 

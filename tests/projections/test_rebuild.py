@@ -1,9 +1,6 @@
 import asyncio
 
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 from opsentry.bootstrap import projections
 from opsentry.domain import incident, maintenance, subscription
@@ -12,12 +9,10 @@ from opsentry.domain.subscription import CreateSubscription
 from opsentry.projections import impact_state
 from opsentry.projections import incidents as incidents_module
 from opsentry.projections.engine import management
-from opsentry.projections.engine.comparison import keyed
-from opsentry.projections.engine.projection import by_stream
 from opsentry.projections.engine.rebuild import Rebuilder
 from tests import commands
 from tests.conftest import META, make_service
-from tests.projections.histories import apply, batches, clear, dump, histories, schedule
+from tests.projections.histories import clear, dump, schedule
 from tests.projections.planting import plant
 
 # Rows are compared by their contents, not by the order in which they were written.
@@ -332,39 +327,6 @@ async def test_a_paused_projection_stays_and_misses_nothing_after_a_resume(rebui
         acme, lambda connection: incidents_module.select_incident(connection, acme, number)
     )
     assert b"paused" in row["body"]
-
-
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-async def test_a_rebuild_equals_the_live_rows(app_connection, data):
-    """The law that a rebuild rests on: for any history, any batches, tenants in any order, each and all of it twice."""
-    made = data.draw(histories())
-    lived, again = data.draw(batches(made)), data.draw(batches(made))
-    transaction = app_connection.transaction()
-    await transaction.start()
-    try:
-        for projection in projections():
-            for events in (*(batch for batch in lived for _ in range(2)), *again):
-                await apply(app_connection, projection, events)
-            for history in made:
-                await derived_is_live(app_connection, projection, history)
-    finally:
-        await transaction.rollback()
-
-
-async def derived_is_live(connection, projection, history):
-    replay = projection.replayer()
-    derived: dict[str, list[tuple[object, ...]]] = {}
-    for kind in projection.kinds:
-        streams = by_stream(e for e in history.erased() if e.kind == kind)
-        for number, stream in sorted(streams.items(), reverse=True):
-            for name, rows in replay(kind, {number: stream}).items():
-                derived.setdefault(name, []).extend(rows)
-    for table in (t for t in projection.tables if t.of_streams):
-        live = await connection.fetch(
-            f"SELECT {', '.join(table.columns)} FROM {table.name} WHERE tenant_id = $1", history.tenant_id
-        )
-        assert dict(map(keyed(table), derived.get(table.name, ()))) == dict(map(keyed(table), live))
 
 
 async def test_lists_have_another_tag_after_a_rebuild(rebuilder, busy, app_connection):
