@@ -1,6 +1,7 @@
 """Fixtures and helpers that the tests of several endpoints share."""
 
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.conftest import META, Client, Tenant, make_service
 
 DRILL = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
 CANARY = "CANARY"
+HOUR = timedelta(hours=1)
 HOOK = {"channel": "webhook", "target": "https://example.com/hook"}
 SLACK = {"channel": "slack", "target": "https://hooks.slack.com/services/T000/B000/XXXXYYYYZZZZ"}
 MAIL = {"channel": "email", "target": "ops@example.org"}
@@ -96,6 +98,16 @@ async def raw(client, method, path, **options):
         return response.status, octets.removesuffix(b"\n") if response.content_type == "application/json" else octets
 
 
+def rfc3339(moment):
+    """Return a time as the API answers it."""
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def ago(length):
+    """Return the time `length` before now, as the API answers it."""
+    return rfc3339(datetime.now(UTC) - length)
+
+
 @pytest.fixture
 async def operator(http, base_url, parts: Core) -> Client:
     """A client with an operator's token."""
@@ -118,3 +130,10 @@ async def things(api, parts: Core, acme: Tenant) -> dict[str, int]:
         "maintenance": window["id"],
         "subscriptions": subscription["id"],
     }
+
+
+@pytest.fixture
+async def past_incident(api) -> str:
+    """The path of an incident that began ten hours ago."""
+    _, incident, _ = await api.post("/incidents", {"title": "A", "occurred_at": ago(10 * HOUR)})
+    return f"/incidents/{incident['id']}"

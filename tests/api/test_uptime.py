@@ -9,7 +9,7 @@ from opsentry.domain.incident import ChangeIncident, OpenIncident, ResolveIncide
 from opsentry.domain.maintenance import CancelMaintenance, CompleteMaintenance, ScheduleMaintenance, StartMaintenance
 from opsentry.domain.service import RetireService
 from tests import commands
-from tests.api.conftest import raw, refused
+from tests.api.conftest import raw, refused, rfc3339
 from tests.conftest import META, make_service
 
 BEGAN = datetime(2026, 3, 1, tzinfo=UTC)
@@ -17,10 +17,6 @@ BEGAN = datetime(2026, 3, 1, tzinfo=UTC)
 
 def at(hours: float) -> datetime:
     return BEGAN + timedelta(hours=hours)
-
-
-def text(moment: datetime) -> str:
-    return moment.isoformat().replace("+00:00", "Z")
 
 
 async def outage(parts, tenant_id, start, end, service_ids, severity="major_outage", *changes):
@@ -54,7 +50,7 @@ async def web(parts, acme):
 
 
 def between(start: float, end: float) -> str:
-    return f"from={text(at(start))}&to={text(at(end))}"
+    return f"from={rfc3339(at(start))}&to={rfc3339(at(end))}"
 
 
 async def test_any_window_has_its_percentage_and_its_denominator(api, parts, acme, web):
@@ -62,8 +58,8 @@ async def test_any_window_has_its_percentage_and_its_denominator(api, parts, acm
     _, body, headers = await api.get(f"/services/{web}/uptime?{between(0, 100)}")
     assert body == {
         "service_id": web,
-        "from": text(at(0)),
-        "to": text(at(100)),
+        "from": rfc3339(at(0)),
+        "to": rfc3339(at(100)),
         "uptime": 99.0,
         "observed_seconds": 360_000.0,
         "downtime_seconds": 3600.0,
@@ -83,7 +79,7 @@ async def test_a_window_explains_itself(api, parts, acme, web):
     cut = await window(parts, acme.id, 18, 22, [web])
     _, body, headers = await api.get(f"/services/{web}/uptime?{between(-10, 90)}&explain=true")
     hour = 3600.0
-    assert body["service_since"] == text(at(0))
+    assert body["service_since"] == rfc3339(at(0))
     assert body["observed_seconds"] == 86 * hour  # from when the service began, without the window
     assert body["excluded_seconds"] == 4 * hour
     # 10 to 16 in full (twice at once counts once), 16 to 18 three tenths, 18 to 20 is cut
@@ -112,28 +108,28 @@ async def test_an_ongoing_outage_has_no_end_and_past_windows_stay_unchanged(api,
     await outage(parts, acme.id, 10, None, [web])
     path = f"/services/{web}/uptime?{between(0, 20)}&explain=true"
     _, body, headers = await api.get(path)
-    assert (body["uptime"], body["periods"][0]["from"], body["periods"][0]["to"]) == (50.0, text(at(10)), None)
+    assert (body["uptime"], body["periods"][0]["from"], body["periods"][0]["to"]) == (50.0, rfc3339(at(10)), None)
     assert (await api.get(path, headers={"If-None-Match": headers["ETag"]}))[0] == 304
 
 
 async def test_a_window_that_names_its_end_alone_begins_thirty_days_before(api, parts, acme, web):
     await outage(parts, acme.id, 10, 20, [web])
-    _, body, _ = await api.get(f"/services/{web}/uptime?to={text(at(40 * 24))}")
-    assert (body["from"], body["uptime"]) == (text(at(10 * 24)), 100.0)
+    _, body, _ = await api.get(f"/services/{web}/uptime?to={rfc3339(at(40 * 24))}")
+    assert (body["from"], body["uptime"]) == (rfc3339(at(10 * 24)), 100.0)
     for path in (f"/services/{web}/uptime", "/uptime"):
-        _, body, _ = await api.get(f"{path}?to={text(at(100))}")
+        _, body, _ = await api.get(f"{path}?to={rfc3339(at(100))}")
         assert (body["from"], body["observed_seconds"], body["downtime_seconds"]) == (
-            text(at(100 - 30 * 24)), 100 * 3600, 10 * 3600,
+            rfc3339(at(100 - 30 * 24)), 100 * 3600, 10 * 3600,
         )  # fmt: skip
 
 
 async def test_the_end_may_be_a_little_ahead_of_the_servers_clock(api, owner, web):
     now = await owner.fetchval("SELECT now()")
-    path = f"/services/{web}/uptime?from={text(at(0))}&to="
-    status, body, _ = await api.get(path + text(now + timedelta(seconds=4)))
+    path = f"/services/{web}/uptime?from={rfc3339(at(0))}&to="
+    status, body, _ = await api.get(path + rfc3339(now + timedelta(seconds=4)))
     assert status == 200
     assert now < datetime.fromisoformat(body["to"]) < now + timedelta(seconds=4)
-    assert (await api.get(path + text(now + timedelta(minutes=1))))[0] == 400
+    assert (await api.get(path + rfc3339(now + timedelta(minutes=1))))[0] == 400
 
 
 async def test_an_outage_before_the_service_began_is_not_its_downtime(api, parts, acme):
@@ -143,7 +139,9 @@ async def test_an_outage_before_the_service_began_is_not_its_downtime(api, parts
     assert (body["uptime"], body["observed_seconds"], body["excluded_seconds"], body["periods"]) == (None, 0, 0, [])
     _, body, _ = await api.get(f"/services/{late}/uptime?{between(0, 100)}&explain=true")
     assert (body["uptime"], body["observed_seconds"]) == (80.0, 50 * 3600)
-    assert [(p["source"]["id"], p["from"], p["seconds"]) for p in body["periods"]] == [(source, text(at(10)), 36_000)]
+    assert [(p["source"]["id"], p["from"], p["seconds"]) for p in body["periods"]] == [
+        (source, rfc3339(at(10)), 36_000)
+    ]
 
 
 async def test_a_day_before_the_service_began_has_no_bar(api, parts, acme, owner):
@@ -200,7 +198,7 @@ async def test_more_periods_than_can_be_reckoned_at_once_are_refused(api, acme, 
     words = "takes in more than 20000 periods, ask for a shorter time"
     fields = ("days", "from", "from", "from", "days")
     assert [answer[:2] for answer in answers] == [(400, refused(f"{field}: {words}")) for field in fields]
-    assert (await api.get(f"/services/{web}/uptime?from={text(at(0))}&to={text(at(9))}"))[0] == 200
+    assert (await api.get(f"/services/{web}/uptime?from={rfc3339(at(0))}&to={rfc3339(at(9))}"))[0] == 200
 
 
 async def test_a_backdated_change_restates_a_window(api, parts, acme, web):
@@ -208,9 +206,9 @@ async def test_a_backdated_change_restates_a_window(api, parts, acme, web):
     assert (await api.get(path))[1]["uptime"] == 100.0
     _, made, _ = await api.post(
         "/incidents",
-        {"title": "late", "severity": "critical", "service_ids": [web], "occurred_at": text(at(0))},
+        {"title": "late", "severity": "critical", "service_ids": [web], "occurred_at": rfc3339(at(0))},
     )
-    await api.post(f"/incidents/{made['id']}/resolve", {"occurred_at": text(at(50))})
+    await api.post(f"/incidents/{made['id']}/resolve", {"occurred_at": rfc3339(at(50))})
     assert (await api.get(path))[1]["uptime"] == 50.0
 
 
@@ -255,7 +253,7 @@ async def test_bars_of_days_are_windows_of_a_day(api, parts, acme, owner):
     for day in days[:-1]:
         begin = datetime.fromisoformat(day["date"]).replace(tzinfo=UTC)
         _, body, _ = await api.get(
-            f"/services/{service}/uptime?from={text(begin)}&to={text(begin + timedelta(days=1))}"
+            f"/services/{service}/uptime?from={rfc3339(begin)}&to={rfc3339(begin + timedelta(days=1))}"
         )  # fmt: skip
         names = ("uptime", "observed_seconds", "downtime_seconds")
         assert [body[name] for name in names] == [day[name] for name in names]
