@@ -25,7 +25,7 @@ async def test_a_token_works_until_it_is_revoked_and_is_printed_once(run, fail, 
     async def refused():
         return (await operator.send("GET", "/ops/projections"))[0] == 401
 
-    await until(refused, seconds=5)
+    await until(refused)
     error = f"Error: no active token has the prefix {prefix}; nothing was revoked"
     assert await fail(1, "operator", "token", "revoke", prefix) == error
     (listed,) = json.loads(await run("operator", "token", "list", "--json"))

@@ -12,6 +12,7 @@ from opsentry.events.codec import Actor, Meta, to_microseconds
 from opsentry.events.hash_chain import GENESIS, Link, Violation, check
 from opsentry.events.store import Append, NewEvent, Outcome
 from opsentry.infrastructure.postgres import Connection
+from tests.waiting import GENEROUS_SECONDS
 
 META = Meta(Actor("operator"))
 
@@ -83,7 +84,7 @@ async def held(connection: Connection, tenant_id: int) -> AsyncIterator[None]:
 
 
 async def blocked_backend(watcher: Connection) -> int:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(GENEROUS_SECONDS):
         while True:
             pid = await watcher.fetchval(
                 "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"

@@ -15,6 +15,7 @@ from opsentry.events import store
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.store import Append, Appended, HeadBusy, NewEvent, Reserved, UnknownTenant, VersionConflict
 from tests.events.ledger import META, append, held, messages, note, notes, rows
+from tests.waiting import GENEROUS_SECONDS
 
 ODD_TEXTS = [
     " leading, trailing and  double spaces ",
@@ -238,7 +239,7 @@ class StoreContract:
                 after = seen[-1] if seen else 0
                 seen.extend(r.position for r in await store.read_after(reader, tenant, after, 7))
 
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(GENEROUS_SECONDS):
             await asyncio.gather(follow(), *(write(w, n) for n, w in enumerate(writers)))
         assert seen == list(range(1, 361))
 

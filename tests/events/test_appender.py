@@ -188,7 +188,7 @@ async def test_no_command_is_left_in_the_queue_whenever_it_comes(arrivals, turns
             waiting += start(appender, notes(tenant_id, "x"))
             for _ in range(pause):
                 await turn()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(GENEROUS_SECONDS):
             await asyncio.gather(*waiting)
             await appender.drain()
 

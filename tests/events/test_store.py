@@ -13,6 +13,7 @@ from opsentry.events import store
 from opsentry.events.store import Appended
 from tests.events.ledger import append, blocked_backend, first_broken, messages, notes, rows
 from tests.events.store_contract import ODD_TEXTS, StoreContract
+from tests.waiting import GENEROUS_SECONDS
 
 KILLED = (
     asyncpg.PostgresConnectionError,
@@ -149,7 +150,7 @@ async def test_a_killed_process_loses_nothing_that_it_was_answered(parts, settin
     said += [tuple(json.loads(line)) async for line in process.stdout if line.endswith(b"\n")]
     assert await process.wait() < 0
     # The server may still be committing what the process had sent.
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(GENEROUS_SECONDS):
         while await reader.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'victim'"):
             pass
     recorded = {

@@ -8,6 +8,7 @@ from opsentry.events.appender import TenantBusy
 from opsentry.events.command_handler import ConcurrencyConflict
 from opsentry.infrastructure.periodic import log_failure, run_forever, run_logged
 from opsentry.infrastructure.postgres import DatabaseUnavailable
+from tests.waiting import GENEROUS_SECONDS
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ async def test_a_task_that_fails_or_ends_is_started_again_until_cancelled(log):
         await asyncio.Event().wait()
 
     running = asyncio.create_task(run_forever(loop, pause_seconds=0))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GENEROUS_SECONDS):
         await waits.wait()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):

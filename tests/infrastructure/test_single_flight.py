@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from opsentry.infrastructure.single_flight import BatchLoader, TtlCache
+from tests.waiting import GENEROUS_SECONDS
 
 
 class Source:
@@ -35,7 +36,7 @@ def make_cache(source, **options) -> TtlCache[Any, int]:
 
 async def started(source, count=1):
     """Return once this many loads are under way."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GENEROUS_SECONDS):
         while len(source.loads) < count:  # noqa: ASYNC110 - the load itself must not signal
             await asyncio.sleep(0)
 

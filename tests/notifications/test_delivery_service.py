@@ -9,7 +9,7 @@ from tests import commands
 from tests.conftest import META
 from tests.notifications.driver import DeliveryDriver
 from tests.notifications.scripted_channel import BROKEN, OK, advance_time
-from tests.waiting import until
+from tests.waiting import GENEROUS_SECONDS, until
 
 
 async def test_changes_are_sent_in_order_with_the_state_of_their_time(driver, channel, sending, wait_until_idle):
@@ -186,7 +186,7 @@ async def test_hanging_endpoints_leave_room_for_others(driver, channel, sending,
     async with sending(max_concurrent_deliveries=100):
         await driver.open_incident()
         await driver.parts.projector.catch_up(driver.tenant.id, 0)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(GENEROUS_SECONDS):
             for _ in range(3):
                 await until(
                     lambda: asyncio.sleep(0, all(channel.sent_to(f"https://example.com/well/{n}") for n in range(20)))

@@ -20,6 +20,7 @@ from opsentry.notifications.transport.http import USER_AGENT
 from opsentry.settings import Settings
 from tests.notifications.conftest import LOOPBACK, Names, answering
 from tests.notifications.messages import endpoint, incident, message
+from tests.waiting import GENEROUS_SECONDS
 
 SECRET = new_secret()
 SETTINGS = Settings(webhook_allowed_networks=LOOPBACK)
@@ -175,7 +176,7 @@ async def test_an_endless_response_body_is_not_read(channel):
         while True:
             await response.write(b"x" * 1000)
 
-    async with answering(answer) as url, asyncio.timeout(5):
+    async with answering(answer) as url, asyncio.timeout(GENEROUS_SECONDS):
         assert await channel.send(endpoint(url, SECRET), message()) == Outcome(response_status=200)
 
 

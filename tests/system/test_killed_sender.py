@@ -26,7 +26,7 @@ from tests.conftest import META, make_tenant
 from tests.system.processes import Running, environment
 from tests.system.receivers import receivers
 from tests.system.sending_process import POINTS
-from tests.waiting import until
+from tests.waiting import GENEROUS_SECONDS, until
 
 LEASE = 1.0
 # The limit of messages in flight. As many others may wait to be recorded.
@@ -120,7 +120,7 @@ async def kill_again_and_again(settings, owner, *, subscribers, incidents, updat
         left_over = await owner.fetchval(PENDING)
         assert left_over, "all was sent before the last kill"
         async with sender(settings):
-            await until(lambda: all_sent(owner), seconds=300)
+            await until(lambda: all_sent(owner), seconds=5 * GENEROUS_SECONDS)
     states = await owner.fetch("SELECT state, count(*) FROM deliveries GROUP BY state")
     assert [tuple(row) for row in states] == [("delivered", expected)]
     distinct = 0

@@ -190,7 +190,7 @@ async def test_a_worker_frozen_in_a_pass_loses_its_locks_and_writes_nothing_late
             frozen.process.send_signal(signal.SIGSTOP)
         async with worker(settings, "other"):
             await until(lambda: is_at(owner, "other", wait_event_type="Lock"))
-            await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS), seconds=10)
+            await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
             assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
             assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
         await thaws(parts, owner, acme, made.stream_id, trail, frozen)
@@ -229,7 +229,7 @@ async def test_a_worker_frozen_in_a_copy_is_evicted(settings, parts, acme, owner
         position = await append_to(parts, acme, made.stream_id)
         async with worker(replace(settings, log_level="warning"), "other") as other:
             await other.mentions("idle_session_evicted")
-            await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS), seconds=10)
+            await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
             assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
             await until(lambda: owner.fetchval("SELECT min(generation) = 0 FROM checkpoints"))
             other.process.terminate()
