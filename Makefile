@@ -46,6 +46,7 @@ prose: $(VENV)/.dev
 # Writes the generated parts of the API reference.
 reference: $(VENV)/.dev
 	@$(BIN)/python -m tools.reference
+	@WRITE_EXAMPLES=1 $(BIN)/python -m pytest -q tests/api/test_examples.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)
