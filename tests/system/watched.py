@@ -47,7 +47,7 @@ _MARK = (
     """UPDATE incident_updates SET body = replace(body, '"message":"', '"message":"old ') WHERE tenant_id = $1""",
     """UPDATE maintenance SET body = replace(body, '"title":"', '"title":"old ') WHERE tenant_id = $1""",
     """UPDATE services SET body = replace(body, '"name":"', '"name":"old ') WHERE tenant_id = $1""",
-    """UPDATE services SET ref = replace(ref, '"name":"', '"name":"old ') WHERE tenant_id = $1""",
+    """UPDATE services SET link = replace(link, '"name":"', '"name":"old ') WHERE tenant_id = $1""",
     "UPDATE service_impacts SET level = 4 WHERE tenant_id = $1",
     "UPDATE outbox_state SET state = state || ' ' WHERE tenant_id = $1",
 )
