@@ -11,6 +11,7 @@ from opsentry.events import store
 from opsentry.identity import api_tokens, operator_tokens
 from opsentry.notifications.channel import BadTarget, Endpoint, Message, Outcome
 from opsentry.notifications.channels import channels
+from tests import commands
 from tests.conftest import META, Client, Tenant, make_service
 
 DRILL = {"title": "Drill", "scheduled_start": "2036-06-01T02:00:00Z", "scheduled_end": "2036-06-01T04:00:00Z"}
@@ -66,6 +67,19 @@ async def make_token(parts, tenant_id, *scopes, **fields):
 async def make_operator(parts, **fields):
     async with parts.database.connection() as connection:
         return await operator_tokens.create_operator_token(connection, name="on call", **fields)
+
+
+async def carry_out(parts, decider, tenant_id, stream_id, command):
+    """Carry out a command, with or without an endpoint, and wait until the read models show it."""
+    executed = await commands.change(parts, decider, tenant_id, stream_id, command, META)
+    await parts.projector.catch_up(tenant_id, executed.position)
+
+
+async def make_subscription(api, body=HOOK, **fields):
+    """Create a subscription and return its id."""
+    status, made, _ = await api.post("/subscriptions", {**body, **fields})
+    assert status == 201, made
+    return made["id"]
 
 
 async def recorded(parts, tenant_id, kind, stream_id):
