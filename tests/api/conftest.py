@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+from multidict import CIMultiDict
 
 from opsentry import bootstrap
 from opsentry.bootstrap import Core
+from opsentry.domain import service
+from opsentry.domain.service import ChangeService
 from opsentry.events import store
 from opsentry.identity import api_tokens, operator_tokens
 from opsentry.notifications.channel import BadTarget, Endpoint, Message, Outcome
@@ -20,6 +24,37 @@ HOUR = timedelta(hours=1)
 HOOK = {"channel": "webhook", "target": "https://example.com/hook"}
 SLACK = {"channel": "slack", "target": "https://hooks.slack.com/services/T000/B000/XXXXYYYYZZZZ"}
 MAIL = {"channel": "email", "target": "ops@example.org"}
+
+# The commands that change an existing resource: method, path, body.
+CHANGING_COMMANDS: tuple[tuple[str, str, Any], ...] = (
+    ("PATCH", "/incidents/{incident}", {"title": "B"}),
+    ("POST", "/incidents/{incident}/updates", {"message": "M"}),
+    ("POST", "/incidents/{incident}/resolve", {}),
+    ("POST", "/incidents/{incident}/redactions", {"fields": ["title"], "reason": "R"}),
+    ("PATCH", "/maintenance/{scheduled}", {"title": "B", "scheduled_end": "2036-06-01T05:00:00Z"}),
+    ("POST", "/maintenance/{scheduled}/start", None),
+    ("POST", "/maintenance/{active}/complete", None),
+    ("POST", "/maintenance/{scheduled}/cancel", None),
+    ("POST", "/maintenance/{scheduled}/redactions", {"fields": ["title"], "reason": "R"}),
+)
+UNCHANGING_COMMAND = ("PATCH", "/incidents/{incident}", {"title": "A"})
+READ_PATHS = (
+    "/incidents",
+    "/incidents?status=investigating&limit=1",
+    "/incidents/active",
+    "/incidents/{incident}",
+    "/services",
+    "/services?status=operational",
+    "/services/{service}",
+    "/services/{service}/uptime",
+    "/maintenance",
+    "/maintenance/upcoming",
+    "/maintenance/{scheduled}",
+    "/events/head",
+)
+
+each_changing_command = pytest.mark.parametrize(("method", "path", "body"), CHANGING_COMMANDS)
+each_read = pytest.mark.parametrize("path", READ_PATHS)
 
 
 @dataclass
@@ -122,6 +157,36 @@ def ago(length):
     return rfc3339(datetime.now(UTC) - length)
 
 
+async def rename(parts, tenant, service_id, name="Renamed"):
+    await carry_out(parts, service.DECIDER, tenant.id, service_id, ChangeService(name=name))
+
+
+async def etag(client, path):
+    """Return the entity tag of the resource that a command at `path` changes."""
+    return (await client.get("/".join(path.split("/")[:3])))[2]["ETag"]
+
+
+async def send_command(client, method, path, body, *tags, key=None):
+    """Return (status, body, headers) of the answer to a command, which requires one of `tags` if there are any."""
+    headers = CIMultiDict(client.headers)
+    for value in tags:
+        headers.add("If-Match", value)
+    if key is not None:
+        headers["Idempotency-Key"] = key
+    url = f"{client.base_url}/api/v1{path}"
+    async with client.session.request(method, url, headers=headers, json=body) as response:
+        return response.status, await response.json(), response.headers
+
+
+async def read_if_none_match(client, path, *tags, method="GET"):
+    """Return (status, octets, headers) of an answer to a client that holds `tags`."""
+    headers = CIMultiDict(client.headers)
+    for value in tags:
+        headers.add("If-None-Match", value)
+    async with client.session.request(method, f"{client.base_url}/api/v1{path}", headers=headers) as response:
+        return response.status, await response.read(), response.headers
+
+
 @pytest.fixture
 async def operator(http, base_url, parts: Core) -> Client:
     """A client with an operator's token."""
@@ -151,3 +216,16 @@ async def past_incident(api) -> str:
     """The path of an incident that began ten hours ago."""
     _, incident, _ = await api.post("/incidents", {"title": "A", "occurred_at": ago(10 * HOUR)})
     return f"/incidents/{incident['id']}"
+
+
+@pytest.fixture
+async def ids(api, parts, acme) -> dict[str, int]:
+    """The ids of a service, an incident and two windows. The active window affects no service."""
+    long_ago = datetime.now(UTC) - timedelta(days=100)
+    service_id = await make_service(parts, acme.id, "portal", name="Portal", occurred_at=long_ago)
+    words = {"title": "A", "service_ids": [service_id]}
+    _, opened, _ = await api.post("/incidents", {**words, "severity": "informational"})
+    _, scheduled, _ = await api.post("/maintenance", {**DRILL, **words})
+    _, active, _ = await api.post("/maintenance", {**DRILL, "title": "C"})
+    await api.post(f"/maintenance/{active['id']}/start")
+    return {"service": service_id, "incident": opened["id"], "scheduled": scheduled["id"], "active": active["id"]}
