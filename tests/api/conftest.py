@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from multidict import CIMultiDict
@@ -52,9 +52,31 @@ READ_PATHS = (
     "/maintenance/{scheduled}",
     "/events/head",
 )
+REPEATED_HEADERS = ("ETag", "Location", "Opsentry-Position", "Content-Type")
+KEY = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
+# One request of each command: method, path, body.
+KEYED_REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "declare": ("POST", "/incidents", {"title": "New", "description": "Told", "severity": "critical"}),
+    "change": ("PATCH", "/incidents/{incident}", {"title": "Changed", "severity": "major_outage"}),
+    "update": ("POST", "/incidents/{incident}/updates", {"message": "Found", "status": "identified"}),
+    "resolve": ("POST", "/incidents/{incident}/resolve", {"root_cause": "DNS"}),
+    "redact incident": ("POST", "/incidents/{incident}/redactions", {"fields": ["description"], "reason": "Name"}),
+    "schedule": ("POST", "/maintenance", {**DRILL, "title": "New", "description": "Told"}),
+    "change window": (
+        "PATCH",
+        "/maintenance/{scheduled}",
+        {"title": "Changed", "suppress_alerts": True, "scheduled_start": "2036-06-01T01:00:00Z"},
+    ),
+    "start": ("POST", "/maintenance/{scheduled}/start", {}),
+    "complete": ("POST", "/maintenance/{active}/complete", {}),
+    "cancel": ("POST", "/maintenance/{scheduled}/cancel", {}),
+    "redact window": ("POST", "/maintenance/{scheduled}/redactions", {"fields": ["title"], "reason": "Name"}),
+}
+CREATING = {"declare", "schedule"}
 
 each_changing_command = pytest.mark.parametrize(("method", "path", "body"), CHANGING_COMMANDS)
 each_read = pytest.mark.parametrize("path", READ_PATHS)
+each_keyed_request = pytest.mark.parametrize("name", KEYED_REQUESTS)
 
 
 @dataclass
@@ -115,6 +137,15 @@ async def make_subscription(api, body=HOOK, **fields):
     status, made, _ = await api.post("/subscriptions", {**body, **fields})
     assert status == 201, made
     return made["id"]
+
+
+async def make_resources(api, incident, scheduled, active):
+    """Create an incident, a scheduled window and an active one of the given fields, and return their ids."""
+    _, incident, _ = await api.post("/incidents", incident)
+    _, scheduled, _ = await api.post("/maintenance", {**DRILL, **scheduled})
+    _, active, _ = await api.post("/maintenance", {**DRILL, **active})
+    await api.post(f"/maintenance/{active['id']}/start")
+    return {"incident": incident["id"], "scheduled": scheduled["id"], "active": active["id"]}
 
 
 async def recorded(parts, tenant_id, kind, stream_id):
@@ -187,6 +218,37 @@ async def read_if_none_match(client, path, *tags, method="GET"):
         return response.status, await response.read(), response.headers
 
 
+class KeyedAnswer(NamedTuple):
+    """Hold the parts of a response that a repeat must reproduce."""
+
+    status: int
+    octets: bytes
+    told: dict[str, str | None]
+    replayed: str | None
+
+
+async def send_keyed(client, request, key=KEY, **options):
+    """Send a (method, path, body) with an idempotency key, or without one if that is None."""
+    method, path, body = request
+    if "data" not in options:
+        options["json"] = body
+    headers = {**client.headers, "Content-Type": "application/json"}
+    if key is not None:
+        headers["Idempotency-Key"] = key
+    url = f"{client.base_url}/api/v1{path}"
+    async with client.session.request(method, url, headers=headers, **options) as response:
+        told = {name: response.headers.get(name) for name in REPEATED_HEADERS}
+        return KeyedAnswer(response.status, await response.read(), told, response.headers.get("Idempotency-Replayed"))
+
+
+def keyed_request(name, linked):
+    """Return the (method, path, body) of a command on the resources of `linked`."""
+    method, path, body = KEYED_REQUESTS[name]
+    if name in CREATING:
+        body = {**body, "service_ids": [linked["service"]]}
+    return method, path.format(**linked), body
+
+
 @pytest.fixture
 async def operator(http, base_url, parts: Core) -> Client:
     """A client with an operator's token."""
@@ -224,8 +286,13 @@ async def ids(api, parts, acme) -> dict[str, int]:
     long_ago = datetime.now(UTC) - timedelta(days=100)
     service_id = await make_service(parts, acme.id, "portal", name="Portal", occurred_at=long_ago)
     words = {"title": "A", "service_ids": [service_id]}
-    _, opened, _ = await api.post("/incidents", {**words, "severity": "informational"})
-    _, scheduled, _ = await api.post("/maintenance", {**DRILL, **words})
-    _, active, _ = await api.post("/maintenance", {**DRILL, "title": "C"})
-    await api.post(f"/maintenance/{active['id']}/start")
-    return {"service": service_id, "incident": opened["id"], "scheduled": scheduled["id"], "active": active["id"]}
+    made = await make_resources(api, {**words, "severity": "informational"}, words, {"title": "C"})
+    return {"service": service_id, **made}
+
+
+@pytest.fixture
+async def linked(api, parts, acme) -> dict[str, int]:
+    """The ids of a service, and of an incident and two windows that affect it."""
+    service_id = await make_service(parts, acme.id, "portal", name="Portal")
+    words = {"title": "A", "description": "Somebody's name", "service_ids": [service_id]}
+    return {"service": service_id, **await make_resources(api, words, words, words)}
