@@ -53,11 +53,11 @@ from opsentry.worker.worker import Worker
 _log = structlog.get_logger()
 
 KEEPALIVE_SECONDS = 75
-# After an answer to a body that is not read to its end, so long may the client go on sending before it is cut off.
+# A server that responds before it has read the whole body waits this long for the rest before it disconnects.
 LINGER_SECONDS = 2
-# PostgreSQL connections of a sender: it takes and records at the same time, and looks up what it tells.
+# PostgreSQL connections of a sender: leasing, recording results and building messages each need some.
 SENDER_POOL = 8
-# A command to Redis gives up earlier than the readiness check that sends it, which then can say what failed. No request
+# A Redis command times out before the readiness check that sends it, so that the check can report the cause. No request
 # waits for Redis.
 REDIS_SHARE = 0.8
 
@@ -66,18 +66,18 @@ OPERATIONS = (*health.OPERATIONS, *openapi.OPERATIONS, *operator.OPERATIONS, *v1
 
 
 def projections() -> list[Projection]:
-    """Return all projections there are."""
+    """Return an instance of each projection."""
     return [Services(), Incidents(), MaintenanceWindows(), Subscriptions(), Impact(), Outbox()]
 
 
 def new_database(settings: Settings, size: int) -> Database:
-    """Return a pool of at most `size` connections, with the timeout of the settings; not opened yet."""
+    """Return a pool of at most `size` connections, with the timeout of the settings. It is not open yet."""
     return Database(settings.database_url, size=size, timeout_seconds=settings.database_timeout_ms / 1000)
 
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """What every process has: the way to the log and to the read models."""
+    """The parts that every process has: ledger, projections and use cases."""
 
     settings: Settings
     database: Database
@@ -88,7 +88,7 @@ class Core:
 
 @asynccontextmanager
 async def core(settings: Settings) -> AsyncIterator[Core]:
-    """Build the parts; at the end, finish the appends under way and close."""
+    """Build the parts. On exit, finish open appends, then close."""
     async with AsyncExitStack() as stack:
         database = new_database(settings, settings.database_pool_size)
         await database.open()
@@ -110,7 +110,7 @@ async def core(settings: Settings) -> AsyncIterator[Core]:
 
 
 async def _open_channels(stack: AsyncExitStack, settings: Settings) -> Mapping[str, Channel]:
-    """Return the channels, which close with the stack."""
+    """Return the channels. They close with the stack."""
     http = await stack.enter_async_context(
         http_session(settings.webhook_allowed_networks, settings.max_concurrent_deliveries)
     )
@@ -124,7 +124,7 @@ async def _open_channels(stack: AsyncExitStack, settings: Settings) -> Mapping[s
 async def serving(
     settings: Settings, parts: Core, *, host: str | None = None, port: int | None = None
 ) -> AsyncIterator[str]:
-    """Serve HTTP, on `host` and `port` if given instead of the settings'; yields the base URL."""
+    """Serve HTTP and yield the base URL. `host` and `port` override the settings."""
     async with AsyncExitStack() as stack:
         client = connect(settings.redis_url, REDIS_SHARE * settings.readiness_timeout_ms / 1000)
         stack.push_async_callback(client.aclose)
@@ -160,7 +160,7 @@ async def serving(
 
 
 def base_url_of(host: str, port: int) -> str:
-    """Return the base URL of what listens there."""
+    """Return the base URL of a server that listens on `host` and `port`."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -186,7 +186,7 @@ class LedgerSubscriptionDisabler:
 
 @asynccontextmanager
 async def sending(parts: Core, *, lease: float = LEASE_SECONDS) -> AsyncIterator[None]:
-    """Send what is due; at the end, let what is under way end. `lease` is in seconds, see `DeliveryService`."""
+    """Send due deliveries. On exit, finish open attempts. `lease` is in seconds, see `DeliveryService`."""
     settings = parts.settings
     async with AsyncExitStack() as stack:
         # Connections of its own: sending and catching up do not wait for each other.
@@ -211,7 +211,7 @@ async def sending(parts: Core, *, lease: float = LEASE_SECONDS) -> AsyncIterator
 
 @asynccontextmanager
 async def working(parts: Core, heartbeat: Path | None = None) -> AsyncIterator[None]:
-    """Run the worker's loops and send; `heartbeat` is a file to touch after each round."""
+    """Run the worker's loops and the sender. The worker touches the file `heartbeat` after each round."""
     worker = Worker(
         parts.application,
         idempotency_key_ttl_hours=parts.settings.idempotency_key_ttl_hours,

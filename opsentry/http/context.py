@@ -1,4 +1,4 @@
-"""What a handler is given: the authenticated request, its caller, its parameters and its body."""
+"""The argument of a handler: the authenticated request, its caller, its parameters and its body."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ MEANINGS: Mapping[Scope, str] = {
     "write:services": "Create, change and remove services.",
     "write:subscriptions": "Read and change subscriptions and their deliveries.",
 }
-"""What each scope allows."""
+"""The permission that each scope grants."""
 
 
 def check_scopes(scopes: Iterable[str]) -> list[Scope]:

@@ -26,7 +26,7 @@ _LOST = (
     asyncpg.UndefinedColumnError,
     asyncpg.UndefinedFunctionError,
     asyncpg.ReadOnlySQLTransactionError,
-    # What stood still in a transaction was thrown out of it, so that others get its locks.
+    # PostgreSQL ended a transaction that stayed idle or ran too long, because others waited for its locks.
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.TransactionTimeoutError,
 )

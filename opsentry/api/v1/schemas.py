@@ -186,7 +186,7 @@ class EventPage(msgspec.Struct, kw_only=True):
 
 
 class TokenInfo(msgspec.Struct):
-    """What a token is valid for."""
+    """A token's tenant and scopes."""
 
     ok: bool
     tenant_id: int
