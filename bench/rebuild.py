@@ -61,7 +61,7 @@ def _speed(servers: Servers) -> list[Figure]:
     return [
         Figure(what, "/s", again, "goal", 50_000, 1.0, note),
         Figure(what, "/s", again, "pyeventsourcing, one table", peer, 5.0, said),
-        Figure(what, "/s", again, "bare copy", limit, None, "reads the ledger, COPYs the same rows"),
+        Figure(what, "/s", again, "bare copy", limit, None, "reads the ledger, copies the same rows"),
     ]
 
 
@@ -106,8 +106,8 @@ async def _copy_share(owner: str, number: int) -> None:
         for kind in ("service", "subscription", "maintenance", "incident"):
             await connection.fetch(store._BY_STREAM, tenant_id, kind, 0, EVENTS, EVENTS)  # noqa: SLF001 - the same reading
         async with connection.transaction():
-            for table_name, rows in like.items():
-                records = [(tenant_id, *row) for row in rows]
+            for table_name, copied in like.items():
+                records = [(tenant_id, *row) for row in copied]
                 await connection.copy_records_to_table(
                     f"bare_{number}_{table_name}", records=records, columns=columns[table_name]
                 )

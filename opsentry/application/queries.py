@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any
 
 from opsentry.application.application import Application
 from opsentry.application.caller import Caller
@@ -67,7 +66,7 @@ async def resolve_as_of(app: Application, caller: Caller, as_of: int | datetime)
     return found
 
 
-def resource_of_row(resource_id: int, row: Mapping[str, Any]) -> Resource:
+def resource_of_row(resource_id: int, row: Record) -> Resource:
     """Return the resource in a row of a read model.
 
     Raises:
@@ -93,7 +92,7 @@ def resource_as_of(resource_id: int, found: RenderedResource | None, position: i
 
 
 async def resource_of_row_or_ledger(
-    resource_id: int, row: Mapping[str, Any], from_ledger: Callable[[int], Awaitable[RenderedResource | None]]
+    resource_id: int, row: Record, from_ledger: Callable[[int], Awaitable[RenderedResource | None]]
 ) -> Resource:
     """Return the resource in a row or, where the read model lags, from the ledger: an answered command is never denied.
 
@@ -105,7 +104,7 @@ async def resource_of_row_or_ledger(
     return resource_of_row(resource_id, row)
 
 
-def listing_of_row(row: Mapping[str, Any], *, has_pages: bool = True, changes_with_time: bool = False) -> Listing:
+def listing_of_row(row: Record, *, has_pages: bool = True, changes_with_time: bool = False) -> Listing:
     """Return the list in a row; one that `changes_with_time` has no tag, because events alone do not change it."""
     tag = None if changes_with_time else row["tag"]
     total = row["total"] if has_pages else None
@@ -117,12 +116,12 @@ def listing_as_of(page: RenderedPage, *, has_pages: bool = True) -> Listing:
     return Listing(page.items, page.total if has_pages else None, page.position, 0, f"as-of-{page.position}")
 
 
-def lag_events(row: Mapping[str, Any]) -> int:
+def lag_events(row: Record) -> int:
     """Return how many answered events a row lacks."""
     missing: int = row["head_position"] - (row["trusted_position"] or 0)
     return max(0, missing)
 
 
-def is_behind(row: Mapping[str, Any]) -> bool:
+def is_behind(row: Record) -> bool:
     """Tell whether a row lacks answered events."""
     return lag_events(row) > 0

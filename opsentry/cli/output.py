@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opsentry.identity import tokens
+from opsentry.infrastructure.postgres import Record
 
 # A pipe has no width. Programs that read tables from one expect a row per line.
 PIPE_WIDTH_COLUMNS = 240
@@ -44,7 +45,7 @@ def print_json(value: object) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
-def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, json_output: bool) -> None:
+def show(rows: Sequence[Mapping[str, Any] | Record], columns: Sequence[str], *, json_output: bool) -> None:
     """Print these columns of `rows` as a table or as a JSON array."""
     if json_output:
         print_json([{column: row[column] for column in columns} for row in rows])

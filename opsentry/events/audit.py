@@ -9,7 +9,7 @@ import msgspec
 
 from opsentry.events.codec import Meta, UnknownEvent, decode_meta, readable
 from opsentry.events.hash_chain import Link
-from opsentry.infrastructure.postgres import Connection
+from opsentry.infrastructure.postgres import Connection, fetch_one
 
 # Events with the hash that each one's goes on from. LIMIT makes each previous one be looked up by the key.
 _ENTRIES = """
@@ -106,7 +106,7 @@ async def read_ledger_page(
 
     A page may be short, or empty, and yet not the last: a type is looked for among 50,000 events at a time.
     """
-    last: int = (await connection.fetchrow(_HEAD, tenant_id))["position"]
+    last: int = (await fetch_one(connection, _HEAD, tenant_id))["position"]
     reached = min(after + WINDOW, last)
     rows = await connection.fetch(_LEDGER, tenant_id, after, limit, reached, type_)
     entries = await _entries(connection, tenant_id, rows)
@@ -126,7 +126,7 @@ async def read_stream_page(
 
 async def read_ledger_head(connection: Connection, tenant_id: int) -> LedgerHead:
     """Return where the tenant's ledger ends."""
-    row = await connection.fetchrow(_HEAD, tenant_id)
+    row = await fetch_one(connection, _HEAD, tenant_id)
     return LedgerHead(row["position"], row["hash"].hex(), row["recorded_at"] if row["position"] else None)
 
 

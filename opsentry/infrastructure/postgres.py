@@ -6,10 +6,12 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 Record: TypeAlias = asyncpg.Record
 """A row, read by column name."""
-Connection: TypeAlias = asyncpg.Connection  # lent by the pool as a proxy with the same methods
+Connection: TypeAlias = "asyncpg.Connection[Record] | PoolConnectionProxy[Record]"
+"""A connection. The pool lends a proxy with the same methods."""
 
 _LOST = (
     OSError,
@@ -164,6 +166,18 @@ class Database:
     async def check_schema(self) -> None:
         """Read one row of the list of migrations; raises as `connection()` where the database has no schema."""
         await self.fetchrow("SELECT number FROM schema_migrations LIMIT 1")
+
+
+async def fetch_one(connection: Connection, query: str, *values: Any) -> Record:
+    """Return the row of a `query` that always has one, such as an aggregate.
+
+    Raises:
+        LookupError: It had none; the query has a defect.
+    """
+    row = await connection.fetchrow(query, *values)
+    if row is None:
+        raise LookupError(query)
+    return row
 
 
 async def _keep(_: Connection) -> None:

@@ -14,7 +14,7 @@ import msgspec
 from opsentry.domain import incident, maintenance
 from opsentry.domain.uptime import Period
 from opsentry.events.codec import RecordedEvent
-from opsentry.infrastructure.postgres import Connection
+from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
 from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream, continued
 from opsentry.projections.impact_state import ChangedState, ImpactState, ServiceImpact, derive_changes
@@ -152,8 +152,8 @@ class Impact:
         if changes.ended:
             await connection.execute(_END_IMPACTS, tenant_id, kind, *zip(*changes.ended, strict=True))
         if changes.started:
-            rows = zip(*map(_impact_row, changes.started), strict=True)
-            await connection.execute(_START_IMPACTS, tenant_id, kind, *rows)
+            started = zip(*map(_impact_row, changes.started), strict=True)
+            await connection.execute(_START_IMPACTS, tenant_id, kind, *started)
 
     def replayer(self) -> Replay:
         """Return a function that computes the rows of whole streams."""
@@ -218,8 +218,8 @@ async def select_service_impacts(
         A row for `impacted_services` and `count_impacts`, with the database's clock as `now`.
     """
     if service_id is None:
-        return await connection.fetchrow(_SELECT_OF_ALL, tenant_id, start, end, days, limit)
-    return await connection.fetchrow(_SELECT_OF_SERVICE, tenant_id, start, end, days, limit, service_id)
+        return await fetch_one(connection, _SELECT_OF_ALL, tenant_id, start, end, days, limit)
+    return await fetch_one(connection, _SELECT_OF_SERVICE, tenant_id, start, end, days, limit, service_id)
 
 
 class ImpactedService(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ import asyncpg
 from opsentry.domain import incident
 from opsentry.domain.incident import IncidentRedacted
 from opsentry.events.codec import RecordedEvent
-from opsentry.infrastructure.postgres import Connection
+from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
 from opsentry.projections.engine.projection import Streams, Table
 from opsentry.projections.timeline import ENTRY_WITH_PLACEHOLDER, with_placeholder
@@ -125,7 +125,7 @@ async def select_incident_as_of(
     connection: Connection, tenant_id: int, incident_id: int, position: int
 ) -> asyncpg.Record:
     """Return an incident's `version` at `position`, 0 if it did not exist, and its last snapshot up to there."""
-    return await connection.fetchrow(_SELECT_AS_OF, tenant_id, incident_id, position)
+    return await fetch_one(connection, _SELECT_AS_OF, tenant_id, incident_id, position)
 
 
 async def select_timeline(

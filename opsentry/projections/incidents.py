@@ -9,7 +9,7 @@ import msgspec
 from opsentry.domain import incident
 from opsentry.domain.incident import IncidentRedacted
 from opsentry.events.codec import RecordedEvent
-from opsentry.infrastructure.postgres import Connection
+from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
 from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream, continued, replay_streams
 from opsentry.projections.incident_snapshots import (
@@ -221,14 +221,14 @@ async def select_incidents(
     if filter_.status == "resolved":
         queries, fields = _PAGES_OF_RESOLVED, {"severity": filter_.severity}
     given = {column: value for column, value in fields.items() if value is not None}
-    return await connection.fetchrow(queries[tuple(given)], tenant_id, *page, *given.values())
+    return await fetch_one(connection, queries[tuple(given)], tenant_id, *page, *given.values())
 
 
 async def select_active_incidents(connection: Connection, tenant_id: int) -> asyncpg.Record:
     """Return `items` (the inside of a JSON array) of all incidents that are not resolved, newest first."""
-    return await connection.fetchrow(_SELECT_ACTIVE, tenant_id)
+    return await fetch_one(connection, _SELECT_ACTIVE, tenant_id)
 
 
 async def select_incident(connection: Connection, tenant_id: int, incident_id: int) -> asyncpg.Record:
     """Return `body` and `etag` of an incident with its timeline; NULL if it does not exist."""
-    return await connection.fetchrow(_SELECT_ONE, tenant_id, incident_id)
+    return await fetch_one(connection, _SELECT_ONE, tenant_id, incident_id)

@@ -15,7 +15,7 @@ from opsentry.domain.maintenance import (
     MaintenanceScheduled,
 )
 from opsentry.events.codec import RecordedEvent
-from opsentry.infrastructure.postgres import Connection
+from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
 from opsentry.projections.engine.projection import Replay, Streams, Table, by_stream, continued, replay_streams
 from opsentry.projections.maintenance_view import MaintenanceFilter, MaintenanceView, decode_view, evolve_view
@@ -213,17 +213,17 @@ async def select_windows(
     connection: Connection, tenant_id: int, filter_: MaintenanceFilter, page: PageRequest
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's windows, the last announced first."""
-    return await connection.fetchrow(_SELECT_PAGE, tenant_id, *filter_, *page)
+    return await fetch_one(connection, _SELECT_PAGE, tenant_id, *filter_, *page)
 
 
 async def select_upcoming_windows(connection: Connection, tenant_id: int) -> asyncpg.Record:
     """Return `items` (the inside of a JSON array) of all scheduled windows in the future, the next one first."""
-    return await connection.fetchrow(_SELECT_UPCOMING, tenant_id)
+    return await fetch_one(connection, _SELECT_UPCOMING, tenant_id)
 
 
 async def select_window(connection: Connection, tenant_id: int, maintenance_id: int) -> asyncpg.Record:
     """Return `body` and `etag` of a window with its timeline; NULL if it does not exist."""
-    return await connection.fetchrow(_SELECT_ONE, tenant_id, maintenance_id)
+    return await fetch_one(connection, _SELECT_ONE, tenant_id, maintenance_id)
 
 
 async def select_due_windows(connection: Connection, within: float, limit: int) -> list[asyncpg.Record]:

@@ -10,7 +10,7 @@ import msgspec
 from opsentry.domain import service
 from opsentry.domain.service import Service, ServiceEvent
 from opsentry.events.codec import RecordedEvent
-from opsentry.infrastructure.postgres import Connection
+from opsentry.infrastructure.postgres import Connection, Record, fetch_one
 from opsentry.infrastructure.single_flight import BatchLoader
 from opsentry.projections.engine.freshness import freshness
 from opsentry.projections.engine.projection import Replay, Streams, Table, by_stream, continued, replay_streams
@@ -205,14 +205,14 @@ async def select_services(
     connection: Connection, tenant_id: int, filter_: ServiceFilter, page: PageRequest
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's services, by name."""
-    return await connection.fetchrow(
-        _SELECT_PAGE, tenant_id, filter_.status, filter_.visibility, filter_.pattern(), *page
+    return await fetch_one(
+        connection, _SELECT_PAGE, tenant_id, filter_.status, filter_.visibility, filter_.pattern(), *page
     )
 
 
 async def select_service(connection: Connection, tenant_id: int, service_id: int) -> asyncpg.Record:
     """Return `body` and `etag` of a service; NULL if it does not exist or is retired."""
-    return await connection.fetchrow(_SELECT_ONE, tenant_id, service_id)
+    return await fetch_one(connection, _SELECT_ONE, tenant_id, service_id)
 
 
 async def select_service_links(connection: Connection, tenant_id: int, service_ids: Iterable[int]) -> asyncpg.Record:
@@ -220,7 +220,7 @@ async def select_service_links(connection: Connection, tenant_id: int, service_i
 
     A row for `links_from_row`.
     """
-    return await connection.fetchrow(_SELECT_LINKS, tenant_id, list(service_ids))
+    return await fetch_one(connection, _SELECT_LINKS, tenant_id, list(service_ids))
 
 
 def service_link(view: ServiceView) -> msgspec.Raw:
@@ -228,7 +228,7 @@ def service_link(view: ServiceView) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(ServiceLink(view.id, view.slug, view.name)))
 
 
-def links_from_row(row: Mapping[str, Any], service_ids: Iterable[int]) -> ServiceLinks:
+def links_from_row(row: Record, service_ids: Iterable[int]) -> ServiceLinks:
     """Return the links to `service_ids` in a row of `select_service_links`, which may have others too."""
     links = dict(zip(row["ids"] or (), row["links"] or (), strict=True))
     versions = dict(zip(row["ids"] or (), row["versions"] or (), strict=True))

@@ -10,7 +10,7 @@ import msgspec
 from opsentry.domain import subscription
 from opsentry.domain.subscription import Subscription, SubscriptionEvent
 from opsentry.events.codec import RecordedEvent
-from opsentry.infrastructure.postgres import Connection
+from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
 from opsentry.projections.engine.projection import Replay, Streams, Table, by_stream, continued, replay_streams
 from opsentry.projections.page_request import PageRequest
@@ -189,12 +189,12 @@ async def select_subscriptions(
     connection: Connection, tenant_id: int, filter_: SubscriptionPageFilter, page: PageRequest
 ) -> asyncpg.Record:
     """Return `total` and `items` (the inside of a JSON array) of the tenant's subscriptions, newest first."""
-    return await connection.fetchrow(_SELECT_PAGE, tenant_id, *filter_, *page)
+    return await fetch_one(connection, _SELECT_PAGE, tenant_id, *filter_, *page)
 
 
 async def select_subscription(connection: Connection, tenant_id: int, subscription_id: int) -> asyncpg.Record:
     """Return `body`, `etag` and `status` of a subscription; NULL if it does not exist or is removed."""
-    return await connection.fetchrow(_SELECT_ONE, tenant_id, subscription_id)
+    return await fetch_one(connection, _SELECT_ONE, tenant_id, subscription_id)
 
 
 async def select_by_target(connection: Connection, tenant_id: int, channel: str, target: str) -> asyncpg.Record:
@@ -202,7 +202,7 @@ async def select_by_target(connection: Connection, tenant_id: int, channel: str,
 
     All three are NULL if there is none. `target` is the one that responses show.
     """
-    return await connection.fetchrow(_SELECT_BY_TARGET, tenant_id, channel, target)
+    return await fetch_one(connection, _SELECT_BY_TARGET, tenant_id, channel, target)
 
 
 class UnconfirmedSubscription(NamedTuple):

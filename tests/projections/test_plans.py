@@ -1,5 +1,7 @@
 """Frequent queries use their indexes and read no more rows than they return."""
 
+from typing import Any
+
 import pytest
 
 from opsentry.bootstrap import projections
@@ -185,7 +187,7 @@ async def test_a_page_reads_its_ids_from_an_index_alone(app_connection, full, ho
 
 
 async def test_totals_are_updated_through_their_keys(app_connection, full):
-    explained = Explained(app_connection)
+    explained: Any = Explained(app_connection)
     await apply(explained, Incidents(), full.incident(COUNT + 1, OpenIncident(title="i", severity="critical")))
     (plan,) = [list(nodes(plan)) for plan in explained.plans]
     assert_goes_by(plan, "incidents", "incidents_pkey", reads=1)

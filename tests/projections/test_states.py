@@ -48,8 +48,8 @@ async def test_a_projection_makes_every_move_of_the_table(parts, acme, owner, mo
     with monkeypatch.context() as patch:
         patch.setattr(Impact, "apply", fail)
         await catch_up()
-    for change in (management.pause, management.resume, management.retry_halted):
-        await change(owner, ["impact"])
+    for step in (management.pause, management.resume, management.retry_halted):
+        await step(owner, ["impact"])
         await note_state()
     await catch_up()
     assert passed[0] == passed[-1] == "running"

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import asyncpg
 
-from opsentry.infrastructure.postgres import Connection, Database
+from opsentry.infrastructure.postgres import Connection, Database, fetch_one
 from opsentry.notifications.delivery.ordering import (
     SENDING_IS_ENABLED,
     configure_transaction,
@@ -211,7 +211,7 @@ class DeliverySelection(NamedTuple):
 async def measure_backlog(connection: Connection, limit: int) -> SendingBacklog:
     """Measure the backlog of all tenants, in the caller's transaction. Counting of due work stops at `limit`."""
     await configure_transaction(connection)
-    return SendingBacklog(*await connection.fetchrow(_BACKLOG, limit))
+    return SendingBacklog(*await fetch_one(connection, _BACKLOG, limit))
 
 
 async def sending_status(

@@ -38,7 +38,7 @@ async def compare(
             chunk.first_id,
             chunk.last_id,
         )
-        if (difference := _first_difference(table, rows, chunk.rows.get(table.name, ()))) is not None:
+        if (difference := _first_difference(table, map(tuple, rows), chunk.rows.get(table.name, ()))) is not None:
             return difference
     return None
 
@@ -56,7 +56,7 @@ async def compare_summaries(connection: Connection, tables: Sequence[Table], ten
             f"SELECT {', '.join(table.columns)} FROM {table.name} WHERE tenant_id = $1", tenant_id
         )
         computed = await connection.fetch(table.summary, tenant_id)
-        if (difference := _first_difference(table, stored, computed)) is not None:
+        if (difference := _first_difference(table, map(tuple, stored), map(tuple, computed))) is not None:
             return difference
     return None
 
