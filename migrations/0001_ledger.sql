@@ -172,21 +172,6 @@ CREATE FUNCTION canonical_form(event events) RETURNS bytea LANGUAGE sql STABLE A
         coalesce(2 * octet_length(event.erasable_digest), 0), ':', encode(event.erasable_digest, 'hex'), ','), 'UTF8')
 $$;
 
--- Locks and returns a tenant's ledger head. Returns NULL if there is no such tenant or, without `wait`, if another
--- writer holds the head. `wait` waits for the other writer, at most for lock_timeout.
-CREATE FUNCTION take_ledger_head(tenant bigint, wait boolean) RETURNS ledger_heads LANGUAGE plpgsql AS $$
-DECLARE
-    head ledger_heads;
-BEGIN
-    IF wait THEN
-        SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE;
-    ELSE
-        SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE SKIP LOCKED;
-    END IF;
-    RETURN head;
-END
-$$;
-
 -- Stores a moved ledger head and adds its tenant to the projection backlog.
 CREATE FUNCTION move_ledger_head(head ledger_heads) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -203,8 +188,10 @@ $$;
 
 -- Appends a batch of commands in one round trip and one commit; returns the outcome of each, in their order.
 --
--- Commands arrive sorted by tenant. A batch that waits has one tenant, because two waiting batches could wait for each
--- other. Every statement names the tenant, so a batch of one tenant touches that tenant's rows alone.
+-- Commands arrive sorted by tenant. If another writer holds a tenant's head, `wait` waits for it, at most for
+-- lock_timeout; without `wait`, the tenant's commands are answered `busy`. A batch that waits has one tenant, because two
+-- waiting batches could wait for each other. Every statement names the tenant, so a batch of one tenant touches that
+-- tenant's rows alone.
 CREATE FUNCTION append_events(commands append_command[], wait boolean) RETURNS SETOF append_outcome
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '1s' AS $$
 DECLARE
@@ -228,7 +215,11 @@ BEGIN
                 PERFORM move_ledger_head(head);
             END IF;
             tenant := command.tenant_id;
-            head := take_ledger_head(tenant, wait);
+            IF wait THEN
+                SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE;
+            ELSE
+                SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE SKIP LOCKED;
+            END IF;
             taken_at := head.position;
         END IF;
         IF head.tenant_id IS NULL THEN
@@ -284,9 +275,9 @@ BEGIN
             END IF;
         END IF;
 
-        -- Nothing refuses the command from here on, so it consumes the id. A given id raises the counter too: the next
-        -- new stream must not meet it.
-        IF current_version = 0 THEN
+        -- Nothing refuses the command from here on, so its events consume the id. A given id raises the counter too:
+        -- the next new stream must not meet it.
+        IF current_version = 0 AND cardinality(command.events) > 0 THEN
             head.stream_kinds[kind_index] := command.stream_kind;
             head.last_stream_ids[kind_index] := greatest(head.last_stream_ids[kind_index], id);
         END IF;

@@ -69,7 +69,11 @@ BEGIN
                 PERFORM move_ledger_head(head);
             END IF;
             tenant := command.tenant_id;
-            head := take_ledger_head(tenant, wait);
+            IF wait THEN
+                SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE;
+            ELSE
+                SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE SKIP LOCKED;
+            END IF;
             taken_at := head.position;
         END IF;
         IF head.tenant_id IS NULL THEN
@@ -125,9 +129,9 @@ BEGIN
             END IF;
         END IF;
 
-        -- Nothing refuses the command from here on, so it consumes the id. A given id raises the counter too: the next
-        -- new stream must not meet it.
-        IF current_version = 0 THEN
+        -- Nothing refuses the command from here on, so its events consume the id. A given id raises the counter too:
+        -- the next new stream must not meet it.
+        IF current_version = 0 AND cardinality(command.events) > 0 THEN
             head.stream_kinds[kind_index] := command.stream_kind;
             head.last_stream_ids[kind_index] := greatest(head.last_stream_ids[kind_index], id);
         END IF;
@@ -294,21 +298,6 @@ BEGIN
         END IF;
     END LOOP;
     RETURN low;
-END
-$$;
-
-CREATE FUNCTION take_ledger_head(tenant bigint, wait boolean) RETURNS ledger_heads
-    LANGUAGE plpgsql
-    AS $$
-DECLARE
-    head ledger_heads;
-BEGIN
-    IF wait THEN
-        SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE;
-    ELSE
-        SELECT * INTO head FROM ledger_heads h WHERE h.tenant_id = tenant FOR NO KEY UPDATE SKIP LOCKED;
-    END IF;
-    RETURN head;
 END
 $$;
 

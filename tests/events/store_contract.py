@@ -13,7 +13,17 @@ import pytest
 from opsentry.domain.incident import IncidentOpened
 from opsentry.events import store
 from opsentry.events.codec import Actor, Meta
-from opsentry.events.store import Append, Appended, HeadBusy, NewEvent, Reserved, UnknownTenant, VersionConflict
+from opsentry.events.store import (
+    Append,
+    Appended,
+    HeadBusy,
+    IdempotencyKey,
+    NewEvent,
+    Replayed,
+    Reserved,
+    UnknownTenant,
+    VersionConflict,
+)
 from tests.events.ledger import META, append, held, messages, note, notes, rows
 from tests.waiting import GENEROUS_SECONDS
 
@@ -124,6 +134,19 @@ class StoreContract:
         following = await append(appender, notes(tenant, "e"))
         assert isinstance(following, Appended)
         assert (first.stream_id, following.stream_id) == (1, 2)
+
+    async def test_a_command_without_events_records_its_key_and_consumes_nothing(self, connect, tenant):
+        appender = await connect()
+        key = IdempotencyKey(b"key", b"request")
+        empty = Append(tenant_id=tenant, kind="incident", stream_id=0, expected_version=0, events=[], key=key)
+        assert isinstance(await append(appender, empty), Appended)
+        replayed, appended = await store.append_events(appender, [empty, notes(tenant, "a")], wait=False)
+        assert isinstance(replayed, Replayed)
+        assert isinstance(appended, Appended)
+        assert (appended.stream_id, appended.position) == (1, 1)
+        assert await store.read_head_position(appender, tenant) == 1
+        backlog = await appender.fetch("SELECT position FROM projection_backlog WHERE tenant_id = $1", tenant)
+        assert [row["position"] for row in backlog] == [1]
 
     async def test_a_new_stream_never_gets_an_id_that_was_given_before(self, connect, tenant):
         appender = await connect()

@@ -209,9 +209,14 @@ async def test_the_application_may_only_read_and_append(app_connection, ledger):
     assert isinstance(await append(app_connection, notes(ledger, "more", stream=1, expected=3)), store.Appended)
 
 
-@pytest.mark.parametrize("year", [1, 1600, 1969, 2026, 2255, 2300, 9999])
-async def test_an_event_of_any_year_is_stored_to_the_microsecond_and_verifies(parts, acme, year):
-    happened = datetime(year, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+FIRST_MICROSECONDS = [datetime(1, 1, 1, 0, 0, 0, microsecond, tzinfo=UTC) for microsecond in (0, 1)]
+LAST_MICROSECONDS = [
+    datetime(year, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC) for year in (1, 1600, 1969, 2026, 2255, 2300, 9999)
+]
+
+
+@pytest.mark.parametrize("happened", [*FIRST_MICROSECONDS, *LAST_MICROSECONDS])
+async def test_an_event_of_any_year_is_stored_to_the_microsecond_and_verifies(parts, acme, happened):
     opened = OpenIncident(title="Long ago or far off")
     created = await commands.create(parts, incident.DECIDER, acme.id, opened, META, occurred_at=happened)
     async with parts.database.connection() as connection:
