@@ -163,10 +163,14 @@ async def test_keys_and_bodies_are_kept_as_digests_only(api, owner, acme, parts)
     assert [event.title for event in await recorded(parts, acme.id, "incident", row["stream_id"])] == ["BODY-CANARY"]
 
 
-async def test_equal_keys_of_two_tokens_have_different_digests(api, other_api, owner):
-    for client in (api, other_api):
-        await send_keyed(client, ("POST", "/incidents", {"title": "A"}))
-    assert await owner.fetchval("SELECT count(DISTINCT key) FROM idempotency_keys") == 2
+async def test_equal_keys_of_two_tokens_are_two_keys(api, other_api, http, base_url, parts, owner, acme):
+    colleague = Client(http, base_url, await make_token(parts, acme.id, *SCOPES))
+    answers = [
+        await send_keyed(client, ("POST", "/incidents", {"title": "A"})) for client in (api, other_api, colleague)
+    ]
+    assert [(answer.status, answer.replayed) for answer in answers] == [(201, None)] * 3
+    assert await owner.fetchval("SELECT count(DISTINCT key) FROM idempotency_keys WHERE tenant_id = $1", acme.id) == 2
+    assert await owner.fetchval("SELECT count(*) FROM idempotency_keys") == 3
 
 
 async def test_keys_are_pruned_after_their_lifetime(api, parts, owner, acme):

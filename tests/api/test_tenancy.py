@@ -64,6 +64,20 @@ async def test_nothing_of_one_tenant_is_in_any_answer_to_another(
     assert after == before
 
 
+async def test_one_id_shows_each_tenant_its_own_thing(api, other_api, parts, globex, things):
+    own = {
+        "services": await make_service(parts, globex.id, "own"),
+        "incidents": (await other_api.post("/incidents", {"title": "own"}))[1]["id"],
+        "maintenance": (await other_api.post("/maintenance", {**DRILL, "title": "own"}))[1]["id"],
+        "subscriptions": (await other_api.post("/subscriptions", HOOK))[1]["id"],
+    }
+    assert own == things
+    for kind, number in own.items():
+        assert CANARY.lower().encode() in (await raw(api, "GET", f"/{kind}/{number}"))[1].lower()
+        status, answer = await raw(other_api, "GET", f"/{kind}/{number}")
+        assert (status, CANARY.lower().encode() in answer.lower()) == (200, False)
+
+
 async def test_totals_and_status_count_the_tenants_own_alone(api, other_api, parts, globex, things):
     own = await make_service(parts, globex.id, "own")
     for kind in ("incidents", "maintenance"):

@@ -96,7 +96,7 @@ async def test_an_error_keeps_the_selected_services(browser, portal):
 
 async def test_only_public_services_of_the_tenant_can_be_selected(browser, api, parts, acme, globex, portal):
     hidden = await make_service(parts, acme.id, "admin", name="Admin Tools", visibility="internal")
-    foreign = await make_service(parts, globex.id, "shop", name="Globex Shop")
+    foreign = [await make_service(parts, globex.id, f"shop-{n}", name="Globex Shop") for n in range(4)][-1]
     gone = await make_service(parts, acme.id, "old", name="Old Thing")
     executed = await commands.change(parts, service.DECIDER, acme.id, gone, RetireService(), META)
     await parts.projector.catch_up(acme.id, executed.position)
