@@ -11,8 +11,8 @@ from opsentry.application.results import Resource
 from opsentry.domain import incident, maintenance
 from opsentry.domain.incident import RedactIncident
 from opsentry.domain.maintenance import RedactMaintenance
-from opsentry.domain.redaction import plan
-from opsentry.events.codec import RecordedEvent, written
+from opsentry.domain.redaction import plan_redaction
+from opsentry.events.codec import RecordedEvent, history_entries
 from opsentry.projections import incident_view, maintenance_view
 
 _REDACTABLE_FIELDS = {
@@ -39,7 +39,7 @@ async def preview_redaction(
         DatabaseUnavailable: The database was lost.
     """
     history = (await get_stream_history(app, caller, kind, stream_id)).recorded
-    versions = plan(written(history), _REDACTABLE_FIELDS[kind], fields, positions).versions
+    versions = plan_redaction(history_entries(history), _REDACTABLE_FIELDS[kind], fields, positions).versions
     return [event.position for event in history if event.version in versions]
 
 
@@ -63,7 +63,7 @@ async def redact_incident(
 
     def command(_: object, history: Sequence[RecordedEvent]) -> RedactIncident:
         return RedactIncident(
-            erasure=plan(written(history), incident.REDACTABLE_FIELDS, fields, positions), reason=reason
+            plan=plan_redaction(history_entries(history), incident.REDACTABLE_FIELDS, fields, positions), reason=reason
         )
 
     outcome = await run(app, caller, incident.DECIDER, command, stream_id=incident_id)
@@ -84,7 +84,8 @@ async def redact_maintenance(
 
     def command(_: object, history: Sequence[RecordedEvent]) -> RedactMaintenance:
         return RedactMaintenance(
-            erasure=plan(written(history), maintenance.REDACTABLE_FIELDS, fields, positions), reason=reason
+            plan=plan_redaction(history_entries(history), maintenance.REDACTABLE_FIELDS, fields, positions),
+            reason=reason,
         )
 
     outcome = await run(app, caller, maintenance.DECIDER, command, stream_id=maintenance_id)

@@ -35,7 +35,7 @@ from opsentry.domain.subscription import (
     SubscriptionCreated,
     SubscriptionSecretRotated,
 )
-from opsentry.events.codec import RecordedEvent, written
+from opsentry.events.codec import RecordedEvent, history_entries
 from opsentry.infrastructure.encryption import DecryptionFailed
 from opsentry.infrastructure.postgres import DatabaseUnavailable
 from opsentry.notifications.channel import BadTarget, Channel
@@ -152,7 +152,7 @@ async def remove_subscription(
 
     def build(state: Subscription, history: Sequence[RecordedEvent]) -> SubscriptionCommand:
         _require_present(state)
-        return RemoveSubscription(unsubscribed=is_unsubscribe, versions=erasable_versions(written(history)))
+        return RemoveSubscription(unsubscribed=is_unsubscribe, versions=erasable_versions(history_entries(history)))
 
     outcome = await run(app, caller, subscription.DECIDER, build, stream_id=subscription_id)
     return render_plain(outcome, b"")
@@ -162,7 +162,7 @@ async def expire_subscription(app: Application, caller: Caller, subscription_id:
     """Remove a subscription that nobody confirmed in time; raises as `change_subscription`."""
 
     def build(_: Subscription, history: Sequence[RecordedEvent]) -> SubscriptionCommand:
-        return ExpireSubscription(versions=erasable_versions(written(history)))
+        return ExpireSubscription(versions=erasable_versions(history_entries(history)))
 
     return await run(app, caller, subscription.DECIDER, build, stream_id=subscription_id)
 

@@ -161,7 +161,7 @@ async def get_service_uptime(
     result = compute_uptime(service.periods, max(service.created_at, begin), stop)
     found = ServiceUptime(service_id=service_id, from_=begin, to=stop, **_totals(result))
     if is_explained:
-        found.excluded_seconds = result.excluded_time / 1e6
+        found.excluded_seconds = result.excluded / 1e6
         found.service_since = service.created_at
         found.position = row["projected_position"] or 0
         found.periods = [_explained(share, now) for share in result.shares]
@@ -259,7 +259,7 @@ def _sum(results: Iterable[UptimeResult]) -> UptimeResult:
     """Return the mean of services, weighted by observed time, as one result."""
     found = list(results)
     return UptimeResult(
-        sum(r.observed for r in found), sum(r.downtime for r in found), sum(r.excluded_time for r in found), ()
+        sum(r.observed for r in found), sum(r.downtime for r in found), sum(r.excluded for r in found), ()
     )
 
 
@@ -279,10 +279,10 @@ def _explained(share: PeriodShare, now: datetime) -> ExplainedPeriod:
         # Null while it lasts, so that the answer for a past window stays the same.
         to=period.end if period.end < now else None,
         level=SEVERITIES[period.level] if period.kind == KIND else None,
-        excluded=period.excluded,
+        excluded=period.is_excluded,
         weight=share.weight,
         seconds=share.inside / 1e6,
-        excluded_seconds=0.0 if period.excluded else share.excluded_time / 1e6,
+        excluded_seconds=0.0 if period.is_excluded else share.excluded / 1e6,
         effective_seconds=share.effective / 1e6,
         downtime_seconds=share.downtime / 1e7,
     )

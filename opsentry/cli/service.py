@@ -8,8 +8,8 @@ from opsentry.application import services
 from opsentry.application.errors import NameReserved
 from opsentry.cli.common import application_for, for_tenant, run
 from opsentry.cli.output import as_json, show
-from opsentry.domain import service
 from opsentry.domain.service import RegisterService
+from opsentry.domain.visibility import VISIBILITIES
 from opsentry.projections.page_request import ALL_ITEMS
 from opsentry.projections.services import ServiceFilter
 
@@ -26,7 +26,7 @@ def service_group() -> None:
 @click.option("--description", help="Purpose of the service.")
 @click.option(
     "--visibility",
-    type=click.Choice(service.VISIBILITIES),
+    type=click.Choice(VISIBILITIES),
     default="public",
     show_default=True,
     help="Readers who see the service.",

@@ -1,4 +1,4 @@
-"""The shape all aggregates share: events, the errors a decision may raise, and checks on what people write."""
+"""Define the shape that all aggregates share, the errors of a decision, and the checks of a command's fields."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,21 @@ import msgspec
 from msgspec import UNSET
 
 REDACTED = "[redacted]"
-MAX_TITLE = 300
-MAX_TEXT = 50_000
+MAX_TITLE_CHARACTERS = 300
+MAX_TEXT_CHARACTERS = 50_000
+
+# The driver stores these two times as infinities.
+_CALENDAR_ENDS = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """Something that happened to one stream.
+    """Base of all events: facts about one stream, named in the past tense.
 
-    `TYPE` names it in the log for ever, `VERSION` is the version of its fields, and `ERASABLE` names the fields that
-    hold what people wrote: they are stored apart from the facts, so that they can be erased.
+    Attributes:
+        TYPE: The event's permanent name in the ledger.
+        VERSION: The version of its fields. A change of fields needs a new version and an upcaster.
+        ERASABLE: The fields that hold free text. They are stored apart from the facts, so that a redaction can erase
+            them.
     """
 
     TYPE: ClassVar[str]
@@ -26,15 +32,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
 
 
 class DomainError(Exception):
-    """A command was refused. The message is meant for whoever sent it."""
+    """A command was refused and nothing was changed. The message is meant for the caller."""
 
 
 class InvalidField(DomainError):
-    """A field of the command holds something that can never be accepted.
+    """A field of the command has a value that no state would accept.
 
     Args:
-        field: The field's name as the sender wrote it, such as `severity`.
-        problem: What is wrong with it, such as `must not be blank`.
+        field: The field's name as the caller wrote it, such as `severity`.
+        problem: What is wrong with its value, such as `must not be blank`.
     """
 
     def __init__(self, field: str, problem: str) -> None:
@@ -44,11 +50,11 @@ class InvalidField(DomainError):
 
 
 class IllegalTransition(DomainError):
-    """The command is well formed, but the stream's present state forbids it."""
+    """The command is valid, but the stream's present state forbids it."""
 
 
 class StreamRemoved(DomainError):
-    """The stream existed and was removed: to a caller it does not exist."""
+    """The stream existed and was removed. To a caller it does not exist."""
 
 
 S = TypeVar("S")
@@ -58,12 +64,12 @@ E = TypeVar("E", bound=Event)
 
 @dataclass(frozen=True, slots=True)
 class Decider(Generic[S, C, E]):
-    """An aggregate as pure functions (Chassaing's decider).
+    """Bundle an aggregate's pure functions (Jérémie Chassaing, "Functional Event Sourcing Decider", 2021).
 
     Attributes:
-        kind: The stream kind its events are kept under.
-        evolve: Folds one event into the state; `None` is the state of a stream that does not exist. Total.
-        decide: Answers a command with events, or raises `DomainError`.
+        kind: The kind of the aggregate's streams.
+        evolve: Applies one event to a state; `None` is the state of a stream that does not exist. It is total.
+        decide: Turns a command into events, or raises `DomainError`.
     """
 
     kind: str
@@ -71,60 +77,56 @@ class Decider(Generic[S, C, E]):
     decide: Callable[[S | None, C], Sequence[E]]
 
     def fold(self, events: Iterable[E], state: S | None = None) -> S | None:
-        """Return the state after `events`."""
+        """Apply `events` to `state` in their order, and return the final state."""
         for event in events:
             state = self.evolve(state, event)
         return state
 
 
 def check_title(field: str, value: str) -> str:
-    """Return `value` if it can stand as a one-line name; raise `InvalidField` if blank, too long or with NUL."""
+    """Return `value` if it is a usable one-line name; raise `InvalidField` if it is blank, too long or contains NUL."""
     check_text(field, value)
     if not value.strip():
         raise InvalidField(field, "must not be blank")
-    if len(value) > MAX_TITLE:
-        raise InvalidField(field, f"must have at most {MAX_TITLE} characters")
+    if len(value) > MAX_TITLE_CHARACTERS:
+        raise InvalidField(field, f"must have at most {MAX_TITLE_CHARACTERS} characters")
     return value
 
 
 def check_text(field: str, value: str | None) -> str | None:
-    """Return `value` if PostgreSQL and JSON can carry it; raise `InvalidField` if too long or with NUL."""
+    """Return `value` if PostgreSQL can store it; raise `InvalidField` if it is too long or contains NUL."""
     if value is not None:
         if "\x00" in value:
             raise InvalidField(field, "must not contain the character NUL")
-        if len(value) > MAX_TEXT:
-            raise InvalidField(field, f"must have at most {MAX_TEXT} characters")
+        if len(value) > MAX_TEXT_CHARACTERS:
+            raise InvalidField(field, f"must have at most {MAX_TEXT_CHARACTERS} characters")
     return value
 
 
 def check_choice(field: str, value: str, choices: Sequence[str]) -> str:
-    """Return `value` if it is one of `choices`; raise `InvalidField` that names them if it is not."""
+    """Return `value` if it is one of `choices`; raise `InvalidField` with the choices if it is not."""
     if value not in choices:
         raise InvalidField(field, f"must be one of {', '.join(choices)}")
     return value
 
 
-# The driver stores these two moments as infinities.
-_CALENDAR_ENDS = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
-
-
 def to_utc(field: str, moment: datetime) -> datetime:
-    """Return `moment` in UTC; raise `InvalidField` if it lies outside of the calendar or at one of its ends."""
+    """Return `moment` in UTC; raise `InvalidField` if it is outside the calendar, or its very first or last moment."""
     try:
-        found = moment.astimezone(UTC)
+        converted = moment.astimezone(UTC)
     except OverflowError:
         raise InvalidField(field, "is out of range") from None
-    if found in _CALENDAR_ENDS:
+    if converted in _CALENDAR_ENDS:
         raise InvalidField(field, "is out of range")
-    return found
+    return converted
 
 
 def normal_ids(service_ids: Iterable[int]) -> tuple[int, ...]:
-    """Return ids in ascending order, each once: the order in which answers show them."""
+    """Return the ids in ascending order without repetition, the order of responses."""
     return tuple(sorted(set(service_ids)))
 
 
-def set_fields(of: msgspec.Struct) -> dict[str, Any]:
-    """Return the fields of an event or a command that are not `UNSET`, by name."""
-    values = msgspec.structs.asdict(of)
+def set_fields(fields: msgspec.Struct) -> dict[str, Any]:
+    """Return the fields of an event or command that are not `UNSET`, by name."""
+    values = msgspec.structs.asdict(fields)
     return {name: value for name, value in values.items() if value is not UNSET}

@@ -1,4 +1,7 @@
-"""Events of who may use a tenant's ledger. ApiTokens are ordinary rows; that they came and went is on the record."""
+"""Record the life of tenants and API tokens as events of the tenant's ledger.
+
+Tenants and tokens are ordinary rows, not aggregates: these events have no state and no decider.
+"""
 
 from datetime import datetime
 from typing import ClassVar, TypeAlias
@@ -10,7 +13,7 @@ TOKEN = "token"  # noqa: S105 - a stream kind, no secret
 
 
 class TenantCreated(Event, frozen=True, kw_only=True):
-    """The ledger begins. Its stream has the tenant's own id."""
+    """The tenant's ledger was opened. The stream has the tenant's own id."""
 
     TYPE: ClassVar[str] = "tenant.created"
     slug: str
@@ -18,7 +21,7 @@ class TenantCreated(Event, frozen=True, kw_only=True):
 
 
 class TokenCreated(Event, frozen=True, kw_only=True):
-    """An API token was made. Its stream has the token's id; the secret is nowhere."""
+    """An API token was created. The stream has the token's id; the ledger never holds its value."""
 
     TYPE: ClassVar[str] = "token.created"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"name"})
@@ -29,9 +32,9 @@ class TokenCreated(Event, frozen=True, kw_only=True):
 
 
 class TokenRevoked(Event, frozen=True, kw_only=True):
-    """An API token works no longer."""
+    """An API token was revoked."""
 
     TYPE: ClassVar[str] = "token.revoked"
 
 
-AccessEvent: TypeAlias = TenantCreated | TokenCreated | TokenRevoked
+IdentityEvent: TypeAlias = TenantCreated | TokenCreated | TokenRevoked

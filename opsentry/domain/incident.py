@@ -1,10 +1,11 @@
-"""Incidents: `investigating`, `identified` and `monitoring` move freely among each other and to `resolved`.
+"""Incidents: declare, update, resolve and reopen.
 
-From `resolved` the only way out is `investigating`, a re-open.
+The open statuses `investigating`, `identified` and `monitoring` lead to each other and to `resolved`. A resolved
+incident can only be reopened, as `investigating`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeAlias, assert_never
+from typing import ClassVar, Literal, TypeAlias, assert_never, get_args
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -19,20 +20,24 @@ from opsentry.domain.decider import (
     check_text,
     check_title,
     normal_ids,
+    set_fields,
 )
-from opsentry.domain.redaction import RedactionPlan, check_reason
+from opsentry.domain.redaction import Redact, Redacted, decide_redaction
+from opsentry.domain.visibility import VISIBILITIES
 
 KIND = "incident"
-# Open states lead to each other and to `resolved`. A resolved incident can only be reopened.
+
+IncidentStatus: TypeAlias = Literal["investigating", "identified", "monitoring", "resolved"]
+Severity: TypeAlias = Literal["informational", "degraded", "partial_outage", "major_outage", "critical"]
+
+STATUSES: tuple[IncidentStatus, ...] = get_args(IncidentStatus)
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)  # from the mildest to the worst
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "investigating": frozenset({"identified", "monitoring", "resolved"}),
     "identified": frozenset({"investigating", "monitoring", "resolved"}),
     "monitoring": frozenset({"investigating", "identified", "resolved"}),
     "resolved": frozenset({"investigating"}),
 }
-STATUSES = tuple(TRANSITIONS)
-SEVERITIES = ("informational", "degraded", "partial_outage", "major_outage", "critical")
-VISIBILITIES = ("public", "internal")
 REDACTABLE_FIELDS = ("title", "description", "root_cause", "postmortem")
 
 
@@ -40,7 +45,7 @@ REDACTABLE_FIELDS = ("title", "description", "root_cause", "postmortem")
 
 
 class IncidentOpened(Event, frozen=True, kw_only=True):
-    """An incident was declared; it begins as `investigating`. `source` names the record it was imported from."""
+    """An incident was declared, as `investigating`. `source` names the record that it was imported from."""
 
     TYPE: ClassVar[str] = "incident.opened"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"title", "description"})
@@ -53,7 +58,7 @@ class IncidentOpened(Event, frozen=True, kw_only=True):
 
 
 class IncidentUpdated(Event, frozen=True, kw_only=True):
-    """A message was added to the timeline, while the incident had `status`."""
+    """A message was added to the timeline. `status` is the incident's status at that time."""
 
     TYPE: ClassVar[str] = "incident.updated"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"message"})
@@ -64,14 +69,14 @@ class IncidentUpdated(Event, frozen=True, kw_only=True):
 
 
 class IncidentStatusChanged(Event, frozen=True, kw_only=True):
-    """The incident moved among the open states."""
+    """The incident moved to another open status."""
 
     TYPE: ClassVar[str] = "incident.status_changed"
     status: str
 
 
 class IncidentResolved(Event, frozen=True, kw_only=True):
-    """The incident is over. Words that are `UNSET` stay as they were."""
+    """The incident was resolved. Fields that are `UNSET` keep their values."""
 
     TYPE: ClassVar[str] = "incident.resolved"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"root_cause", "postmortem"})
@@ -80,13 +85,13 @@ class IncidentResolved(Event, frozen=True, kw_only=True):
 
 
 class IncidentReopened(Event, frozen=True, kw_only=True):
-    """The incident was not over after all; it is `investigating` again."""
+    """A resolved incident was reopened, as `investigating`."""
 
     TYPE: ClassVar[str] = "incident.reopened"
 
 
 class IncidentSeverityChanged(Event, frozen=True, kw_only=True):
-    """How bad it is changed."""
+    """The severity changed from `previous` to `severity`."""
 
     TYPE: ClassVar[str] = "incident.severity_changed"
     severity: str
@@ -94,7 +99,7 @@ class IncidentSeverityChanged(Event, frozen=True, kw_only=True):
 
 
 class IncidentVisibilityChanged(Event, frozen=True, kw_only=True):
-    """Who may see it changed, for all of its history."""
+    """The visibility changed, for the incident's whole history."""
 
     TYPE: ClassVar[str] = "incident.visibility_changed"
     visibility: str
@@ -108,27 +113,20 @@ class IncidentServicesChanged(Event, frozen=True, kw_only=True):
 
 
 class IncidentEdited(Event, frozen=True, kw_only=True):
-    """Words about it changed. Those that are `UNSET` stay as they were."""
+    """Free text of the incident changed. Fields that are `UNSET` keep their values."""
 
     TYPE: ClassVar[str] = "incident.edited"
-    ERASABLE: ClassVar[frozenset[str]] = frozenset({"title", "description", "root_cause", "postmortem"})
+    ERASABLE: ClassVar[frozenset[str]] = frozenset(REDACTABLE_FIELDS)
     title: str | UnsetType = UNSET
     description: str | None | UnsetType = UNSET
     root_cause: str | None | UnsetType = UNSET
     postmortem: str | None | UnsetType = UNSET
 
 
-class IncidentRedacted(Event, frozen=True, kw_only=True):
-    """The words of the events with these versions were erased; of the incident itself, `fields` now read `[redacted]`.
-
-    `reason` is what people wrote too, and can be erased like everything else.
-    """
+class IncidentRedacted(Redacted, frozen=True, kw_only=True):
+    """Erasable text of the incident was erased."""
 
     TYPE: ClassVar[str] = "incident.redacted"
-    ERASABLE: ClassVar[frozenset[str]] = frozenset({"reason"})
-    versions: tuple[int, ...]
-    fields: tuple[str, ...] = ()
-    reason: str
 
 
 IncidentEvent: TypeAlias = (
@@ -149,7 +147,7 @@ IncidentEvent: TypeAlias = (
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """An incident as its events leave it."""
+    """Hold an incident's present state."""
 
     title: str
     description: str | None
@@ -163,7 +161,7 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def evolve(state: Incident | None, event: IncidentEvent) -> Incident:
-    """Fold one event into the state."""
+    """Apply one event to the state."""
     if isinstance(event, IncidentOpened):
         return Incident(
             title=event.title,
@@ -183,7 +181,7 @@ def evolve(state: Incident | None, event: IncidentEvent) -> Incident:
         case IncidentStatusChanged():
             return change(state, status=event.status)
         case IncidentResolved():
-            return change(state, status="resolved", **_set_erasable(event))
+            return change(state, status="resolved", **set_fields(event))
         case IncidentReopened():
             return change(state, status="investigating")
         case IncidentSeverityChanged():
@@ -193,16 +191,11 @@ def evolve(state: Incident | None, event: IncidentEvent) -> Incident:
         case IncidentServicesChanged():
             return change(state, service_ids=event.service_ids)
         case IncidentEdited():
-            return change(state, **_set_erasable(event))
+            return change(state, **set_fields(event))
         case IncidentRedacted():
             return change(state, **dict.fromkeys(event.fields, REDACTED))
         case _:
             assert_never(event)
-
-
-def _set_erasable(event: IncidentResolved | IncidentEdited) -> dict[str, str | None]:
-    values = {name: getattr(event, name) for name in event.ERASABLE}
-    return {name: value for name, value in values.items() if value is not UNSET}
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -219,7 +212,7 @@ class OpenIncident(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChangeIncident(msgspec.Struct, frozen=True, kw_only=True):
-    """Change what is set, leave what is `UNSET`."""
+    """Change the given fields. Fields that are `UNSET` keep their values."""
 
     title: str | UnsetType = UNSET
     description: str | None | UnsetType = UNSET
@@ -232,7 +225,7 @@ class ChangeIncident(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PostUpdate(msgspec.Struct, frozen=True, kw_only=True):
-    """Add a message to the timeline, and move to `status` if one is given."""
+    """Add a message to the timeline, and change the status if one is given."""
 
     message: str
     status: str | None = None
@@ -240,24 +233,21 @@ class PostUpdate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResolveIncident(msgspec.Struct, frozen=True, kw_only=True):
-    """Declare it over."""
+    """Resolve an open incident."""
 
     root_cause: str | None | UnsetType = UNSET
     postmortem: str | None | UnsetType = UNSET
 
 
-class RedactIncident(msgspec.Struct, frozen=True, kw_only=True):
-    """Erase words, for the reason given."""
-
-    erasure: RedactionPlan
-    reason: str
+class RedactIncident(Redact, frozen=True, kw_only=True):
+    """Erase text of the incident, for a reason."""
 
 
 IncidentCommand: TypeAlias = OpenIncident | ChangeIncident | PostUpdate | ResolveIncident | RedactIncident
 
 
 def decide(state: Incident | None, command: IncidentCommand) -> Sequence[IncidentEvent]:
-    """Answer `command` with events, or raise `InvalidField` or `IllegalTransition`."""
+    """Return the events that `command` causes; raise `InvalidField` or `IllegalTransition` if it is refused."""
     if isinstance(command, OpenIncident):
         if state is not None:
             raise IllegalTransition("the incident exists already")
@@ -279,7 +269,7 @@ def decide(state: Incident | None, command: IncidentCommand) -> Sequence[Inciden
                 )
             ]
         case RedactIncident():
-            return _redact(command)
+            return decide_redaction(command, IncidentRedacted, IncidentEdited)
         case _:
             assert_never(command)
 
@@ -299,15 +289,15 @@ def _open(command: OpenIncident) -> list[IncidentEvent]:
 
 def _change(state: Incident, command: ChangeIncident) -> list[IncidentEvent]:
     events: list[IncidentEvent] = []
-    words: dict[str, str | None] = {}
+    texts: dict[str, str | None] = {}
     if command.title is not UNSET and check_title("title", command.title) != state.title:
-        words["title"] = command.title
+        texts["title"] = command.title
     for name in ("description", "root_cause", "postmortem"):
         value = _optional_text(name, getattr(command, name))
         if value is not UNSET and value != getattr(state, name):
-            words[name] = value
-    if words:
-        events.append(msgspec.convert(words, IncidentEdited))
+            texts[name] = value
+    if texts:
+        events.append(msgspec.convert(texts, IncidentEdited))
     if command.visibility is not UNSET:
         check_choice("visibility", command.visibility, VISIBILITIES)
         if command.visibility != state.visibility:
@@ -336,20 +326,12 @@ def _post_update(state: Incident, command: PostUpdate) -> list[IncidentEvent]:
     ]
 
 
-def _redact(command: RedactIncident) -> list[IncidentEvent]:
-    erasure, reason = command.erasure, check_reason(command.reason)
-    if not erasure.versions:
-        return []
-    redacted = IncidentRedacted(versions=erasure.versions, fields=erasure.fields, reason=reason)
-    return [redacted, *([msgspec.convert(erasure.restated, IncidentEdited)] if erasure.restated else [])]
-
-
 def _move(current: str, wanted: str) -> list[IncidentEvent]:
     check_choice("status", wanted, STATUSES)
     if wanted == current:
         return []
     if wanted not in TRANSITIONS[current]:
-        raise IllegalTransition(f"a resolved incident can only be re-opened as investigating, not moved to {wanted}")
+        raise IllegalTransition(f"a resolved incident can only be reopened as investigating, not moved to {wanted}")
     if wanted == "resolved":
         return [IncidentResolved()]
     return [IncidentReopened() if current == "resolved" else IncidentStatusChanged(status=wanted)]

@@ -1,11 +1,11 @@
-"""Maintenance windows: `scheduled → active → completed`, or `scheduled → cancelled`.
+"""Maintenance windows: schedule, change, start, complete and cancel.
 
-That a window's hour has come is an event like any other: the scheduler starts and completes windows by command.
+A window that starts or ends on time does so by an event: the scheduler sends the same commands as people do.
 """
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import ClassVar, TypeAlias, assert_never
+from typing import Any, ClassVar, Literal, TypeAlias, assert_never, get_args
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -21,25 +21,28 @@ from opsentry.domain.decider import (
     check_title,
     normal_ids,
     set_fields,
+    to_utc,
 )
-from opsentry.domain.redaction import RedactionPlan, check_reason
+from opsentry.domain.redaction import Redact, Redacted, decide_redaction
+from opsentry.domain.visibility import VISIBILITIES
 
 KIND = "maintenance"
+
+MaintenanceStatus: TypeAlias = Literal["scheduled", "active", "completed", "cancelled"]
+
+STATUSES: tuple[MaintenanceStatus, ...] = get_args(MaintenanceStatus)
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "scheduled": frozenset({"active", "cancelled"}),
     "active": frozenset({"completed"}),
     "completed": frozenset(),
     "cancelled": frozenset(),
 }
-STATUSES = tuple(TRANSITIONS)
-VISIBILITIES = ("public", "internal")
 REDACTABLE_FIELDS = ("title", "description")
 _TIMES = ("scheduled_start", "scheduled_end")
-# What may be changed while a window has this status: what was promised is kept from its beginning on.
+# Fields that can change in these statuses. Once a window has started, its announced effects are final.
 _CHANGEABLE = {
     "active": {*REDACTABLE_FIELDS, "scheduled_end", "auto_complete"},
-    "completed": {*REDACTABLE_FIELDS},
-    "cancelled": {*REDACTABLE_FIELDS},
+    **{status: {*REDACTABLE_FIELDS} for status in ("completed", "cancelled")},
 }
 
 
@@ -47,7 +50,7 @@ _CHANGEABLE = {
 
 
 class MaintenanceScheduled(Event, frozen=True, kw_only=True):
-    """A window was announced. `source` names the record it was imported from."""
+    """A window was announced. `source` names the record that it was imported from."""
 
     TYPE: ClassVar[str] = "maintenance.scheduled"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"title", "description"})
@@ -65,7 +68,7 @@ class MaintenanceScheduled(Event, frozen=True, kw_only=True):
 
 
 class MaintenanceRescheduled(Event, frozen=True, kw_only=True):
-    """Its hours are now these, both in UTC; of an active window only the end may be another one."""
+    """The window has new times, in UTC. An active window keeps its start."""
 
     TYPE: ClassVar[str] = "maintenance.rescheduled"
     scheduled_start: datetime
@@ -73,7 +76,7 @@ class MaintenanceRescheduled(Event, frozen=True, kw_only=True):
 
 
 class MaintenanceChanged(Event, frozen=True, kw_only=True):
-    """Facts about it changed. Those that are `UNSET` stay as they were."""
+    """Facts about the window changed. Fields that are `UNSET` keep their values."""
 
     TYPE: ClassVar[str] = "maintenance.changed"
     visibility: str | UnsetType = UNSET
@@ -85,31 +88,31 @@ class MaintenanceChanged(Event, frozen=True, kw_only=True):
 
 
 class MaintenanceReminded(Event, frozen=True, kw_only=True):
-    """It begins soon: who is told of it hears so once more."""
+    """The window begins soon; subscribers receive a reminder."""
 
     TYPE: ClassVar[str] = "maintenance.reminded"
 
 
 class MaintenanceStarted(Event, frozen=True, kw_only=True):
-    """Work has begun."""
+    """The window became active."""
 
     TYPE: ClassVar[str] = "maintenance.started"
 
 
 class MaintenanceCompleted(Event, frozen=True, kw_only=True):
-    """Work is done."""
+    """An active window ended."""
 
     TYPE: ClassVar[str] = "maintenance.completed"
 
 
 class MaintenanceCancelled(Event, frozen=True, kw_only=True):
-    """The window will not happen."""
+    """A scheduled window was called off."""
 
     TYPE: ClassVar[str] = "maintenance.cancelled"
 
 
 class MaintenanceUpdated(Event, frozen=True, kw_only=True):
-    """A message was added to the timeline, while the window had `status`."""
+    """A message was added to the timeline. `status` is the window's status at that time."""
 
     TYPE: ClassVar[str] = "maintenance.updated"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"message"})
@@ -120,7 +123,7 @@ class MaintenanceUpdated(Event, frozen=True, kw_only=True):
 
 
 class MaintenanceEdited(Event, frozen=True, kw_only=True):
-    """Words about it changed. Those that are `UNSET` stay as they were."""
+    """Free text of the window changed. Fields that are `UNSET` keep their values."""
 
     TYPE: ClassVar[str] = "maintenance.edited"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"title", "description"})
@@ -128,17 +131,10 @@ class MaintenanceEdited(Event, frozen=True, kw_only=True):
     description: str | None | UnsetType = UNSET
 
 
-class MaintenanceRedacted(Event, frozen=True, kw_only=True):
-    """The words of the events with these versions were erased; of the window itself, `fields` now read `[redacted]`.
-
-    `reason` is what people wrote too, and can be erased like everything else.
-    """
+class MaintenanceRedacted(Redacted, frozen=True, kw_only=True):
+    """Erasable text of the window was erased."""
 
     TYPE: ClassVar[str] = "maintenance.redacted"
-    ERASABLE: ClassVar[frozenset[str]] = frozenset({"reason"})
-    versions: tuple[int, ...]
-    fields: tuple[str, ...] = ()
-    reason: str
 
 
 MaintenanceEvent: TypeAlias = (
@@ -159,7 +155,7 @@ MaintenanceEvent: TypeAlias = (
 
 
 class Maintenance(msgspec.Struct, frozen=True, kw_only=True):
-    """A window as its events leave it."""
+    """Hold a window's present state."""
 
     title: str
     description: str | None
@@ -177,7 +173,7 @@ class Maintenance(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def due_at(self) -> datetime | None:
-        """When the scheduler has to move it on, if it has to."""
+        """The time at which the scheduler starts or completes the window, `None` if it does neither."""
         if self.status == "scheduled" and self.auto_start:
             return self.scheduled_start
         if self.status == "active" and self.auto_complete:
@@ -186,29 +182,17 @@ class Maintenance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def evolve(state: Maintenance | None, event: MaintenanceEvent) -> Maintenance:
-    """Fold one event into the state."""
+    """Apply one event to the state."""
     if isinstance(event, MaintenanceScheduled):
-        return Maintenance(
-            title=event.title,
-            description=event.description,
-            status="scheduled",
-            visibility=event.visibility,
-            service_ids=event.service_ids,
-            scheduled_start=event.scheduled_start,
-            scheduled_end=event.scheduled_end,
-            exclude_from_sla=event.exclude_from_sla,
-            suppress_alerts=event.suppress_alerts,
-            auto_start=event.auto_start,
-            auto_complete=event.auto_complete,
-            sources=frozenset() if event.source is None else frozenset({event.source}),
-        )
+        fields = msgspec.structs.asdict(event)
+        source = fields.pop("source")
+        return Maintenance(**fields, status="scheduled", sources=frozenset() if source is None else frozenset({source}))
     if state is None:
         raise ValueError(f"{event.TYPE} before {MaintenanceScheduled.TYPE}")
     change = msgspec.structs.replace
     match event:
         case MaintenanceRescheduled():
-            start, end = event.scheduled_start, event.scheduled_end
-            return change(state, scheduled_start=start, scheduled_end=end, reminded=False)
+            return change(state, **set_fields(event), reminded=False)
         case MaintenanceChanged() | MaintenanceEdited():
             return change(state, **set_fields(event))
         case MaintenanceReminded():
@@ -246,7 +230,7 @@ class ScheduleMaintenance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChangeMaintenance(msgspec.Struct, frozen=True, kw_only=True):
-    """Change what is set, leave what is `UNSET`."""
+    """Change the given fields. Fields that are `UNSET` keep their values."""
 
     title: str | UnsetType = UNSET
     description: str | None | UnsetType = UNSET
@@ -261,26 +245,23 @@ class ChangeMaintenance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RemindMaintenance(msgspec.Struct, frozen=True):
-    """Remind of a scheduled window that begins soon. Once is enough; one that has begun needs no reminder."""
+    """Remind subscribers of a scheduled window. A second reminder, or one after the start, changes nothing."""
 
 
 class StartMaintenance(msgspec.Struct, frozen=True):
-    """Begin a scheduled window."""
+    """Start a scheduled window."""
 
 
 class CompleteMaintenance(msgspec.Struct, frozen=True):
-    """End an active window."""
+    """Complete an active window."""
 
 
 class CancelMaintenance(msgspec.Struct, frozen=True):
-    """RequestContext a scheduled window off."""
+    """Cancel a scheduled window."""
 
 
-class RedactMaintenance(msgspec.Struct, frozen=True, kw_only=True):
-    """Erase words, for the reason given."""
-
-    erasure: RedactionPlan
-    reason: str
+class RedactMaintenance(Redact, frozen=True, kw_only=True):
+    """Erase text of the window, for a reason."""
 
 
 MaintenanceCommand: TypeAlias = (
@@ -295,11 +276,13 @@ MaintenanceCommand: TypeAlias = (
 
 
 def decide(state: Maintenance | None, command: MaintenanceCommand) -> Sequence[MaintenanceEvent]:
-    """Answer `command` with events, or raise `InvalidField` or `IllegalTransition`."""
+    """Return the events that `command` causes; raise `InvalidField` or `IllegalTransition` if it is refused."""
     if isinstance(command, ScheduleMaintenance):
         if state is not None:
             raise IllegalTransition("the maintenance window exists already")
-        return [_schedule(command)]
+        fields = _check_fields(command)
+        _check_order(fields["scheduled_start"], fields["scheduled_end"])
+        return [MaintenanceScheduled(**fields)]
     if state is None:
         raise IllegalTransition("the maintenance window does not exist")
     match command:
@@ -314,67 +297,46 @@ def decide(state: Maintenance | None, command: MaintenanceCommand) -> Sequence[M
         case CancelMaintenance():
             return [_move(state, "cancelled", MaintenanceCancelled())]
         case RedactMaintenance():
-            return _redact(command)
+            return decide_redaction(command, MaintenanceRedacted, MaintenanceEdited)
         case _:
             assert_never(command)
 
 
-def _schedule(command: ScheduleMaintenance) -> MaintenanceScheduled:
-    _check_times(command.scheduled_start, command.scheduled_end)
-    return MaintenanceScheduled(
-        title=check_title("title", command.title),
-        description=check_text("description", command.description),
-        scheduled_start=command.scheduled_start,
-        scheduled_end=command.scheduled_end,
-        visibility=check_choice("visibility", command.visibility, VISIBILITIES),
-        service_ids=normal_ids(command.service_ids),
-        exclude_from_sla=command.exclude_from_sla,
-        suppress_alerts=command.suppress_alerts,
-        auto_start=command.auto_start,
-        auto_complete=command.auto_complete,
-    )
-
-
 def _change(state: Maintenance, command: ChangeMaintenance) -> list[MaintenanceEvent]:
-    wanted = set_fields(command)
-    if "title" in wanted:
-        check_title("title", wanted["title"])
-    if "description" in wanted:
-        check_text("description", wanted["description"])
-    if "visibility" in wanted:
-        check_choice("visibility", wanted["visibility"], VISIBILITIES)
-    if "service_ids" in wanted:
-        wanted["service_ids"] = normal_ids(wanted["service_ids"])
-    changes = {name: value for name, value in wanted.items() if value != getattr(state, name)}
+    changes = {name: value for name, value in _check_fields(command).items() if value != getattr(state, name)}
     fixed = changes.keys() - _CHANGEABLE.get(state.status, changes.keys())
     if fixed:
         names = ", ".join(name for name in changes if name in fixed)
         raise IllegalTransition(f"of a window that is {state.status}, {names} can no longer be changed")
-    words = {name: value for name, value in changes.items() if name in REDACTABLE_FIELDS}
+    texts = {name: value for name, value in changes.items() if name in REDACTABLE_FIELDS}
     facts = {name: value for name, value in changes.items() if name not in {*REDACTABLE_FIELDS, *_TIMES}}
-    events: list[MaintenanceEvent] = []
-    if words:
-        events.append(msgspec.convert(words, MaintenanceEdited))
-    if facts:
-        events.append(MaintenanceChanged(**facts))
+    events: list[MaintenanceEvent] = [msgspec.convert(texts, MaintenanceEdited)] if texts else []
+    events += [MaintenanceChanged(**facts)] if facts else []
     if changes.keys() & set(_TIMES):
         times = {name: changes.get(name, getattr(state, name)) for name in _TIMES}
-        _check_times(*times.values())
+        _check_order(times["scheduled_start"], times["scheduled_end"])
         events.append(MaintenanceRescheduled(**times))
     return events
 
 
-def _check_times(start: datetime, end: datetime) -> None:
+def _check_fields(command: ScheduleMaintenance | ChangeMaintenance) -> dict[str, Any]:
+    """Return the given fields by name, valid and normalised."""
+    fields = set_fields(command)
+    if "title" in fields:
+        check_title("title", fields["title"])
+    check_text("description", fields.get("description"))
+    for name in [name for name in _TIMES if name in fields]:
+        fields[name] = to_utc(name, fields[name])
+    if "visibility" in fields:
+        check_choice("visibility", fields["visibility"], VISIBILITIES)
+    if "service_ids" in fields:
+        fields["service_ids"] = normal_ids(fields["service_ids"])
+    return fields
+
+
+def _check_order(start: datetime, end: datetime) -> None:
     if end <= start:
         raise InvalidField("scheduled_end", "must be after scheduled_start")
-
-
-def _redact(command: RedactMaintenance) -> list[MaintenanceEvent]:
-    erasure, reason = command.erasure, check_reason(command.reason)
-    if not erasure.versions:
-        return []
-    redacted = MaintenanceRedacted(versions=erasure.versions, fields=erasure.fields, reason=reason)
-    return [redacted, *([msgspec.convert(erasure.restated, MaintenanceEdited)] if erasure.restated else [])]
 
 
 def _move(state: Maintenance, wanted: str, event: MaintenanceEvent) -> MaintenanceEvent:

@@ -1,8 +1,8 @@
-"""Services: what incidents and windows touch. Registered once under a slug that is theirs alone."""
+"""Services: register, change and retire the things that incidents and maintenance windows affect."""
 
 import re
 from collections.abc import Sequence
-from typing import ClassVar, TypeAlias, assert_never
+from typing import ClassVar, Literal, TypeAlias, assert_never, get_args
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -15,17 +15,24 @@ from opsentry.domain.decider import (
     check_choice,
     check_text,
     check_title,
+    set_fields,
 )
+from opsentry.domain.visibility import VISIBILITIES
 
 KIND = "service"
-VISIBILITIES = ("public", "internal")
-STATUSES = ("operational", "degraded_performance", "partial_outage", "major_outage", "under_maintenance")
+
+# Derived from incidents and maintenance windows; see `uptime.service_status`.
+ServiceStatus: TypeAlias = Literal[
+    "operational", "degraded_performance", "partial_outage", "major_outage", "under_maintenance"
+]
+
+STATUSES: tuple[ServiceStatus, ...] = get_args(ServiceStatus)
 MAX_TAGS = 50
 SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def slug_reservation(slug: str) -> str:
-    """Return the name under which a service holds its slug."""
+    """Return the reservation that keeps a slug unique among the tenant's services."""
     return f"service:{slug}"
 
 
@@ -33,7 +40,7 @@ def slug_reservation(slug: str) -> str:
 
 
 class ServiceRegistered(Event, frozen=True, kw_only=True):
-    """A service came under watch; uptime is counted from when this occurred."""
+    """A service was registered. Its uptime counts from the time at which this occurred."""
 
     TYPE: ClassVar[str] = "service.registered"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"description"})
@@ -45,7 +52,7 @@ class ServiceRegistered(Event, frozen=True, kw_only=True):
 
 
 class ServiceChanged(Event, frozen=True, kw_only=True):
-    """What is said of it changed. Fields that are `UNSET` stay as they were."""
+    """The service's description changed. Fields that are `UNSET` keep their values."""
 
     TYPE: ClassVar[str] = "service.changed"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"description"})
@@ -56,7 +63,7 @@ class ServiceChanged(Event, frozen=True, kw_only=True):
 
 
 class ServiceRetired(Event, frozen=True, kw_only=True):
-    """It is gone from lists; what happened to it stays."""
+    """The service left the lists. Its history stays."""
 
     TYPE: ClassVar[str] = "service.retired"
 
@@ -68,7 +75,7 @@ ServiceEvent: TypeAlias = ServiceRegistered | ServiceChanged | ServiceRetired
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):
-    """A service as its events leave it."""
+    """Hold a service's present state."""
 
     slug: str
     name: str
@@ -79,7 +86,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def evolve(state: Service | None, event: ServiceEvent) -> Service:
-    """Fold one event into the state."""
+    """Apply one event to the state."""
     if isinstance(event, ServiceRegistered):
         return Service(
             slug=event.slug,
@@ -92,23 +99,18 @@ def evolve(state: Service | None, event: ServiceEvent) -> Service:
         raise ValueError(f"{event.TYPE} before {ServiceRegistered.TYPE}")
     match event:
         case ServiceChanged():
-            return msgspec.structs.replace(state, **_set_fields(event))
+            return msgspec.structs.replace(state, **set_fields(event))
         case ServiceRetired():
             return msgspec.structs.replace(state, retired=True)
         case _:
             assert_never(event)
 
 
-def _set_fields(event: ServiceChanged) -> dict[str, object]:
-    values = {name: getattr(event, name) for name in event.__struct_fields__}
-    return {name: value for name, value in values.items() if value is not UNSET}
-
-
 # ---------------------------------------------------------------------------------------------------- commands
 
 
 class RegisterService(msgspec.Struct, frozen=True, kw_only=True):
-    """Bring a service under watch."""
+    """Register a service under a slug."""
 
     slug: str
     name: str
@@ -118,7 +120,7 @@ class RegisterService(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChangeService(msgspec.Struct, frozen=True, kw_only=True):
-    """Change what is set, leave what is `UNSET`."""
+    """Change the given fields. Fields that are `UNSET` keep their values."""
 
     name: str | UnsetType = UNSET
     description: str | None | UnsetType = UNSET
@@ -127,14 +129,14 @@ class ChangeService(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RetireService(msgspec.Struct, frozen=True):
-    """Take it out of the lists."""
+    """Remove a service from the lists."""
 
 
 ServiceCommand: TypeAlias = RegisterService | ChangeService | RetireService
 
 
 def decide(state: Service | None, command: ServiceCommand) -> Sequence[ServiceEvent]:
-    """Answer `command` with events, or raise `InvalidField` or `IllegalTransition`."""
+    """Return the events that `command` causes; raise `InvalidField` or `IllegalTransition` if it is refused."""
     if isinstance(command, RegisterService):
         if state is not None:
             raise IllegalTransition("the service exists already")

@@ -1,12 +1,12 @@
-"""Subscriptions: who wants to be told of what, over which channel. `pending → active ⇄ disabled`, each `→ removed`.
+"""Subscriptions: create, confirm, change, disable and remove a recipient of messages over a channel.
 
-What a target must look like its channel says; here it is what people wrote, and `encrypted_secret` is what must not lie
-anywhere in clear, encrypted: a signing secret, or a target that is a secret itself.
+The channel, not this module, knows the form of its targets. `encrypted_secret` holds a signing secret, or a target that
+is a secret itself, in encrypted form.
 """
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, TypeAlias, assert_never
+from typing import Any, ClassVar, Literal, TypeAlias, assert_never, get_args
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -19,22 +19,29 @@ from opsentry.domain.decider import (
     check_choice,
     check_text,
     normal_ids,
+    set_fields,
 )
 from opsentry.domain.incident import SEVERITIES
 
 KIND = "subscription"
-AUDIENCES = ("public", "internal")
+
+ListedStatus: TypeAlias = Literal["pending", "active", "disabled"]
+SubscriptionStatus: TypeAlias = Literal[ListedStatus, "removed"]
+Audience: TypeAlias = Literal["public", "internal"]
+# Its owner disabled it, its endpoint returned 410, or its endpoint failed for days.
+DisabledReason: TypeAlias = Literal["disabled_by_owner", "endpoint_gone", "endpoint_failing"]
+
+STATUSES: tuple[SubscriptionStatus, ...] = get_args(SubscriptionStatus)
+AUDIENCES: tuple[Audience, ...] = get_args(Audience)
+REASONS: tuple[DisabledReason, ...] = get_args(DisabledReason)
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "pending": frozenset({"active", "removed"}),
     "active": frozenset({"disabled", "removed"}),
     "disabled": frozenset({"active", "removed"}),
     "removed": frozenset(),
 }
-STATUSES = tuple(TRANSITIONS)
-# Why one is disabled: its owner asked for it, its endpoint answered 410, its endpoint failed for days.
-REASONS = ("disabled_by_owner", "endpoint_gone", "endpoint_failing")
-MAX_TARGET = 2_000
-# So long a pending one waits for whoever owns its target; then it is removed, and the target forgotten.
+MAX_TARGET_CHARACTERS = 2_000
+# An unconfirmed subscription is removed after this time, and its target redacted.
 CONFIRMATION_DAYS = 7
 
 
@@ -42,7 +49,7 @@ CONFIRMATION_DAYS = 7
 
 
 class SubscriptionCreated(Event, frozen=True, kw_only=True):
-    """Someone wants to be told. No `service_ids` means all services; `pending` waits for whoever owns the target."""
+    """A subscription was created. Empty `service_ids` stand for all services; a `pending` one awaits confirmation."""
 
     TYPE: ClassVar[str] = "subscription.created"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"target", "encrypted_secret"})
@@ -58,13 +65,13 @@ class SubscriptionCreated(Event, frozen=True, kw_only=True):
 
 
 class SubscriptionConfirmed(Event, frozen=True, kw_only=True):
-    """Whoever owns the target has agreed."""
+    """The target's owner confirmed the subscription."""
 
     TYPE: ClassVar[str] = "subscription.confirmed"
 
 
 class SubscriptionChanged(Event, frozen=True, kw_only=True):
-    """They want to be told of something else, or elsewhere. What is `UNSET` stays as it was."""
+    """The target or the filter changed. Fields that are `UNSET` keep their values."""
 
     TYPE: ClassVar[str] = "subscription.changed"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"target", "encrypted_secret"})
@@ -78,7 +85,7 @@ class SubscriptionChanged(Event, frozen=True, kw_only=True):
 
 
 class SubscriptionSecretRotated(Event, frozen=True, kw_only=True):
-    """Messages are signed with a new secret, and with the one before, if there was one, until `previous_until`."""
+    """A new secret signs messages. The previous one, if any, signs them too until `previous_until`."""
 
     TYPE: ClassVar[str] = "subscription.secret_rotated"
     ERASABLE: ClassVar[frozenset[str]] = frozenset({"encrypted_secret"})
@@ -87,33 +94,33 @@ class SubscriptionSecretRotated(Event, frozen=True, kw_only=True):
 
 
 class SubscriptionTestRequested(Event, frozen=True, kw_only=True):
-    """Someone wants to see a message arrive."""
+    """A test message was requested."""
 
     TYPE: ClassVar[str] = "subscription.test_requested"
 
 
 class SubscriptionDisabled(Event, frozen=True, kw_only=True):
-    """Nothing is sent any more: `asked`, `gone` (the endpoint answered 410) or `failing` (for days)."""
+    """Sending stopped, for one of `REASONS`."""
 
     TYPE: ClassVar[str] = "subscription.disabled"
     reason: str
 
 
 class SubscriptionEnabled(Event, frozen=True, kw_only=True):
-    """What happens from here on is sent again."""
+    """Sending resumed, for events from now on."""
 
     TYPE: ClassVar[str] = "subscription.enabled"
 
 
 class SubscriptionRemoved(Event, frozen=True, kw_only=True):
-    """They want it no longer. `unsubscribed`: said the one who was told, not the tenant."""
+    """The subscription ended. `unsubscribed` says that the recipient ended it, not the tenant."""
 
     TYPE: ClassVar[str] = "subscription.removed"
     unsubscribed: bool = False
 
 
 class SubscriptionRedacted(Event, frozen=True, kw_only=True):
-    """The words of the events with these versions were erased: who no longer wants to be told is forgotten."""
+    """The erasable text of these versions was erased, because a removed subscription keeps no personal data."""
 
     TYPE: ClassVar[str] = "subscription.redacted"
     versions: tuple[int, ...]
@@ -136,7 +143,7 @@ SubscriptionEvent: TypeAlias = (
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
-    """A subscription as its events leave it. Of a removed one neither target nor secrets are left."""
+    """Hold a subscription's present state. A removed one has neither target nor secrets."""
 
     channel: str
     target: str
@@ -152,23 +159,12 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     previous_until: datetime | None = None
 
 
-_CHANGEABLE = tuple(SubscriptionChanged.__struct_fields__)
-
-
 def evolve(state: Subscription | None, event: SubscriptionEvent) -> Subscription:
-    """Fold one event into the state."""
+    """Apply one event to the state."""
     if isinstance(event, SubscriptionCreated):
-        return Subscription(
-            channel=event.channel,
-            target=event.target,
-            audience=event.audience,
-            notify_incidents=event.notify_incidents,
-            notify_maintenance=event.notify_maintenance,
-            service_ids=event.service_ids,
-            min_severity=event.min_severity,
-            status="pending" if event.pending else "active",
-            encrypted_secret=event.encrypted_secret,
-        )
+        fields = msgspec.structs.asdict(event)
+        status = "pending" if fields.pop("pending") else "active"
+        return Subscription(**fields, status=status)
     if state is None:
         raise ValueError(f"{event.TYPE} before {SubscriptionCreated.TYPE}")
     change = msgspec.structs.replace
@@ -176,7 +172,7 @@ def evolve(state: Subscription | None, event: SubscriptionEvent) -> Subscription
         case SubscriptionConfirmed() | SubscriptionEnabled():
             return change(state, status="active", disabled_reason=None)
         case SubscriptionChanged():
-            return change(state, **_set(event))
+            return change(state, **set_fields(event))
         case SubscriptionSecretRotated():
             until = None if state.encrypted_secret is None else event.previous_until
             return change(
@@ -190,28 +186,17 @@ def evolve(state: Subscription | None, event: SubscriptionEvent) -> Subscription
         case SubscriptionDisabled():
             return change(state, status="disabled", disabled_reason=event.reason)
         case SubscriptionRemoved():
-            return change(
-                state,
-                status="removed",
-                target="",
-                encrypted_secret=None,
-                previous_encrypted_secret=None,
-                previous_until=None,
-            )
+            secrets = dict.fromkeys(("encrypted_secret", "previous_encrypted_secret", "previous_until"))
+            return change(state, status="removed", target="", **secrets)
         case _:
             assert_never(event)
-
-
-def _set(change: "SubscriptionChanged | ChangeSubscription") -> dict[str, Any]:
-    values = {name: getattr(change, name) for name in _CHANGEABLE}
-    return {name: value for name, value in values.items() if value is not UNSET}
 
 
 # ---------------------------------------------------------------------------------------------------- commands
 
 
 class CreateSubscription(msgspec.Struct, frozen=True, kw_only=True):
-    """Ask to be told."""
+    """Subscribe a target."""
 
     channel: str
     target: str
@@ -225,11 +210,11 @@ class CreateSubscription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConfirmSubscription(msgspec.Struct, frozen=True):
-    """Agree to be told. Saying so again changes nothing."""
+    """Confirm a pending subscription. Confirming it again changes nothing."""
 
 
 class ChangeSubscription(msgspec.Struct, frozen=True, kw_only=True):
-    """Change what is set, leave what is `UNSET`. `enabled` turns sending off and on."""
+    """Change the given fields. Fields that are `UNSET` keep their values; `enabled` switches sending on or off."""
 
     target: str | UnsetType = UNSET
     encrypted_secret: str | UnsetType = UNSET
@@ -242,9 +227,9 @@ class ChangeSubscription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RotateSecret(msgspec.Struct, frozen=True, kw_only=True):
-    """Sign with a new secret; the one before is good until `previous_until`. Whether it is signed says the channel.
+    """Sign with a new secret. The previous one stays valid until `previous_until`.
 
-    Subscriptions of long ago have no secret: they get their first one.
+    The channel decides whether messages are signed at all.
     """
 
     encrypted_secret: str
@@ -252,24 +237,24 @@ class RotateSecret(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestTest(msgspec.Struct, frozen=True):
-    """Ask for a message to see whether it arrives."""
+    """Request a test message."""
 
 
 class DisableSubscription(msgspec.Struct, frozen=True, kw_only=True):
-    """Send nothing any more, for one of `REASONS`. What is not active stays as it is."""
+    """Stop sending, for one of `REASONS`. A subscription that is not active stays unchanged."""
 
     reason: str
 
 
 class RemoveSubscription(msgspec.Struct, frozen=True, kw_only=True):
-    """Ask to be told no longer. `versions` are those of the stream's events that have words, to be erased."""
+    """End the subscription and erase the text of `versions`, the stream's events with erasable text."""
 
     unsubscribed: bool = False
     versions: tuple[int, ...] = ()
 
 
 class ExpireSubscription(msgspec.Struct, frozen=True, kw_only=True):
-    """Wait no longer for whoever owns the target. What is not pending stays as it is; `versions` as for a removal."""
+    """End an unconfirmed subscription, as a removal does. One that is not pending stays unchanged."""
 
     versions: tuple[int, ...] = ()
 
@@ -287,11 +272,11 @@ SubscriptionCommand: TypeAlias = (
 
 
 def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence[SubscriptionEvent]:
-    """Answer `command` with events, or raise `InvalidField` or `IllegalTransition`."""
+    """Return the events that `command` causes; raise `InvalidField` or `IllegalTransition` if it is refused."""
     if isinstance(command, CreateSubscription):
         if state is not None:
             raise IllegalTransition("the subscription exists already")
-        return [_create(command)]
+        return [SubscriptionCreated(**_check_fields(command))]
     if state is None or not TRANSITIONS[state.status]:
         raise IllegalTransition("the subscription does not exist")
     match command:
@@ -300,14 +285,10 @@ def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence
         case ChangeSubscription():
             return _change(state, command)
         case RotateSecret():
-            return [
-                SubscriptionSecretRotated(
-                    encrypted_secret=command.encrypted_secret, previous_until=command.previous_until
-                )
-            ]
+            return [SubscriptionSecretRotated(**msgspec.structs.asdict(command))]
         case RequestTest():
             if state.status != "active":
-                raise IllegalTransition(f"only to an active subscription is anything sent; this one is {state.status}")
+                raise IllegalTransition(f"only an active subscription receives messages; this one is {state.status}")
             return [SubscriptionTestRequested()]
         case DisableSubscription():
             check_choice("reason", command.reason, REASONS)
@@ -320,36 +301,16 @@ def decide(state: Subscription | None, command: SubscriptionCommand) -> Sequence
             assert_never(command)
 
 
-def _create(command: CreateSubscription) -> SubscriptionCreated:
-    return SubscriptionCreated(
-        channel=command.channel,
-        target=_validate_target(command.target),
-        audience=check_choice("audience", command.audience, AUDIENCES),
-        notify_incidents=command.notify_incidents,
-        notify_maintenance=command.notify_maintenance,
-        service_ids=normal_ids(command.service_ids),
-        min_severity=check_choice("min_severity", command.min_severity, SEVERITIES),
-        encrypted_secret=command.encrypted_secret,
-        pending=command.pending,
-    )
-
-
 def _change(state: Subscription, command: ChangeSubscription) -> list[SubscriptionEvent]:
-    wanted = _set(command)
-    if "target" in wanted:
-        _validate_target(wanted["target"])
-    if "audience" in wanted:
-        check_choice("audience", wanted["audience"], AUDIENCES)
-    if "min_severity" in wanted:
-        check_choice("min_severity", wanted["min_severity"], SEVERITIES)
-    if "service_ids" in wanted:
-        wanted["service_ids"] = normal_ids(wanted["service_ids"])
-    changes = {name: value for name, value in wanted.items() if value != getattr(state, name)}
+    fields = _check_fields(command)
+    is_enabled = state.status == "active"
+    enable = fields.pop("enabled", is_enabled)
+    changes = {name: value for name, value in fields.items() if value != getattr(state, name)}
     events: list[SubscriptionEvent] = [SubscriptionChanged(**changes)] if changes else []
-    if command.enabled is not UNSET and command.enabled != (state.status == "active"):
+    if enable != is_enabled:
         if state.status == "pending":
-            raise IllegalTransition("a pending subscription is enabled by whoever owns its target")
-        events.append(SubscriptionEnabled() if command.enabled else SubscriptionDisabled(reason="disabled_by_owner"))
+            raise IllegalTransition("only the owner of its target can enable a pending subscription, by confirming it")
+        events.append(SubscriptionEnabled() if enable else SubscriptionDisabled(reason="disabled_by_owner"))
     return events
 
 
@@ -358,13 +319,26 @@ def _remove(versions: tuple[int, ...], *, unsubscribed: bool = False) -> list[Su
     return [SubscriptionRemoved(unsubscribed=unsubscribed), *erased]
 
 
-def _validate_target(target: str) -> str:
+def _check_fields(command: CreateSubscription | ChangeSubscription) -> dict[str, Any]:
+    """Return the given fields by name, valid and normalised."""
+    fields = set_fields(command)
+    if "target" in fields:
+        _check_target(fields["target"])
+    if "audience" in fields:
+        check_choice("audience", fields["audience"], AUDIENCES)
+    if "min_severity" in fields:
+        check_choice("min_severity", fields["min_severity"], SEVERITIES)
+    if "service_ids" in fields:
+        fields["service_ids"] = normal_ids(fields["service_ids"])
+    return fields
+
+
+def _check_target(target: str) -> None:
     check_text("target", target)
     if not target.strip():
         raise InvalidField("target", "must not be blank")
-    if len(target) > MAX_TARGET:
-        raise InvalidField("target", f"must have at most {MAX_TARGET} characters")
-    return target
+    if len(target) > MAX_TARGET_CHARACTERS:
+        raise InvalidField("target", f"must have at most {MAX_TARGET_CHARACTERS} characters")
 
 
 DECIDER: Decider[Subscription, SubscriptionCommand, SubscriptionEvent] = Decider(

@@ -59,7 +59,7 @@ class RecordedEvent(msgspec.Struct, frozen=True, gc=False):
     meta: Meta
 
 
-def written(history: Iterable[RecordedEvent]) -> list[HistoryEntry]:
+def history_entries(history: Iterable[RecordedEvent]) -> list[HistoryEntry]:
     """Return a stream's events as an erasure looks at them."""
     return [HistoryEntry(recorded.version, recorded.position, recorded.event) for recorded in history]
 

@@ -88,7 +88,7 @@ class ServiceFilter(NamedTuple):
 
     Attributes:
         status: One of `service.STATUSES`.
-        visibility: One of `service.VISIBILITIES`.
+        visibility: One of `VISIBILITIES`.
         search: A part of the name or of the slug, in any case.
     """
 

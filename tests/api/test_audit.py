@@ -264,12 +264,12 @@ async def test_erasing_needs_both_scopes(api, parts, acme, things):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({"reason": "r"}, "fields: name fields, or events"),
+        ({"reason": "r"}, "fields: name at least one field or event"),
         ({"fields": ["title"]}, "reason: is required"),
         ({"fields": ["title"], "reason": " "}, "reason: must not be blank"),
         ({"fields": ["status"], "reason": "r"}, "fields: must be one of title"),
         ({"fields": "title", "reason": "r"}, "fields: must be an array"),
-        ({"events": [1], "reason": "r"}, "events: no words are recorded here at 1"),
+        ({"events": [1], "reason": "r"}, "events: no erasable text is recorded at 1"),
         ({"events": [0], "reason": "r"}, "events[0]: must be an integer from 1"),
     ],
 )

@@ -64,7 +64,7 @@ async def test_a_pending_subscription_is_enabled_by_its_target_alone(api, parts,
     assert (await api.get(path))[1]["status"] == "pending"
     status, answer, _ = await api.patch(path, {"enabled": True})
     assert status == 409
-    assert answer["error"].startswith("a pending subscription is enabled by")
+    assert answer["error"].startswith("only the owner of its target can enable")
     assert (await api.post(f"{path}/test"))[0] == 409
     await carry_out(parts, subscription.DECIDER, acme.id, made.stream_id, ConfirmSubscription())
     assert (await api.get(path))[1]["status"] == "active"

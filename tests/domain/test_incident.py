@@ -1,6 +1,6 @@
 import pytest
 
-from opsentry.domain.decider import MAX_TITLE, IllegalTransition, InvalidField
+from opsentry.domain.decider import MAX_TITLE_CHARACTERS, IllegalTransition, InvalidField
 from opsentry.domain.incident import (
     DECIDER,
     STATUSES,
@@ -60,7 +60,7 @@ def test_changing_the_status(start, end):
     attempt = given(DECIDER, *HISTORIES[start]).when(ChangeIncident(status=end))
     events = MOVES[start, end]
     if events is None:
-        attempt.refused(IllegalTransition, "can only be re-opened as investigating")
+        attempt.refused(IllegalTransition, "can only be reopened as investigating")
     else:
         attempt.then(*events)
 
@@ -70,7 +70,7 @@ def test_posting_an_update_with_a_status(start, end):
     attempt = given(DECIDER, *HISTORIES[start]).when(PostUpdate(message="News", status=end))
     events = MOVES[start, end]
     if events is None:
-        attempt.refused(IllegalTransition, "can only be re-opened as investigating")
+        attempt.refused(IllegalTransition, "can only be reopened as investigating")
     else:
         attempt.then(*events, IncidentUpdated(message="News", status=end))
 
@@ -139,7 +139,7 @@ def test_what_is_known_of_a_resolved_incident_can_still_be_told():
     ("command", "message"),
     [
         (OpenIncident(title=" \t"), "title: must not be blank"),
-        (OpenIncident(title="x" * (MAX_TITLE + 1)), "title: must have at most"),
+        (OpenIncident(title="x" * (MAX_TITLE_CHARACTERS + 1)), "title: must have at most"),
         (OpenIncident(title="a\x00b"), "title: must not contain the character NUL"),
         (OpenIncident(title="T", description="\x00"), "description: must not contain"),
         (OpenIncident(title="T", severity="bad"), "severity: must be one of informational, degraded"),

@@ -9,12 +9,12 @@ from opsentry.domain.decider import DomainError
 from opsentry.domain.incident import (
     SEVERITIES,
     STATUSES,
-    VISIBILITIES,
     ChangeIncident,
     OpenIncident,
     PostUpdate,
     ResolveIncident,
 )
+from opsentry.domain.visibility import VISIBILITIES
 
 words = st.text(max_size=20)
 ids = st.lists(st.integers(1, 5), max_size=6).map(tuple)

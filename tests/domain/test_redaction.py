@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from opsentry.domain import incident, maintenance
 from opsentry.domain.decider import REDACTED, InvalidField
 from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, RedactIncident, ResolveIncident
-from opsentry.domain.redaction import HistoryEntry, RedactionPlan, plan
+from opsentry.domain.redaction import HistoryEntry, RedactionPlan, plan_redaction
 from tests.projections.histories import History, redaction, schedule
 
 TEXT = st.sampled_from(["a", "b", "c", "d", "e"])
@@ -28,27 +28,27 @@ LOGINS = written(
 )
 
 
-def erase(*fields: str, events: tuple[int, ...] = ()) -> RedactionPlan:
-    return plan(LOGINS, incident.REDACTABLE_FIELDS, fields, events)
+def redact(*fields: str, events: tuple[int, ...] = ()) -> RedactionPlan:
+    return plan_redaction(LOGINS, incident.REDACTABLE_FIELDS, fields, events)
 
 
 def test_a_text_goes_wherever_it_stands_word_for_word():
-    erasure = erase("description")
-    assert erasure.versions == (1, 2, 5)
-    assert erasure.fields == ("description", "postmortem")
-    assert erasure.restated == {"root_cause": "An index"}
+    plan = redact("description")
+    assert plan.versions == (1, 2, 5)
+    assert plan.fields == ("description", "postmortem")
+    assert plan.restated == {"root_cause": "An index"}
 
 
 def test_a_title_that_was_replaced_since_need_not_be_said_again():
-    assert "title" not in erase("description").restated
-    assert erase("title") == RedactionPlan(
+    assert "title" not in redact("description").restated
+    assert redact("title") == RedactionPlan(
         versions=(1, 4), fields=("title",), restated={"description": "Says Jane"}
     )  # fmt: skip
 
 
 def test_an_event_is_erased_by_its_position_whatever_it_holds():
-    assert erase(events=(103,)) == RedactionPlan(versions=(3,), fields=(), restated={})
-    assert erase(events=(101,)).versions == (1, 2, 5)
+    assert redact(events=(103,)) == RedactionPlan(versions=(3,), fields=(), restated={})
+    assert redact(events=(101,)).versions == (1, 2, 5)
 
 
 @pytest.mark.parametrize(
@@ -57,36 +57,38 @@ def test_an_event_is_erased_by_its_position_whatever_it_holds():
 )
 def test_what_cannot_be_erased_is_refused(fields, events, field):
     with pytest.raises(InvalidField) as refused:
-        erase(*fields, events=events)
+        redact(*fields, events=events)
     assert refused.value.field == field
 
 
 def test_what_has_no_words_is_no_event_to_erase():
     moved = written(OpenIncident(title="T"), ChangeIncident(status="monitoring"))
-    with pytest.raises(InvalidField, match="no words are recorded here at 102"):
-        plan(moved, incident.REDACTABLE_FIELDS, (), (102,))
+    with pytest.raises(InvalidField, match="no erasable text is recorded at 102"):
+        plan_redaction(moved, incident.REDACTABLE_FIELDS, (), (102,))
 
 
 def test_a_field_that_was_never_filled_is_nothing_to_erase():
-    assert plan(written(OpenIncident(title="T")), incident.REDACTABLE_FIELDS, ["root_cause"], ()).versions == ()
+    assert (
+        plan_redaction(written(OpenIncident(title="T")), incident.REDACTABLE_FIELDS, ["root_cause"], ()).versions == ()
+    )
 
 
 def test_erasing_is_an_event_and_so_is_what_is_said_again():
     state = incident.DECIDER.fold(event for _, _, event in LOGINS)  # type: ignore[misc]
-    events = incident.decide(state, RedactIncident(erasure=erase("description"), reason="disabled_by_owner"))
+    events = incident.decide(state, RedactIncident(plan=redact("description"), reason="Asked to"))
     assert [event.TYPE for event in events] == ["incident.redacted", "incident.edited"]
     after = incident.DECIDER.fold(events, state)
     assert after is not None
     assert (after.title, after.description, after.root_cause) == ("Logins are slow", REDACTED, "An index")
     nothing = RedactionPlan(versions=(), fields=(), restated={})
-    assert incident.decide(state, RedactIncident(erasure=nothing, reason="disabled_by_owner")) == []
+    assert incident.decide(state, RedactIncident(plan=nothing, reason="Asked to")) == []
 
 
 @pytest.mark.parametrize("reason", ["", " \n", "x\x00", "x" * 50_001])
 def test_a_reason_has_to_say_something(reason):
     (opened,) = incident.decide(None, OpenIncident(title="T"))
     with pytest.raises(InvalidField, match="reason: "):
-        incident.decide(incident.evolve(None, opened), RedactIncident(erasure=erase("title"), reason=reason))
+        incident.decide(incident.evolve(None, opened), RedactIncident(plan=redact("title"), reason=reason))
 
 
 @given(

@@ -98,3 +98,8 @@ def test_the_decider_makes_exactly_the_transitions_of_its_table(heading, aggrega
 def test_the_diagram_shows_the_table_and_its_beginnings(heading, aggregate, _):
     beginnings = {("[*]", status) for status in opened(aggregate)}
     assert drawn(heading) == pairs(aggregate.TRANSITIONS) | beginnings
+
+
+@pytest.mark.parametrize("aggregate", [aggregate for _, aggregate, _ in AGGREGATES])
+def test_the_statuses_are_those_of_the_table(aggregate):
+    assert list(aggregate.TRANSITIONS) == list(aggregate.STATUSES)

@@ -42,7 +42,7 @@ def test_uptime_of_a_hundred_seconds(periods, expected):
 
 
 def test_a_hundred_percent_means_no_downtime_at_all():
-    blip = Period(at(5), at(5) + timedelta(microseconds=1), LEVELS["partial_outage"], excluded=False)
+    blip = Period(at(5), at(5) + timedelta(microseconds=1), LEVELS["partial_outage"], is_excluded=False)
     assert uptime([blip], at(0), at(30 * 86_400)) == 99.99
 
 
@@ -55,7 +55,7 @@ def naive(periods: list[Period]) -> float:
     observed = lost = 0
     for second in range(WINDOW):
         covering = [p for p in periods if p.start <= at(second) < p.end]
-        if any(p.excluded for p in covering):
+        if any(p.is_excluded for p in covering):
             continue
         observed += 1
         lost += max((TENTHS[p.level] for p in covering), default=0)
@@ -78,15 +78,15 @@ def test_uptime_is_what_walking_second_by_second_gives(periods):
 def test_shares_add_up_and_are_what_walking_second_by_second_gives(periods):
     found = compute_uptime(periods, at(0), at(WINDOW))
     assert sum(share.downtime for share in found.shares) == found.downtime
-    assert found.observed + found.excluded_time == WINDOW * 1_000_000
+    assert found.observed + found.excluded == WINDOW * 1_000_000
     assert found.uptime == uptime(periods, at(0), at(WINDOW))
     assert [share.period.start for share in found.shares] == sorted(share.period.start for share in found.shares)
     named = [p._replace(source_id=number) for number, p in enumerate(periods)]
     for share in compute_uptime(named, at(0), at(WINDOW)).shares:
         seconds = [s for s in range(WINDOW) if share.period.start <= at(s) < share.period.end]
-        cut = [s for s in seconds if any(p.excluded and p.start <= at(s) < p.end for p in named)]
-        assert (share.inside, share.excluded_time) == (len(seconds) * 1_000_000, len(cut) * 1_000_000)
-        assert share.effective <= share.inside - share.excluded_time
+        cut = [s for s in seconds if any(p.is_excluded and p.start <= at(s) < p.end for p in named)]
+        assert (share.inside, share.excluded) == (len(seconds) * 1_000_000, len(cut) * 1_000_000)
+        assert share.effective <= share.inside - share.excluded
         heaviest = [
             s
             for s in sorted(set(seconds) - set(cut))
@@ -95,7 +95,7 @@ def test_shares_add_up_and_are_what_walking_second_by_second_gives(periods):
             )
         ]  # fmt: skip
         assert share.effective >= len(heaviest) * 1_000_000
-        assert share.downtime == share.effective * TENTHS[share.period.level] * (not share.period.excluded)
+        assert share.downtime == share.effective * TENTHS[share.period.level] * (not share.period.is_excluded)
 
 
 def test_of_two_that_overlap_the_heavier_counts_and_of_equals_the_first():
@@ -130,7 +130,7 @@ NOON = datetime(2024, 3, 2, 12, 30, tzinfo=UTC)
 
 def test_bars_have_the_leap_day_and_only_it():
     down = Period(
-        datetime(2024, 2, 29, tzinfo=UTC), datetime(2024, 3, 1, tzinfo=UTC), LEVELS["critical"], excluded=False
+        datetime(2024, 2, 29, tzinfo=UTC), datetime(2024, 3, 1, tzinfo=UTC), LEVELS["critical"], is_excluded=False
     )
     bars = compute_daily_uptime([down], datetime(2020, 1, 1, tzinfo=UTC), NOON, 5)
     assert [(day.isoformat(), found.observed // 3_600_000_000, found.uptime) for day, found in bars] == [
@@ -169,7 +169,7 @@ def test_bars_are_what_walking_hour_by_hour_gives(drawn, since, hour):
         for number in range(24):
             moment = datetime(day.year, day.month, day.day, number, tzinfo=UTC)
             over = [p for p in made if p.start <= moment < p.end]
-            if begin + since * HOUR <= moment < now and not any(p.excluded for p in over):
+            if begin + since * HOUR <= moment < now and not any(p.is_excluded for p in over):
                 observed += 1
                 lost += max((TENTHS[p.level] for p in over), default=0)
         assert (found.observed, found.downtime) == (observed * 3_600_000_000, lost * 3_600_000_000)

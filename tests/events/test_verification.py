@@ -388,13 +388,13 @@ async def erased(parts, tenant_id):
     """A ledger with an incident whose first message was erased on the record."""
     made = await commands.create(parts, incident.DECIDER, tenant_id, OpenIncident(title="T", description="D"), META)
     await commands.change(parts, incident.DECIDER, tenant_id, made.stream_id, PostUpdate(message="M"), META)
-    erasure = RedactionPlan(versions=(2,), fields=(), restated={})
+    plan = RedactionPlan(versions=(2,), fields=(), restated={})
     await commands.change(
         parts,
         incident.DECIDER,
         tenant_id,
         made.stream_id,
-        RedactIncident(erasure=erasure, reason="disabled_by_owner"),
+        RedactIncident(plan=plan, reason="Asked to"),
         META,
     )
     return tenant_id

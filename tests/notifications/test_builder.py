@@ -146,8 +146,8 @@ async def test_a_change_to_internal_takes_effect_within_a_second(builder, execut
 async def test_redacted_texts_appear_in_no_subject(builder, execute, acme, clock):
     number, (first, second) = await execute(incident, opened(), PostUpdate(message="Call Kim: 555 1234"))
     assert "555" in str(await builder.build_subject(acme.id, "incident", number, second, "public"))
-    erasure = RedactionPlan(versions=(1, 2, 3), fields=("title", "description"), restated={})
-    await execute(incident, RedactIncident(erasure=erasure, reason="Asked"), stream_id=number)
+    plan = RedactionPlan(versions=(1, 2, 3), fields=("title", "description"), restated={})
+    await execute(incident, RedactIncident(plan=plan, reason="Asked"), stream_id=number)
     clock.now += 1
     for position in (first, second):
         part = await builder.build_subject(acme.id, "incident", number, position, "public")

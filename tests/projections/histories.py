@@ -28,7 +28,7 @@ from opsentry.domain.maintenance import (
     ScheduleMaintenance,
     StartMaintenance,
 )
-from opsentry.domain.redaction import HistoryEntry, erasable_versions, plan
+from opsentry.domain.redaction import HistoryEntry, erasable_versions, plan_redaction
 from opsentry.domain.service import ChangeService, RegisterService, RetireService
 from opsentry.domain.subscription import (
     ChangeSubscription,
@@ -40,6 +40,7 @@ from opsentry.domain.subscription import (
     RotateSecret,
     SubscriptionRedacted,
 )
+from opsentry.domain.visibility import VISIBILITIES
 from opsentry.events.codec import Actor, Meta, RecordedEvent, decode, encode
 from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.projection import Projection
@@ -171,14 +172,14 @@ def redaction(history: History, kind: str, stream_id: int, **asked: Any) -> Reda
         if kind == incident.KIND
         else (maintenance.REDACTABLE_FIELDS, RedactMaintenance)
     )
-    erasure = plan(written(history, kind, stream_id), own, asked.get("fields", own), asked.get("positions", ()))
-    return command(erasure=erasure, reason="asked to")
+    plan = plan_redaction(written(history, kind, stream_id), own, asked.get("fields", own), asked.get("positions", ()))
+    return command(plan=plan, reason="asked to")
 
 
 _TITLES = st.sampled_from(["Down", 'with "services":[] in it', '"author":null', "Ünïcode 🧯 \\ \t \x7f \u2028"])
 _SERVICES = st.sets(st.integers(1, 2)).map(tuple)
 _SEVERITY = st.sampled_from(incident.SEVERITIES)
-_VISIBILITY = st.sampled_from(incident.VISIBILITIES)
+_VISIBILITY = st.sampled_from(VISIBILITIES)
 _STATUS = st.sampled_from(incident.STATUSES)
 _FLAG = st.booleans()
 _OPEN = st.builds(

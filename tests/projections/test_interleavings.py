@@ -5,7 +5,7 @@ import pytest
 from opsentry.bootstrap import projections, working
 from opsentry.domain import incident
 from opsentry.domain.incident import OpenIncident, PostUpdate, RedactIncident
-from opsentry.domain.redaction import HistoryEntry, plan
+from opsentry.domain.redaction import HistoryEntry, plan_redaction
 from opsentry.infrastructure.postgres import DatabaseUnavailable
 from opsentry.notifications.delivery.management import measure_backlog
 from opsentry.projections.engine import management
@@ -233,8 +233,8 @@ async def test_text_that_is_redacted_during_a_replay_is_in_no_row(parts, acme, a
     def erase(_, history):
         written = [HistoryEntry(event.version, event.position, event.event) for event in history]
         messages = [event.position for event in history if "SECRET" in getattr(event.event, "message", "")]
-        erasure = plan(written, incident.REDACTABLE_FIELDS, ["title", "description"], messages)
-        return RedactIncident(erasure=erasure, reason="asked to")
+        plan = plan_redaction(written, incident.REDACTABLE_FIELDS, ["title", "description"], messages)
+        return RedactIncident(plan=plan, reason="asked to")
 
     async def once():
         if not erased:

@@ -21,6 +21,7 @@ from opsentry.domain import incident, service
 from opsentry.domain.decider import REDACTED
 from opsentry.domain.events import EVENT_TYPES
 from opsentry.domain.service import ChangeService, RetireService
+from opsentry.domain.visibility import VISIBILITIES
 from opsentry.events.verification import verify
 from opsentry.settings import Settings
 from tests import commands
@@ -30,7 +31,7 @@ _numbers = count(1)
 TENANTS = st.integers(0, 1)
 SEVERITY = st.sampled_from(incident.SEVERITIES)
 STATUS = st.sampled_from(incident.STATUSES)
-VISIBILITY = st.sampled_from(incident.VISIBILITIES)
+VISIBILITY = st.sampled_from(VISIBILITIES)
 LISTS = (
     "/incidents",
     "/incidents?limit=2&offset=1",

@@ -4,12 +4,12 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
-from opsentry.api.v1.enums import IncidentStatus, Severity, Visibility
 from opsentry.api.v1.events import RedactionBody, StreamEventsQuery, stream_events_response
 from opsentry.api.v1.schemas import ActiveIncidents, EventPage, IncidentDetail, IncidentList
 from opsentry.application import incidents, redactions
 from opsentry.domain import incident
-from opsentry.domain.incident import ChangeIncident, OpenIncident, PostUpdate, ResolveIncident
+from opsentry.domain.incident import ChangeIncident, IncidentStatus, OpenIncident, PostUpdate, ResolveIncident, Severity
+from opsentry.domain.visibility import Visibility
 from opsentry.http.body import NoBody
 from opsentry.http.context import RequestContext
 from opsentry.http.operation import operation

@@ -4,7 +4,6 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
-from opsentry.api.v1.enums import MaintenanceStatus, Visibility
 from opsentry.api.v1.events import RedactionBody, StreamEventsQuery, stream_events_response
 from opsentry.api.v1.schemas import EventPage, MaintenanceDetail, MaintenanceList, UpcomingMaintenance
 from opsentry.application import maintenance as use_cases
@@ -16,9 +15,11 @@ from opsentry.domain.maintenance import (
     ChangeMaintenance,
     CompleteMaintenance,
     MaintenanceCommand,
+    MaintenanceStatus,
     ScheduleMaintenance,
     StartMaintenance,
 )
+from opsentry.domain.visibility import Visibility
 from opsentry.http.body import NoBody
 from opsentry.http.context import B, RequestContext
 from opsentry.http.operation import operation

@@ -5,16 +5,11 @@ from datetime import datetime
 
 import msgspec
 
-from opsentry.api.v1.enums import (
-    Audience,
-    DisabledReason,
-    IncidentStatus,
-    MaintenanceStatus,
-    ServiceStatus,
-    Severity,
-    SubscriptionStatus,
-    Visibility,
-)
+from opsentry.domain.incident import IncidentStatus, Severity
+from opsentry.domain.maintenance import MaintenanceStatus
+from opsentry.domain.service import ServiceStatus
+from opsentry.domain.subscription import Audience, DisabledReason, ListedStatus
+from opsentry.domain.visibility import Visibility
 from opsentry.events.audit import Entry
 from opsentry.http.params import Id, Position
 from opsentry.projections.services import ServiceLink
@@ -109,7 +104,7 @@ class Subscription(msgspec.Struct, kw_only=True):
     notify_maintenance: bool
     service_ids: Sequence[Id]
     min_severity: Severity
-    status: SubscriptionStatus
+    status: ListedStatus
     disabled_reason: DisabledReason | None
     created_at: datetime
     updated_at: datetime

@@ -2,9 +2,10 @@
 
 from aiohttp import web
 
-from opsentry.api.v1.enums import ServiceStatus, Visibility
 from opsentry.api.v1.schemas import Service, ServiceList
 from opsentry.application import services
+from opsentry.domain.service import ServiceStatus
+from opsentry.domain.visibility import Visibility
 from opsentry.http.body import NoBody
 from opsentry.http.context import RequestContext
 from opsentry.http.operation import operation

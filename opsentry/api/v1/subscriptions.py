@@ -4,12 +4,12 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
-from opsentry.api.v1.enums import Audience, Severity, SubscriptionStatus
 from opsentry.api.v1.schemas import CreatedSubscription, RotatedSubscription, Subscription, SubscriptionList
 from opsentry.application import subscriptions
 from opsentry.application.caller import Permission
 from opsentry.application.results import Resource
-from opsentry.domain.subscription import ChangeSubscription, CreateSubscription
+from opsentry.domain.incident import Severity
+from opsentry.domain.subscription import Audience, ChangeSubscription, CreateSubscription, ListedStatus
 from opsentry.http.body import NoBody
 from opsentry.http.context import RequestContext
 from opsentry.http.operation import operation
@@ -57,7 +57,7 @@ class ListSubscriptionsQuery(PageQuery, kw_only=True):
     """Filters and page of the subscription list."""
 
     channel: str | None = None
-    status: SubscriptionStatus | None = None
+    status: ListedStatus | None = None
 
 
 @operation("GET", "/api/v1/subscriptions", tag=_TAG, scopes=_SCOPES, result=SubscriptionList, conditional=True)

@@ -6,7 +6,7 @@ from opsentry.application.application import Application
 from opsentry.domain import subscription
 from opsentry.domain.redaction import erasable_versions
 from opsentry.domain.subscription import CONFIRMATION_DAYS, ExpireSubscription, Subscription
-from opsentry.events.codec import RecordedEvent, written
+from opsentry.events.codec import RecordedEvent, history_entries
 from opsentry.projections.subscriptions import FIRST_UNCONFIRMED, select_unconfirmed
 from opsentry.worker.scheduler import Scheduler
 
@@ -40,4 +40,4 @@ class UnconfirmedSubscriptions:
 
 
 def _expire(_: Subscription, history: Sequence[RecordedEvent]) -> ExpireSubscription:
-    return ExpireSubscription(versions=erasable_versions(written(history)))
+    return ExpireSubscription(versions=erasable_versions(history_entries(history)))
