@@ -1,7 +1,9 @@
 """Wait for events instead of sleeping, under one deadline for the whole suite."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -11,6 +13,15 @@ T = TypeVar("T")
 GENEROUS_SECONDS = 180.0
 
 _POLL_SECONDS = 0.01
+
+
+def stretched(seconds: float) -> float:
+    """Return the bound of a promise about time: `seconds` on an idle machine, and longer on a busy one.
+
+    The factor is the number of runnable tasks per core, now or averaged over the last minute.
+    """
+    runnable = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    return seconds * max(1.0, max(os.getloadavg()[0], runnable) / (os.cpu_count() or 1))
 
 
 class Clock:

@@ -188,7 +188,7 @@ async def test_a_missing_response_times_out(channel, monkeypatch, head):
 
 
 async def test_a_status_counts_without_its_body(channel, monkeypatch):
-    monkeypatch.setattr("opsentry.notifications.transport.http._TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+    monkeypatch.setattr("opsentry.notifications.transport.http._TIMEOUT", aiohttp.ClientTimeout(total=1.0))
     async with await raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx", hang_up=False) as server:
         assert await channel.send(endpoint(url_of(server), SECRET), message()) == Outcome(response_status=200)
     async with await raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx") as server:

@@ -72,9 +72,15 @@ class Running:
 
 
 def environment(settings: Settings | None = None, **more: str) -> dict[str, str]:
-    """Return this process's environment; its only Opsentry settings are `settings` and `more`."""
+    """Return this process's environment; its only Opsentry settings are `settings` and `more`.
+
+    Without `settings`, it has the timeouts of the suite.
+    """
     found = {name: value for name, value in os.environ.items() if not name.startswith(("OPSENTRY_", "PORT"))}
-    if settings is not None:
+    if settings is None:
+        for name in ("database_timeout_ms", "readiness_timeout_ms"):
+            found[Settings.variable(name)] = str(int(1000 * GENEROUS_SECONDS))
+    else:
         for setting in fields(settings):
             value = getattr(settings, setting.name)
             found[settings.variable(setting.name)] = (
