@@ -14,7 +14,7 @@ from bench.figure import Figure
 from bench.servers import DATABASE_TIMEOUT_SECONDS, Servers, environment, opsentry, process
 from opsentry.domain.events import AnyEvent
 from opsentry.domain.incident import IncidentOpened, IncidentSeverityChanged, IncidentUpdated
-from opsentry.events import export, verification
+from opsentry.events import export, export_verification, verification
 from opsentry.events.appender import Appender
 from opsentry.events.codec import Actor, Meta
 from opsentry.events.store import Append, Appended, NewEvent
@@ -72,7 +72,7 @@ def _verification(url: str, tenant: int) -> list[Figure]:
         file = Path(folder) / "ledger.ndjson"
         asyncio.run(exported(file))
         began = time.perf_counter()
-        from_file = verification.verify_export(file)
+        from_file = export_verification.verify_export(file)
         file_rate = from_file.events / (time.perf_counter() - began)
     if verdict.violation or from_file.violation:
         raise RuntimeError("the ledger should be whole")

@@ -24,20 +24,6 @@ SQL_PACKAGES = (
 )
 SQL = re.compile(r"\bSELECT\b.*\bFROM\b|\bINSERT INTO\b|\bUPDATE\b.*\bSET\b|\bDELETE FROM\b", re.DOTALL)
 
-# Modules that violate a rule and are being reworked. Remove each with its violation; add none.
-PENDING = {
-    "sql": {"opsentry.api.health", "opsentry.notifications.messages.builder"},
-    "length": {
-        "opsentry.domain.incident",
-        "opsentry.domain.maintenance",
-        "opsentry.domain.subscription",
-        "opsentry.events.verification",
-        "opsentry.projections.impact",
-        "opsentry.projections.incidents",
-        "opsentry.projections.maintenance",
-    },
-}
-
 
 def syntax_tree(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text())
@@ -115,12 +101,12 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
 
 def test_sql_is_only_in_its_packages():
     outside = {module for module in MODULES if not f"{module}.".startswith(tuple(f"{name}." for name in SQL_PACKAGES))}
-    assert {module for module in outside if has_sql(syntax_tree(module))} <= PENDING["sql"]
+    assert {module for module in outside if has_sql(syntax_tree(module))} == set()
 
 
 def test_modules_are_short():
     long = {module for module, path in MODULES.items() if len(path.read_text().splitlines()) > MAX_LINES}
-    assert long <= PENDING["length"]
+    assert long == set()
 
 
 def test_modules_import_each_other_without_cycles():

@@ -23,7 +23,7 @@ from opsentry.application.tenants import find_tenant_id
 from opsentry.bootstrap import Core, configure_logging, core, new_database
 from opsentry.domain.decider import DomainError, InvalidField
 from opsentry.events.codec import Actor
-from opsentry.events.verification import BadExport
+from opsentry.events.export_verification import BadExport
 from opsentry.identity import tenants
 from opsentry.identity.tenants import SlugTaken, TenantNotFound
 from opsentry.identity.tokens import TokenNotFound

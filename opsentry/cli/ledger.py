@@ -21,7 +21,8 @@ from opsentry.cli.output import as_json, print_json, print_table, progress_bar, 
 from opsentry.domain.events import EVENT_TYPES
 from opsentry.events import export
 from opsentry.events.audit import Entry
-from opsentry.events.verification import Anchor, Verdict, verify_export
+from opsentry.events.export_verification import verify_export
+from opsentry.events.verification import Anchor, Verdict
 from opsentry.events.verification import verify as verify_ledgers
 
 _BATCH_EVENTS = 1000

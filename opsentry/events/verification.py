@@ -1,51 +1,49 @@
-"""Proving a ledger: the chain recomputed from the stored columns, or from an export with no database at all."""
+"""Verify ledgers: recompute the hash chain from the stored columns."""
 
 import asyncio
-import gzip
 import json
 import multiprocessing
 import os
-import zlib
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import asyncpg
 import msgspec
 
-from opsentry.events import audit, export
-from opsentry.events.hash_chain import GENESIS, Link, Violation, check
+from opsentry.events import audit
+from opsentry.events.hash_chain import GENESIS, Violation, check
 from opsentry.infrastructure.postgres import Connection, Database
 
-# A piece of a ledger that one process verifies at a time, and how much of it is read at once.
+# Events of a ledger that one process verifies at a time, and events that it reads at a time.
 SEGMENT = 50_000
-_BATCH = 2_000
-# So much after a violation is looked at to say of what kind it is.
+BATCH = 2_000
+# Events after a violation that are read to tell its kind.
 _IN_VIEW = 100_000
 
 Erased = tuple[str, int, int]
+"""An erased event: stream kind, stream id and version."""
 
 
 class Anchor(NamedTuple):
-    """A position and the hash that it had, from `/events/head`, kept where whoever holds the database cannot reach."""
+    """A position and its hash, from `/events/head`. Keep it outside of the database."""
 
     position: int
     hash: str
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What verifying a ledger came to.
+    """The result of verifying a ledger.
 
     Attributes:
-        tenant_id: Whose it is.
-        slug: The tenant's; `None` where only an export is known.
-        events: How many events were verified.
+        tenant_id: The tenant.
+        slug: The tenant's slug; `None` for an export.
+        events: The number of verified events.
         first: Position of the first of them.
         last: Position of the last of them.
-        hash: Its hash, hex: to be pinned.
-        erased: How many had their erasable erased, each with its record.
+        hash: The hash of the last event, in hexadecimal.
+        erased: The number of redacted events.
         violation: The first violation, `None` if there is none.
     """
 
@@ -71,9 +69,6 @@ class _Checked(NamedTuple):
     erased: dict[Erased, int]
 
 
-# ------------------------------------------------------------------------------------------------ from the database
-
-
 async def verify(
     url: str,
     *,
@@ -83,15 +78,15 @@ async def verify(
     begin: Callable[[int], None] = lambda _total: None,
     advance: Callable[[int], None] = lambda _done: None,
 ) -> list[Verdict]:
-    """Verify the ledgers in a database as they are when this begins, in processes of their own.
+    """Verify the ledgers of a database up to their present heads, in separate processes.
 
     Args:
         url: The database.
-        tenant_id: One tenant; all if left out.
+        tenant_id: One tenant; all by default.
         anchors: Positions and hashes that the tenant's ledger must have; only with `tenant_id`.
-        jobs: Processes at once; as many as the machine has processors if left out.
+        jobs: The number of processes; by default that of processors.
         begin: Called with the number of events to verify.
-        advance: Called with the number of events that were verified just now.
+        advance: Called with the number of events verified since the last call.
 
     Raises:
         DatabaseUnavailable: The database was lost.
@@ -131,13 +126,14 @@ async def verify(
                     last=head["position"],
                     hash=head["hash"].hex(),
                     erased=len(lost),
-                    violation=_first(found),
+                    violation=first_violation(found),
                 )
             )
         return verdicts
 
 
-def _first(found: Sequence[Violation | None]) -> Violation | None:
+def first_violation(found: Sequence[Violation | None]) -> Violation | None:
+    """Return the violation with the lowest position."""
     return min(
         (violation for violation in found if violation is not None),
         key=lambda violation: violation.position,
@@ -168,7 +164,7 @@ async def _check_all(url: str, segments: Sequence[_Segment], jobs: int) -> Async
         waiting: set[Future[_Checked]] = set()
         for segment in segments:
             waiting.add(pool.submit(_in_process, url, segment))
-            if len(waiting) > 4 * jobs:  # what has to wait anyway need not be queued
+            if len(waiting) > 4 * jobs:  # bounds the queue
                 async for checked in _some(waiting):
                     yield checked
         while waiting:
@@ -177,7 +173,7 @@ async def _check_all(url: str, segments: Sequence[_Segment], jobs: int) -> Async
 
 
 async def _some(waiting: set[Future[_Checked]]) -> AsyncIterator[_Checked]:
-    """Yield what is ready, at least one, and take it away."""
+    """Yield the results that are ready, at least one, and remove them from `waiting`."""
     wrapped = {asyncio.wrap_future(future): future for future in waiting}
     done, _ = await asyncio.wait(wrapped, return_when=asyncio.FIRST_COMPLETED)
     for future in done:
@@ -195,8 +191,8 @@ async def _check_segment(url: str, segment: _Segment) -> _Checked:
         tenant_id, after, until = segment
         previous = GENESIS if after == 0 else await audit.read_hash(connection, tenant_id, after)
         while after < until:
-            rows = await audit.read_hash_links(connection, tenant_id, after, min(after + _BATCH, until))
-            if previous is None or check(rows, previous, after) or len(rows) < min(_BATCH, until - after):
+            rows = await audit.read_hash_links(connection, tenant_id, after, min(after + BATCH, until))
+            if previous is None or check(rows, previous, after) or len(rows) < min(BATCH, until - after):
                 return _Checked(segment, sound=False, erased=erased)
             erased |= {(row[2], row[3], row[4]): row[1] for row in rows if row[11] is None and row[13] is not None}
             after, previous = after + len(rows), rows[-1][14]
@@ -204,12 +200,12 @@ async def _check_segment(url: str, segment: _Segment) -> _Checked:
 
 
 async def _locate(connection: Connection, head: asyncpg.Record) -> Violation | None:
-    """Return the first violation of a ledger that is known to have one, with what follows it in view."""
+    """Return the first violation of a ledger that has one. Later events tell its kind."""
     tenant_id, last = head["tenant_id"], head["position"]
     after, previous = 0, GENESIS
     while after < last:
-        rows = await audit.read_hash_links(connection, tenant_id, after, after + _BATCH)
-        if check(rows, previous, after) or len(rows) < min(_BATCH, last - after):
+        rows = await audit.read_hash_links(connection, tenant_id, after, after + BATCH)
+        if check(rows, previous, after) or len(rows) < min(BATCH, last - after):
             break
         after, previous = after + len(rows), rows[-1][14]
     rest = await audit.read_hash_links(connection, tenant_id, after, after + _IN_VIEW)
@@ -223,7 +219,7 @@ async def _locate(connection: Connection, head: asyncpg.Record) -> Violation | N
 
 
 async def _ending(connection: Connection, head: asyncpg.Record) -> Violation | None:
-    """Return what is wrong with where the ledger says that it ends."""
+    """Return a violation at the beginning or at the head."""
     if before := await audit.read_hash_links(connection, head["tenant_id"], -(2**63), 0):
         return Violation(before[0][1], "inserted", "ledgers begin with position 1")
     if head["last"] > head["position"]:
@@ -238,27 +234,29 @@ async def _ending(connection: Connection, head: asyncpg.Record) -> Violation | N
 
 
 async def _unrecorded(connection: Connection, tenant_id: int, erased: dict[Erased, int]) -> Violation | None:
-    """Return the first event whose erasable are gone without an event that says so."""
+    """Return the first event that was erased without a recorded redaction."""
     if not erased:
         return None
     recorded = {
         (row["stream_kind"], row["stream_id"], version)
         for row in await audit.read_redactions(connection, tenant_id)
-        for version in _versions(row["data"])
+        for version in redacted_versions(row["data"])
     }
-    return _not_recorded(erased, recorded)
+    return unrecorded_erasure(erased, recorded)
 
 
-def _not_recorded(erased: dict[Erased, int], recorded: Collection[Erased]) -> Violation | None:
+def unrecorded_erasure(erased: Mapping[Erased, int], recorded: Collection[Erased]) -> Violation | None:
+    """Return the first erased event without a recorded redaction. `erased` has positions by event."""
     position = min((position for key, position in erased.items() if key not in recorded), default=None)
     return (
         None
         if position is None
-        else Violation(position, "erased", "its erasable were erased, and no event says by whom")
+        else Violation(position, "erased", "its texts were erased, and no event records by whom")
     )
 
 
-def _versions(data: str) -> Sequence[int]:
+def redacted_versions(data: str) -> Sequence[int]:
+    """Return the versions that the data of a redaction names; none if it is malformed."""
     try:
         return [int(version) for version in json.loads(data)["versions"]]
     except (ValueError, LookupError, TypeError):
@@ -274,104 +272,3 @@ async def _anchored(connection: Connection, tenant_id: int, last: int, anchor: A
     if found is None or found.hex() != anchor.hash:
         return Violation(anchor.position, "changed", "it, or an event before it, is not the one that the anchor names")
     return None
-
-
-# ------------------------------------------------------------------------------------------------ from an export
-
-
-class BadExport(Exception):
-    """A file that is no export, from its first line on."""
-
-
-def verify_export(
-    path: Path, *, anchors: Sequence[Anchor] = (), advance: Callable[[int], None] = lambda _done: None
-) -> Verdict:
-    """Verify an export of one tenant, whole or in part, in constant memory.
-
-    A part proves that it is whole in itself, and follows from the hash that its first line names.
-
-    Raises:
-        BadExport: It has no line that can be read.
-        OSError: The file cannot be read.
-    """
-    with export.opened(path) as file:
-        lines = _Lines(export.Reader(file).links(), {anchor.position: anchor.hash for anchor in anchors}, advance)
-        if lines.first is None:
-            raise BadExport(f"{path.name}: {lines.broken or 'is empty'}")
-        violation = check(lines, lines.previous, lines.first - 1)
-    advance(lines.count % _BATCH)
-    if lines.broken is not None:
-        violation = _first([violation, Violation(lines.last + 1, "changed", lines.broken)])
-    beyond = min((position for position in lines.anchors if position > lines.last), default=None)
-    if beyond is not None:
-        cut = Violation(lines.last + 1, "truncated", f"the export ends before it; the anchor names position {beyond}")
-        lines.violations.append(cut)
-    lines.violations.append(_not_recorded(lines.erased, lines.recorded))
-    return Verdict(
-        tenant_id=lines.tenant_id,
-        slug=None,
-        events=lines.count,
-        first=lines.first,
-        last=lines.last,
-        hash=lines.hash.hex(),
-        erased=len(lines.erased),
-        violation=_first([violation, *lines.violations]),
-    )
-
-
-class _Lines:
-    """The rows of an export, noting on the way what the chain alone does not show."""
-
-    def __init__(
-        self, links: Iterator[tuple[Link, bytes]], anchors: dict[int, str], advance: Callable[[int], None]
-    ) -> None:
-        self.anchors = anchors
-        self.erased: dict[Erased, int] = {}
-        self.recorded: set[Erased] = set()
-        self.violations: list[Violation | None] = []
-        self.broken: str | None = None
-        self.count = self.last = 0
-        self.hash = GENESIS
-        self._links = self._readable(links)
-        self._advance = advance
-        beginning = next(self._links, None)
-        self.first = None
-        if beginning is not None:
-            self._links = _after(beginning, self._links)
-            self.tenant_id, self.first, self.previous = beginning[0].tenant_id, beginning[0].position, beginning[1]
-            if self.first == 1 and self.previous != GENESIS:
-                self.violations.append(Violation(1, "changed", "a first event goes on from 32 zero octets"))
-
-    def _readable(self, links: Iterator[tuple[Link, bytes]]) -> Iterator[tuple[Link, bytes]]:
-        try:
-            yield from links
-        except export.Unreadable as error:
-            self.broken = str(error)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            self.broken = f"the file breaks off, or is not what was packed: {error}"
-
-    def __iter__(self) -> Iterator[Link]:
-        previous = self.previous
-        for link, named in self._links:
-            if link.tenant_id != self.tenant_id:
-                self.violations.append(Violation(link.position, "inserted", f"it belongs to tenant {link.tenant_id}"))
-            if named != previous:
-                self.violations.append(Violation(link.position, "changed", "its line names another previous hash"))
-            if (hash_ := self.anchors.get(link.position)) is not None and hash_ != link.hash.hex():
-                says = "it, or an event before it, is not the one that the anchor names"
-                self.violations.append(Violation(link.position, "changed", says))
-            if link.erasable is None and link.erasable_digest is not None:
-                self.erased[link.stream_kind, link.stream_id, link.version] = link.position
-            if link.type.endswith(".redacted"):
-                self.recorded |= {(link.stream_kind, link.stream_id, version) for version in _versions(link.data)}
-            previous = self.hash = link.hash
-            self.last = max(self.last, link.position)
-            self.count += 1
-            if self.count % _BATCH == 0:
-                self._advance(_BATCH)
-            yield link
-
-
-def _after(first: tuple[Link, bytes], rest: Iterator[tuple[Link, bytes]]) -> Iterator[tuple[Link, bytes]]:
-    yield first
-    yield from rest

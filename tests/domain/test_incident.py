@@ -131,7 +131,7 @@ def test_every_field_changes_by_an_event_of_its_own_kind():
     )
 
 
-def test_what_is_known_of_a_resolved_incident_can_still_be_told():
+def test_a_resolved_incident_can_still_be_edited():
     given(DECIDER, *HISTORIES["resolved"]).when(ChangeIncident(root_cause="DNS")).then(IncidentEdited(root_cause="DNS"))
 
 

@@ -153,13 +153,13 @@ def test_every_change_in_every_status(status, field):
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_what_is_so_already_is_no_change(status):
+def test_a_change_to_the_current_values_has_no_event(status):
     same = {name: getattr(SCHEDULED, name) for name in CHANGES}
     given(DECIDER, *HISTORIES[status]).when(ChangeMaintenance(**same)).then()
     given(DECIDER, *HISTORIES[status]).when(ChangeMaintenance()).then()
 
 
-def test_changes_are_told_apart_by_what_they_are():
+def test_texts_settings_and_times_change_in_separate_events():
     command = ChangeMaintenance(title="Move", service_ids=(2, 1, 2), auto_start=False, scheduled_end=LATER)
     given(DECIDER, SCHEDULED).when(command).then(
         MaintenanceEdited(title="Move"),

@@ -55,13 +55,13 @@ def test_an_event_is_erased_by_its_position_whatever_it_holds():
     ("fields", "events", "field"),
     [((), (), "fields"), (("status",), (), "fields"), ((), (1,), "events"), ((), (999,), "events")],
 )
-def test_what_cannot_be_erased_is_refused(fields, events, field):
+def test_unknown_fields_and_events_are_refused(fields, events, field):
     with pytest.raises(InvalidField) as refused:
         redact(*fields, events=events)
     assert refused.value.field == field
 
 
-def test_what_has_no_words_is_no_event_to_erase():
+def test_an_event_without_texts_cannot_be_erased():
     moved = written(OpenIncident(title="T"), ChangeIncident(status="monitoring"))
     with pytest.raises(InvalidField, match="no erasable text is recorded at 102"):
         plan_redaction(moved, incident.REDACTABLE_FIELDS, (), (102,))

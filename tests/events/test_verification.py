@@ -20,8 +20,9 @@ from opsentry.domain import incident
 from opsentry.domain.incident import OpenIncident, PostUpdate, RedactIncident
 from opsentry.domain.redaction import RedactionPlan
 from opsentry.events import audit, export
+from opsentry.events.export_verification import BadExport, verify_export
 from opsentry.events.store import Append, NewEvent
-from opsentry.events.verification import Anchor, BadExport, verify, verify_export
+from opsentry.events.verification import Anchor, verify
 from tests import commands
 from tests.conftest import META, make_tenant
 from tests.events.ledger import append, note, notes, rows

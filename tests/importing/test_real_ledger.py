@@ -8,7 +8,8 @@ from opsentry.cli.ledger_history import known_at
 from opsentry.domain import incident
 from opsentry.events import audit, export, store
 from opsentry.events.codec import RecordedEvent
-from opsentry.events.verification import Anchor, verify, verify_export
+from opsentry.events.export_verification import verify_export
+from opsentry.events.verification import Anchor, verify
 from tests.importing.test_real_history import moment, oldest_first
 
 DATES = [datetime(year, month, day, tzinfo=UTC) for year, month, day in
