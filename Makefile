@@ -36,7 +36,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.reference --check
-	-@$(MAKE) --no-print-directory prose
+	@$(MAKE) --no-print-directory prose
 
 # Checks wording and spelling: banned phrases, long sentences in docs, typing errors.
 prose: $(VENV)/.dev

@@ -1,1 +1,1 @@
-"""What incidents, maintenance windows, services and subscriptions are and how they change. Pure: no clock, no I/O."""
+"""Incidents, maintenance windows, services and subscriptions, as pure functions: no clock, no I/O."""

@@ -23,7 +23,7 @@ _Waiting = tuple[Append, "asyncio.Future[Outcome]"]
 _LOCK_TIMEOUT_SECONDS = 1.2
 
 
-# So many connections may wait for ledger_heads at once; the others of the pool stay for everybody else.
+# Connections that may wait for ledger heads at once. The rest of the pool serves everything else.
 _PATIENT = 4
 
 
@@ -51,7 +51,7 @@ class Appender:
     async def append(self, command: Append) -> Outcome:
         """Append one command and return its outcome, once it is durable.
 
-        A caller that is cancelled stops waiting; the append itself goes on.
+        A cancelled caller stops waiting. The append itself continues.
 
         Raises:
             DatabaseUnavailable: The database could not be reached; nothing was changed.
@@ -72,7 +72,7 @@ class Appender:
         if len(self._tasks) < self._lanes and any(t not in self._under_way for t in self._queues):
             task = asyncio.create_task(self._lane())
             self._tasks.add(task)
-            # What arrives between a lane's last look at the queue and its end finds no free lane: look again after.
+            # Appends that arrived after the lane's last look at the queue found no free lane: look again.
             task.add_done_callback(self._lane_ended)
 
     def _lane_ended(self, task: "asyncio.Task[None]") -> None:
@@ -113,7 +113,7 @@ class Appender:
             else:
                 _answer(waiting, outcome)
         for tenant, commands in held.items():
-            # By themselves, tenant by tenant, beside the lanes: whoever waits for a lock holds up nobody else.
+            # Each tenant on its own, beside the lanes, so that a tenant whose head is locked delays no other.
             task = asyncio.create_task(self._wait_for_head(tenant, commands))
             self._held.add(task)
             task.add_done_callback(self._held.discard)

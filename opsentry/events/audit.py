@@ -11,7 +11,7 @@ from opsentry.events.codec import Meta, UnknownEvent, decode_meta, readable
 from opsentry.events.hash_chain import Link
 from opsentry.infrastructure.postgres import Connection, fetch_one
 
-# Events with the hash that each one's goes on from. LIMIT makes each previous one be looked up by the key.
+# Events with the previous hash of each. LIMIT makes PostgreSQL look up each previous event by its key.
 _ENTRIES = """
 SELECT e.*, coalesce(p.hash, decode(repeat('00', 32), 'hex')) AS previous_hash
 FROM (SELECT * FROM events WHERE {where} ORDER BY {order} LIMIT $3) AS e

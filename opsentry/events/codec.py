@@ -35,7 +35,7 @@ class Actor(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class Meta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """What is kept beside an event: ids only, never names or addresses.
+    """The metadata of an event: ids only, never names or addresses.
 
     `silent` says that nobody is to be notified of it.
     """
@@ -178,5 +178,5 @@ def to_microseconds(moment: datetime) -> int:
 
 
 def from_microseconds(microseconds: int) -> datetime:
-    """Return the moment so many microseconds after the beginning of 1970 UTC; raises OverflowError."""
+    """Return the time this many microseconds after 1970 began in UTC; raise `OverflowError` outside of the calendar."""
     return _EPOCH + microseconds * _MICROSECOND

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 GENESIS = bytes(32)
 
-# How far a hole that was closed by numbering anew is looked for.
+# Removed events that can be recognized after later events were renumbered, at most.
 _LOOK_AROUND = 64
 
 
@@ -38,7 +38,7 @@ class Link(NamedTuple):
 
 
 class Violation(NamedTuple):
-    """What is wrong with a ledger, and where it begins.
+    """The first violation of a ledger.
 
     `kind` is one of changed, missing, reordered, duplicated, inserted, truncated, erased.
     """
@@ -65,7 +65,7 @@ def canonical(link: Link) -> bytes:
 def check(rows: Iterable[Link], previous: bytes = GENESIS, position: int = 0) -> Violation | None:
     """Return the first violation among `rows`, `None` if each follows from the ones before.
 
-    What it says of the kind is read from the rows after it; that there is violation, and where it begins, is certain.
+    The position is certain. The kind is inferred from the rows after it.
 
     Args:
         rows: Events of one tenant in the order of their source, following right after `position`.
@@ -118,10 +118,8 @@ def _diagnose(row: Link, rest: Iterator[Link], last: Link | None, previous: byte
 
 
 def _changed_or_missing(near: list[Link], position: int) -> Violation:
-    """Tell an event that was changed from events that were taken out, the later ones being numbered anew."""
+    """Distinguish a changed event from removed events whose successors were renumbered."""
     for shift in range(1, _LOOK_AROUND):
         if len(near) > 1 and _follows(near[1], near[0].hash, position + 1 + shift):
-            return Violation(
-                position, "missing", f"{shift} events were taken out here and the later ones numbered anew"
-            )
+            return Violation(position, "missing", f"{shift} events were removed here and the later ones renumbered")
     return Violation(position, "changed", "it is not what was recorded")

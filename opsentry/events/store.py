@@ -60,7 +60,7 @@ _BY_STREAM = (
 # Where the ledger ends.
 _HEAD = "SELECT position FROM ledger_heads WHERE tenant_id = $1"
 
-# What a client's key stands for.
+# The command that used an idempotency key.
 _KEY = "SELECT fingerprint, stream_id, version, position FROM idempotency_keys WHERE tenant_id = $1 AND key = $2"
 
 # Keys of all tenants that were kept long enough, some at a time so that no lock is held for long.
@@ -83,7 +83,7 @@ class NewEvent(msgspec.Struct, frozen=True):
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):
-    """What makes a command safe to send again: who called it what (`digest`), and what was asked for (`fingerprint`).
+    """An idempotency key: the digest of caller and key, and the fingerprint of the request.
 
     Both are SHA-256 digests.
     """
@@ -259,7 +259,7 @@ async def read_by_stream(
 ) -> AsyncIterator[dict[int, list[RecordedEvent]]]:
     """Yield all streams of a kind as they were at position `until`, by id in its order, some whole ones at a time.
 
-    What is yielded at once has about `size` events; more only where a single stream has.
+    Each chunk has about `size` events, or one longer stream.
 
     Raises:
         UnknownEvent: See `recorded`.

@@ -235,7 +235,7 @@ class StoreContract:
         assert isinstance(await append(appender, notes(tenant, "a"), wait=False), Appended)
         assert await messages(appender, tenant) == ["a"]
 
-    async def test_whoever_waits_for_too_long_has_recorded_nothing(self, connect, tenant):
+    async def test_an_append_that_times_out_records_nothing(self, connect, tenant):
         appender, holder = await connect(), await connect()
         async with held(holder, tenant):
             with pytest.raises(asyncpg.LockNotAvailableError):
@@ -298,7 +298,7 @@ class StoreContract:
         assert undated.occurred_at == undated.recorded_at
         assert dated[0].recorded_at + timedelta(microseconds=3) == undated.recorded_at
 
-    async def test_what_was_written_is_read_back_byte_for_byte(self, connect, tenant):
+    async def test_events_are_read_back_byte_for_byte(self, connect, tenant):
         appender = await connect()
         meta = Meta(Actor("token", 2**62), request_id=ODD_TEXTS[2], silent=True)
         for number, text in enumerate(ODD_TEXTS):

@@ -15,7 +15,7 @@ from opsentry.domain.incident import IncidentEdited, IncidentOpened
 from opsentry.events import codec
 from opsentry.events.codec import Actor, Meta, UnknownEvent, decode, decode_meta, encode, encode_meta
 
-# What has ever been written to a ledger. Entries are added, never changed: ledgers that hold them exist.
+# Every form that a ledger has ever stored. Add entries, never change them: ledgers contain them.
 GOLDEN_FILE = Path(__file__).with_name("golden.json")
 GOLDEN: list[dict[str, Any]] = json.loads(GOLDEN_FILE.read_text())
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -49,14 +49,14 @@ def test_every_field_is_in_the_golden_file_with_a_value():
 
 
 @pytest.mark.parametrize("entry", GOLDEN, ids=lambda entry: entry["type"])
-def test_what_was_once_written_is_read_as_what_it_meant(entry):
+def test_stored_events_keep_their_meaning(entry):
     event = decode(*stored(entry))
     assert type(event) is EVENT_TYPES[entry["type"]]
     assert plain(event) == entry["fields"]
 
 
 @pytest.mark.parametrize("entry", GOLDEN, ids=lambda entry: entry["type"])
-def test_what_was_once_written_would_be_written_the_same_way_again(entry):
+def test_stored_events_are_encoded_the_same_way_again(entry):
     if entry["version"] == EVENT_TYPES[entry["type"]].VERSION:
         assert encode(decode(*stored(entry))) == stored(entry)
 
@@ -114,7 +114,7 @@ def test_the_same_event_is_always_the_same_text():
         ("incident.updated", 1, '{"status":"monitoring"}', None),
     ],
 )
-def test_what_cannot_be_read_says_so(name, version, data, erasable):
+def test_unreadable_events_are_reported(name, version, data, erasable):
     with pytest.raises(UnknownEvent, match=name.replace(".", r"\.")):
         decode(name, version, data, erasable)
 
@@ -159,7 +159,7 @@ def test_an_old_version_without_a_way_forward_is_unknown(monkeypatch):
         ),
     ],
 )
-def test_what_stands_beside_an_event_is_read_for_ever(meta, text):
+def test_stored_metadata_stays_readable(meta, text):
     assert encode_meta(meta) == text
     assert decode_meta(text) == meta
 

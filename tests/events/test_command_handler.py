@@ -208,7 +208,7 @@ async def test_a_change_between_loading_and_appending_is_loaded_and_decided_agai
     assert executed.history[-1].event == IncidentSeverityChanged(severity="major_outage", previous="partial_outage")
 
 
-async def test_whoever_is_always_too_late_hears_so_in_the_end(parts, acme, app_connection, monkeypatch):
+async def test_a_command_that_loses_every_race_is_refused_in_the_end(parts, acme, app_connection, monkeypatch):
     incident_id = await opened(parts, acme)
     attempts = []
 

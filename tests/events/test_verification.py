@@ -217,7 +217,7 @@ async def tamper(settings, owner, parts, ledgers):
         last = len(await rows(owner, tenant_id))
         assert await damage_of(settings, tenant_id) is None, "a false alarm"
         harm = list(KINDS)[number % len(KINDS)]
-        # The last events may have no erasable to erase; and one numbered anew after it is gone leaves no trace of it.
+        # The last events may have no texts to erase. A renumbered successor leaves no trace of a removed event.
         n = chance.randrange(1, last + (harm not in {take_out_and_number_anew, erase_unrecorded}))
         async with undone(owner, tenant_id):
             expected = await harm(owner, tenant_id, n, last, chance)
@@ -325,7 +325,7 @@ async def test_a_ledger_cut_off_with_its_head_is_found_by_an_anchor_alone(settin
         assert (violation.position, violation.kind) == (11, "truncated")
 
 
-async def test_a_ledger_that_was_written_anew_as_a_whole_is_found_by_an_anchor(settings, owner, parts):
+async def test_an_anchor_finds_a_ledger_that_was_rewritten_as_a_whole(settings, owner, parts):
     one, other = (await make_tenant(parts, "one")).id, (await make_tenant(parts, "other")).id
     await filled(owner, one, 9)
     anchor = await pinned(owner, one)
@@ -372,7 +372,7 @@ async def test_a_ledger_of_several_pieces_is_verified_by_several_processes(setti
     assert second.violation.position == 16
 
 
-async def test_what_comes_in_during_verification_does_no_harm(settings, owner, sound):
+async def test_appends_during_verification_are_harmless(settings, owner, sound):
     async def more():
         for number in range(900, 930):
             await append(owner, notes(sound, "more", stream=number))
@@ -511,7 +511,7 @@ async def test_an_erasure_in_an_export_needs_its_record_there(owner, erased, tmp
 
 
 @pytest.mark.parametrize("octets", [b"", b"\n", b"no export\n", b'{"position":1}\n', b"\x1f\x8b\x08broken"])
-async def test_what_is_no_export_is_refused_with_a_reason(tmp_path, octets):
+async def test_files_that_are_no_exports_are_refused_with_a_reason(tmp_path, octets):
     file = tmp_path / "file"
     file.write_bytes(octets)
     with pytest.raises(BadExport, match="file: "):
