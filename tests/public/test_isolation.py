@@ -31,6 +31,7 @@ async def pending(parts, acme, globex, owner):
 
 
 async def test_no_page_contains_another_tenants_texts(browser, acme, globex, links, pending):
+    assert pending[acme.id] == pending[globex.id]
     for own, other in ((acme, globex), (globex, acme)):
         responses = [
             await browser.get(f"/status/{own.slug}/subscribe"),
