@@ -22,7 +22,7 @@ from opsentry.domain.events import EVENT_TYPES
 from opsentry.events import export
 from opsentry.events.audit import Entry
 from opsentry.events.export_verification import verify_export
-from opsentry.events.verification import Anchor, Verdict
+from opsentry.events.verdict import Anchor, Verdict
 from opsentry.events.verification import verify as verify_ledgers
 
 _BATCH_EVENTS = 1000
@@ -235,20 +235,20 @@ def _plain(verdict: Verdict) -> dict[str, object]:
 
 
 def _show(verdicts: Sequence[Verdict]) -> None:
-    shown = table("slug", "events", "anchor", "erased", "verdict")
+    shown = table("slug", "events", "anchor", "redacted", "verdict")
     for verdict in verdicts:
         summary = "[green]intact[/]"
         if verdict.violation is not None:
             summary = (
                 f"[red]event {verdict.violation.position} {verdict.violation.kind.replace('_', ' ')}[/]:"
-                f" {verdict.violation.says}"
+                f" {verdict.violation.message}"
             )
         events = f"{verdict.events:,}" if verdict.first <= 1 else f"{verdict.events:,} from {verdict.first}"
         shown.add_row(
             verdict.slug or str(verdict.tenant_id),
             events,
             f"{verdict.last}:{verdict.hash}",
-            str(verdict.erased),
+            str(verdict.redacted),
             summary,
         )
     print_table(shown)

@@ -1,1 +1,1 @@
-"""Incidents, maintenance windows, services and subscriptions, as pure functions: no clock, no I/O."""
+"""The pure domain: aggregates as deciders, redaction plans and uptime, without clock, I/O or randomness."""

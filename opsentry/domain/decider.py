@@ -40,7 +40,7 @@ class InvalidField(DomainError):
 
     Args:
         field: The field's name as the caller wrote it, such as `severity`.
-        problem: The rule that its value breaks, such as `must not be blank`.
+        problem: The fault of its value, such as `must not be blank`.
     """
 
     def __init__(self, field: str, problem: str) -> None:

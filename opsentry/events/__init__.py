@@ -1,1 +1,1 @@
-"""The tenant's log: its codec, its hash chain, appending to it and reading from it. Nothing else touches `events`."""
+"""The event store: append to ledgers, read them, verify and export them. Nothing else writes `events`."""

@@ -1,4 +1,4 @@
-"""Group commit: all commands that wait in this process go to the log in one round trip and one commit."""
+"""Group commit: append all waiting commands of this process in one round trip and one commit."""
 
 import asyncio
 from collections import deque
@@ -18,24 +18,27 @@ from opsentry.infrastructure.postgres import (
 
 _Waiting = tuple[Append, "asyncio.Future[Outcome]"]
 
-
-# A little more than the second that append_events itself waits for a head.
+# Slightly more than the second that append_events itself waits for a ledger head.
 _LOCK_TIMEOUT_SECONDS = 1.2
 
-
-# Connections that may wait for ledger heads at once. The rest of the pool serves everything else.
-_PATIENT = 4
+# At most this many connections wait for ledger heads. The rest of the pool stays free for other work.
+_MAX_WAITING_CONNECTIONS = 4
 
 
 class TenantBusy(TransientError):
-    """Other writers held the tenant's head for too long. Nothing was changed; trying again is safe."""
+    """Another writer held the tenant's ledger head for too long. Nothing was changed; sending it again is safe."""
 
 
 class Appender:
-    """Appends commands in batches, while the ones before are being committed.
+    """Append commands in batches. The next batch collects while the previous ones commit.
 
-    A few batches are under way at once (`lanes`), never two with commands of one tenant: its head is a lock, so the
-    second would only be turned away. CommandHandler of one tenant keep their order.
+    Commands of one tenant keep their order and are never in two batches at once, because the second batch would only
+    find the tenant's ledger head locked.
+
+    Args:
+        database: The pool that the batches take their connections from.
+        lanes: The number of concurrent batches.
+        batch: The largest number of commands in a batch.
     """
 
     def __init__(self, database: Database, *, lanes: int = 2, batch: int = 256) -> None:
@@ -46,17 +49,17 @@ class Appender:
         self._under_way: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: set[asyncio.Task[None]] = set()
-        self._patient = asyncio.Semaphore(_PATIENT)
+        self._patient = asyncio.Semaphore(_MAX_WAITING_CONNECTIONS)
 
     async def append(self, command: Append) -> Outcome:
-        """Append one command and return its outcome, once it is durable.
+        """Append one command and return its outcome once it is durable.
 
-        A cancelled caller stops waiting. The append itself continues.
+        Cancelling the caller does not cancel the append.
 
         Raises:
-            DatabaseUnavailable: The database could not be reached; nothing was changed.
-            OutcomeUnknown: The database was lost on the way; the stream shows whether it was recorded.
-            TenantBusy: Other writers held the tenant for too long; nothing was changed.
+            DatabaseUnavailable: The database did not answer. Nothing was changed.
+            OutcomeUnknown: The connection was lost during the append. The stream shows whether it succeeded.
+            TenantBusy: Another writer held the ledger head for too long. Nothing was changed.
         """
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(command.tenant_id, deque()).append((command, future))
@@ -64,7 +67,7 @@ class Appender:
         return await future
 
     async def drain(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until all batches have ended."""
         while under_way := self._tasks | self._held:
             await asyncio.wait(under_way)
 
@@ -72,7 +75,7 @@ class Appender:
         if len(self._tasks) < self._lanes and any(t not in self._under_way for t in self._queues):
             task = asyncio.create_task(self._lane())
             self._tasks.add(task)
-            # Appends that arrived after the lane's last look at the queue found no free lane: look again.
+            # A command that arrives between the lane's last look at the queues and its end finds no free lane.
             task.add_done_callback(self._lane_ended)
 
     def _lane_ended(self, task: "asyncio.Task[None]") -> None:
@@ -92,7 +95,7 @@ class Appender:
     def _take(self) -> list[_Waiting]:
         taken: list[_Waiting] = []
         for tenant in [t for t in self._queues if t not in self._under_way]:
-            # A tenant whose queue is longer than a batch goes behind the others, who then have their turn.
+            # A tenant with more commands than fit moves behind the other tenants.
             queue = self._queues.pop(tenant)
             while queue and len(taken) < self._batch:
                 taken.append(queue.popleft())
@@ -104,7 +107,7 @@ class Appender:
         return taken
 
     async def _commit(self, batch: Sequence[_Waiting]) -> set[int]:
-        """Send the batch; return the tenants that are still under way, because others hold their ledger_heads."""
+        """Append the batch; return the tenants whose ledger heads other writers hold and that are still waiting."""
         outcomes = await self._attempt(batch, wait=False)
         held: dict[int, list[_Waiting]] = {}
         for waiting, outcome in zip(batch, outcomes, strict=True):
@@ -113,7 +116,7 @@ class Appender:
             else:
                 _answer(waiting, outcome)
         for tenant, commands in held.items():
-            # Each tenant on its own, beside the lanes, so that a tenant whose head is locked delays no other.
+            # One task per tenant, outside the lanes: waiting for a lock delays no other tenant.
             task = asyncio.create_task(self._wait_for_head(tenant, commands))
             self._held.add(task)
             task.add_done_callback(self._held.discard)
@@ -130,7 +133,7 @@ class Appender:
             self._start_lane()
 
     async def _attempt(self, batch: Sequence[_Waiting], *, wait: bool) -> list[Outcome | None]:
-        """Send the batch; `None` stands for a command that failed, whose sender has been told."""
+        """Append the batch. `None` stands for a command that failed, whose caller has received the error."""
         sent = False
         try:
             seconds = max(_LOCK_TIMEOUT_SECONDS, self._database.timeout_seconds) if wait else None
@@ -140,11 +143,11 @@ class Appender:
         except asyncpg.LockNotAvailableError:
             failure: Exception = TenantBusy("the tenant is busy")
         except DatabaseUnavailable as error:
-            # A connection that was lost before anything was sent left no doubt; after that, only the log knows.
+            # Before the batch was sent, a lost connection changed nothing. Afterwards only the ledger knows.
             failure = OutcomeUnknown(str(error)) if sent else error
-        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+        except Exception as error:  # noqa: BLE001 - waiting callers receive every error
             if len(batch) > 1 and not is_transient(error):
-                # A command that can never be recorded took the whole batch back: the others go by themselves.
+                # One impossible command rolled back the whole batch: append the commands one by one.
                 return [outcome for waiting in batch for outcome in await self._attempt([waiting], wait=wait)]
             failure = error
         for _, future in batch:

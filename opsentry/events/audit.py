@@ -1,4 +1,4 @@
-"""The ledger as auditors read it: entries with their hashes, where it ends, and the rows that prove it."""
+"""Read a ledger for auditors: entries with their hashes, ledger heads, and the rows to verify."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -11,7 +11,7 @@ from opsentry.events.codec import Meta, UnknownEvent, decode_meta, readable
 from opsentry.events.hash_chain import Link
 from opsentry.infrastructure.postgres import Connection, fetch_one
 
-# Events with the previous hash of each. LIMIT makes PostgreSQL look up each previous event by its key.
+# Events with their previous hashes. LIMIT 1 makes the planner find each previous event by the primary key.
 _ENTRIES = """
 SELECT e.*, coalesce(p.hash, decode(repeat('00', 32), 'hex')) AS previous_hash
 FROM (SELECT * FROM events WHERE {where} ORDER BY {order} LIMIT $3) AS e
@@ -20,7 +20,7 @@ AS p ON true
 ORDER BY e.{order}
 """
 
-# The ledger after a position, of one type or of any; not further than $4, so that a rare type is looked for in steps.
+# The ledger after a position, all types or one. $4 bounds the search for a rare type.
 _LEDGER = _ENTRIES.format(
     where="tenant_id = $1 AND position > $2 AND position <= $4 AND ($5::text IS NULL OR type = $5)", order="position"
 )
@@ -33,7 +33,7 @@ _STREAM = _ENTRIES.format(
 
 _HEAD = "SELECT position, hash, recorded_at FROM ledger_heads WHERE tenant_id = $1"
 
-# Where all ledgers end, or that of one tenant: by the head, and by the events.
+# The ends of all ledgers or of one, according to the head and according to the events.
 _HEADS = """
 SELECT h.tenant_id, t.slug, h.position, h.hash, coalesce(e.position, 0) AS last
 FROM ledger_heads h JOIN tenants t USING (tenant_id)
@@ -42,12 +42,11 @@ e ON true
 WHERE $1::bigint IS NULL OR h.tenant_id = $1 ORDER BY h.tenant_id
 """
 
-# The records of what was erased.
 _REDACTIONS = "SELECT stream_kind, stream_id, data FROM events WHERE tenant_id = $1 AND type LIKE '%.redacted'"
 
 _MOMENT = "CASE WHEN isfinite({0}) THEN (extract(epoch FROM {0}) * 1000000)::bigint END AS {0}"
 
-# Rows as they are verified, in the order of `Link`.
+# The columns are in the order of `Link`.
 _LINKS = (
     "SELECT tenant_id, position, stream_kind, stream_id, version, type, schema_version,"
     f" {_MOMENT.format('occurred_at')},"
@@ -55,17 +54,16 @@ _LINKS = (
     " FROM events WHERE tenant_id = $1 AND position > $2 AND position <= $3 ORDER BY position"
 )
 
-# Which tokens the actors of entries are.
 _TOKENS = "SELECT token_id, prefix, name FROM api_tokens WHERE tenant_id = $1 AND token_id = ANY($2)"
 
 _HASH_AT = "SELECT hash FROM events WHERE tenant_id = $1 AND position = $2"
 
-# How far the ledger is searched for one page of a type.
-WINDOW = 50_000
+# One page of a type searches at most this many events.
+SEARCH_WINDOW_EVENTS = 50_000
 
 
 class EntryActor(msgspec.Struct, frozen=True, omit_defaults=True):
-    """EntryActor did it: the kind of actor, and a token's id, public prefix and name."""
+    """Identify the actor of an entry: its kind and, for a token, id, public prefix and name."""
 
     kind: str
     id: int | None = None
@@ -74,7 +72,7 @@ class EntryActor(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """An event as an auditor sees it. `data` has facts and erasable together; erased erasable read `[redacted]`."""
+    """Describe an event for an auditor. `data` joins facts and text; erased text reads `[redacted]`."""
 
     position: int
     stream_kind: str
@@ -92,7 +90,10 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class LedgerHead(msgspec.Struct, frozen=True):
-    """The end of a ledger. Stored elsewhere as an anchor, it proves that nothing was truncated. `position` 0: empty."""
+    """Describe the end of a ledger. Kept elsewhere as an anchor, it proves that nothing was truncated.
+
+    `position` is 0 for an empty ledger.
+    """
 
     position: int
     hash: str
@@ -102,12 +103,12 @@ class LedgerHead(msgspec.Struct, frozen=True):
 async def read_ledger_page(
     connection: Connection, tenant_id: int, *, after: int, limit: int, type_: str | None
 ) -> tuple[list[Entry], int | None]:
-    """Return at most `limit` entries of the tenant after `after`, and from where to go on (`None`: that was all).
+    """Return at most `limit` entries after position `after`, and the position to continue after (`None`: the end).
 
-    A page may be short, or empty, and yet not the last: a type is looked for among 50,000 events at a time.
+    With a type, a page can be short or empty without being the last one, because it searches 50,000 events at most.
     """
     last: int = (await fetch_one(connection, _HEAD, tenant_id))["position"]
-    reached = min(after + WINDOW, last)
+    reached = min(after + SEARCH_WINDOW_EVENTS, last)
     rows = await connection.fetch(_LEDGER, tenant_id, after, limit, reached, type_)
     entries = await _entries(connection, tenant_id, rows)
     if len(entries) == limit:
@@ -118,36 +119,36 @@ async def read_ledger_page(
 async def read_stream_page(
     connection: Connection, tenant_id: int, kind: str, stream_id: int, *, after: int, limit: int
 ) -> tuple[list[Entry], int | None]:
-    """Return at most `limit` entries of one stream after position `after`, and from where to go on."""
+    """Return at most `limit` entries of one stream after position `after`, and the position to continue after."""
     rows = await connection.fetch(_STREAM, tenant_id, after, limit + 1, kind, stream_id)
     entries = await _entries(connection, tenant_id, rows[:limit])
     return entries, entries[-1].position if len(rows) > limit else None
 
 
 async def read_ledger_head(connection: Connection, tenant_id: int) -> LedgerHead:
-    """Return where the tenant's ledger ends."""
+    """Return the end of the tenant's ledger."""
     row = await fetch_one(connection, _HEAD, tenant_id)
     return LedgerHead(row["position"], row["hash"].hex(), row["recorded_at"] if row["position"] else None)
 
 
 async def read_ledger_heads(connection: Connection, tenant_id: int | None = None) -> Sequence[asyncpg.Record]:
-    """Return `tenant_id`, `slug`, `position`, `hash` and the `last` event of where ledgers end, one tenant's or all."""
+    """Return `tenant_id`, `slug`, `position` and `hash` of ledger heads, and `last`, the position of the last event."""
     return list(await connection.fetch(_HEADS, tenant_id))
 
 
 async def read_redactions(connection: Connection, tenant_id: int) -> Sequence[asyncpg.Record]:
-    """Return `stream_kind`, `stream_id` and `data` of the events that erased erasable."""
+    """Return `stream_kind`, `stream_id` and `data` of the redaction events."""
     return list(await connection.fetch(_REDACTIONS, tenant_id))
 
 
 async def read_hash_links(connection: Connection, tenant_id: int, after: int, until: int) -> list[Link]:
-    """Return the rows after position `after`, up to `until`, as they are verified."""
-    # Rows of the driver can be taken apart like the tuples they stand for, and making those would cost a third more.
+    """Return the rows to verify, after position `after` and up to `until`."""
+    # The driver's rows unpack like tuples. Converting them would take a third more time.
     return cast("list[Link]", await connection.fetch(_LINKS, tenant_id, after, until))
 
 
 async def read_hash(connection: Connection, tenant_id: int, position: int) -> bytes | None:
-    """Return the hash of the event `position`, `None` if there is none."""
+    """Return the hash of the event at `position`, `None` if there is none."""
     return cast("bytes | None", await connection.fetchval(_HASH_AT, tenant_id, position))
 
 
@@ -175,7 +176,7 @@ def _entry(row: asyncpg.Record, meta: Meta, tokens: Mapping[int | None, asyncpg.
     try:
         data = readable(row["data"], row["erasable"])
     except msgspec.MsgspecError as error:
-        raise UnknownEvent(f"event {row['position']} is not what was written: {error}") from error
+        raise UnknownEvent(f"event {row['position']} cannot be decoded: {error}") from error
     actor = EntryActor(meta.actor.kind, meta.actor.id)
     if meta.actor.kind == "token" and (token := tokens.get(meta.actor.id)) is not None:
         actor = EntryActor(actor.kind, actor.id, token["prefix"], token["name"])

@@ -1,4 +1,4 @@
-"""Between events as objects and events as the exact text that the log keeps."""
+"""Encode events to the exact text that the ledger stores, and decode every version of it."""
 
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
@@ -35,9 +35,12 @@ class Actor(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class Meta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """The metadata of an event: ids only, never names or addresses.
+    """Describe the circumstances of an event by ids only, never by names or addresses.
 
-    `silent` says that nobody is to be notified of it.
+    Attributes:
+        actor: The event's cause.
+        request_id: The HTTP request that caused it, if one did.
+        silent: Whether the event notifies nobody.
     """
 
     actor: Actor
@@ -46,7 +49,7 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class RecordedEvent(msgspec.Struct, frozen=True, gc=False):
-    """An event with its place in the ledger."""
+    """Hold an event with its place in the ledger and in its stream."""
 
     tenant_id: int
     position: int
@@ -60,12 +63,12 @@ class RecordedEvent(msgspec.Struct, frozen=True, gc=False):
 
 
 def history_entries(history: Iterable[RecordedEvent]) -> list[HistoryEntry]:
-    """Return a stream's events as an erasure looks at them."""
+    """Return a stream's events in the form that `plan_redaction` reads."""
     return [HistoryEntry(recorded.version, recorded.position, recorded.event) for recorded in history]
 
 
 class Encoded(NamedTuple):
-    """An event as columns: `data` holds facts, `erasable` what people wrote (`None` where they wrote nothing)."""
+    """Hold an event's columns: `data` has the facts, `erasable` the free text (`None` if there is none)."""
 
     type: str
     schema_version: int
@@ -74,11 +77,11 @@ class Encoded(NamedTuple):
 
 
 class UnknownEvent(Exception):
-    """The log holds an event that this version of Opsentry cannot read.
+    """The ledger holds an event that this version of Opsentry cannot decode.
 
     Attributes:
-        kind: The kind of stream it lies in, where it was read from the log.
-        position: Its position there.
+        kind: The kind of its stream, if it was read from a ledger.
+        position: Its position, if it was read from a ledger.
     """
 
     kind: str | None = None
@@ -94,9 +97,9 @@ _meta_encoder = msgspec.json.Encoder()
 
 
 def encode(event: Event) -> Encoded:
-    """Return the event as the log keeps it.
+    """Return the event's columns.
 
-    The facts name the fields that have erasable, so that a reader knows what was there after an erasure.
+    `data` lists the names of the erasable fields, so that a reader knows after a redaction which fields had text.
     """
     facts: dict[str, Any] = {}
     erasable: dict[str, str] = {}
@@ -114,17 +117,17 @@ def encode(event: Event) -> Encoded:
 
 
 def decode(type_: str, schema_version: int, data: str, erasable: str | None) -> AnyEvent:
-    """Return the event that these columns hold; erased erasable read `[redacted]`.
+    """Return the event that these columns hold, with `[redacted]` for erased text.
 
     Raises:
-        UnknownEvent: Its type, or a version newer than this code's, is unknown, or its fields do not fit.
+        UnknownEvent: The type is unknown, the version is newer than this code's, or the fields do not fit the type.
     """
     event_type = EVENT_TYPES.get(type_)
     if event_type is None or schema_version > event_type.VERSION:
-        raise UnknownEvent(f"{type_} version {schema_version} is not known to this version of Opsentry")
+        raise UnknownEvent(f"{type_} version {schema_version} is unknown to this version of Opsentry")
     try:
-        # Nearly all events are of this version and whole: facts and erasable become one object's text, decoded in
-        # one go.
+        # Nearly all events have the current version and their text. Both columns are joined to one JSON object, because
+        # decoding once is faster.
         if schema_version == event_type.VERSION and data[:2] == '{"' and data[-1:] == "}":
             if erasable is not None and erasable[:2] == '{"':
                 return cast("AnyEvent", _decoder(event_type)(f"{data[:-1]},{erasable[1:]}"))
@@ -135,14 +138,14 @@ def decode(type_: str, schema_version: int, data: str, erasable: str | None) -> 
             fields = UPCASTERS[type_, version](fields)
         return cast("AnyEvent", msgspec.convert(fields, event_type))
     except (msgspec.MsgspecError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise UnknownEvent(f"{type_} version {schema_version} does not have the fields it should: {error}") from error
+        raise UnknownEvent(f"{type_} version {schema_version} has unexpected fields: {error}") from error
 
 
 def readable(data: str, erasable: str | None) -> dict[str, Any]:
-    """Return an event's fields, facts and erasable together, as they were written; erased erasable read `[redacted]`.
+    """Return an event's facts and text as one object, in the version in which it was stored.
 
     Raises:
-        msgspec.DecodeError: One of them is not a JSON object.
+        msgspec.DecodeError: A column is not a JSON object.
     """
     fields = _decode(data)
     names = fields.pop("erasable", ())
@@ -156,7 +159,7 @@ def _decoder(event_type: type[Event]) -> Callable[[str], Event]:
 
 
 def encode_meta(meta: Meta) -> str:
-    """Return `meta` as the log keeps it."""
+    """Return `meta` as the ledger stores it."""
     return _meta_encoder.encode(meta).decode()
 
 
@@ -164,12 +167,12 @@ def decode_meta(text: str) -> Meta:
     """Return the meta data that `text` holds.
 
     Raises:
-        UnknownEvent: Its fields are not those that meta data has.
+        UnknownEvent: The fields are not those of `Meta`.
     """
     try:
         return _meta_decoder.decode(text)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise UnknownEvent(f"meta data does not have the fields it should: {error}") from error
+        raise UnknownEvent(f"meta data has unexpected fields: {error}") from error
 
 
 def to_microseconds(moment: datetime) -> int:
@@ -178,5 +181,5 @@ def to_microseconds(moment: datetime) -> int:
 
 
 def from_microseconds(microseconds: int) -> datetime:
-    """Return the time this many microseconds after 1970 began in UTC; raise `OverflowError` outside of the calendar."""
+    """Return the time `microseconds` after the start of 1970 UTC; raise `OverflowError` beyond the calendar."""
     return _EPOCH + microseconds * _MICROSECOND

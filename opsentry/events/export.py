@@ -20,7 +20,7 @@ _GZIP = b"\x1f\x8b"
 
 
 class Line(msgspec.Struct, frozen=True):
-    """A line of an export. Times are whole microseconds since 1970 UTC; octets are in lower-case hex."""
+    """Define a line of an export. Times are whole microseconds since 1970 UTC; octets are lower-case hex."""
 
     tenant_id: int
     position: int
@@ -41,7 +41,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Unreadable(Exception):
-    """A line that is no line of an export."""
+    """A line is not a line of an export."""
 
     def __init__(self, number: int, problem: str) -> None:
         super().__init__(f"line {number}: {problem}")
@@ -73,25 +73,25 @@ async def chunk(connection: Connection, tenant_id: int, after: int, until: int) 
 
 
 class Reader:
-    """Reads an export, keeping nothing of it: rows to verify, and how far it has come."""
+    """Read an export line by line, in constant memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.number = 0
-        """The number of the line that was read last, from 1."""
+        """The number of the last line read, from 1."""
 
     def links(self) -> Iterator[tuple[Link, bytes]]:
-        """Yield the row of each line, and the previous hash that the line names.
+        """Yield each line's row, and the previous hash that the line names.
 
         Raises:
-            Unreadable: A line is not one of an export, or breaks off.
+            Unreadable: A line is not a line of an export, or is incomplete.
         """
         for octets in self._file:
             self.number += 1
             try:
                 line = _decode(octets)
                 if not octets.endswith(b"\n"):
-                    raise Unreadable(self.number, "breaks off")
+                    raise Unreadable(self.number, "is incomplete")
                 link = Link(
                     line.tenant_id,
                     line.position,
@@ -111,7 +111,7 @@ class Reader:
                 )
                 previous = bytes.fromhex(line.previous_hash)
             except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
-                raise Unreadable(self.number, f"is not an event of an export: {error}") from None
+                raise Unreadable(self.number, f"is not a line of an export: {error}") from None
             yield link, previous
 
 

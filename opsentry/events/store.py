@@ -1,4 +1,4 @@
-"""The event log: the only module whose SQL writes `events`, `ledger_heads`, `reservations` and `idempotency_keys`."""
+"""Store and read events. Only this module writes events, ledger heads, reservations and idempotency keys."""
 
 import os
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -21,7 +21,7 @@ from opsentry.events.codec import (
 )
 from opsentry.infrastructure.postgres import Connection
 
-# Appends a batch of commands in one round trip; see the function's comment in the migrations.
+# Commands travel as an array of a composite type: the driver encodes it faster than one array per column.
 _APPEND = "SELECT * FROM append_events($1, $2)"
 
 _COLUMNS = (
@@ -29,53 +29,50 @@ _COLUMNS = (
     " recorded_at, data, meta, erasable"
 )
 
-# One stream, the versions after one and up to another.
+# One stream's events of a range of versions.
 _STREAM = (
     f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id = $3"
     " AND version > $4 AND version <= $5 ORDER BY version"
 )
 
-# Some streams as they were at a position.
+# Several streams as of a position.
 _STREAMS_UNTIL = (
     f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id ="
     " ANY($3) AND position <= $4"
     " ORDER BY stream_id, version"
 )
 
-# A tenant's ledger after a position: since position is dense and in commit order, this never skips an event.
+# A ledger after a position. Positions are dense and in commit order, so a reader that continues here skips no event.
 _AFTER = f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND position > $2 ORDER BY position LIMIT $3"
 
-# The same up to another position, of some kinds of streams.
+# A ledger between two positions, some stream kinds only.
 _BETWEEN = (
     f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND position > $2 AND position <= $3 AND stream_kind = ANY($4)"
     " ORDER BY position"
 )
 
-# Streams of a kind one after the other, as they were at a position.
+# Streams of one kind as of a position, one after the other.
 _BY_STREAM = (
     f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id > $3 AND position <= $4"
     " ORDER BY stream_id, version LIMIT $5"
 )
 
-# Where the ledger ends.
 _HEAD = "SELECT position FROM ledger_heads WHERE tenant_id = $1"
 
-# The command that used an idempotency key.
 _KEY = "SELECT fingerprint, stream_id, version, position FROM idempotency_keys WHERE tenant_id = $1 AND key = $2"
 
-# Keys of all tenants that were kept long enough, some at a time so that no lock is held for long.
+# Expired keys of all tenants, in small batches so that no lock is held for long.
 _PRUNE = """
 DELETE FROM idempotency_keys WHERE (tenant_id, key) IN (
     SELECT tenant_id, key FROM idempotency_keys WHERE recorded_at < clock_timestamp() - $1 * interval '1 second'
     ORDER BY recorded_at LIMIT $2)
 """
 
-# Which stream holds each name.
-_CLAIMS = "SELECT name, stream_id FROM reservations WHERE tenant_id = $1 AND name = ANY($2)"
+_RESERVATIONS = "SELECT name, stream_id FROM reservations WHERE tenant_id = $1 AND name = ANY($2)"
 
 
 class NewEvent(msgspec.Struct, frozen=True):
-    """An event to append. Without `occurred_at` it occurs when it is recorded."""
+    """Describe an event to append. Without `occurred_at` it occurs at the time of recording."""
 
     event: AnyEvent
     meta: Meta
@@ -83,9 +80,11 @@ class NewEvent(msgspec.Struct, frozen=True):
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):
-    """An idempotency key: the digest of caller and key, and the fingerprint of the request.
+    """Identify a command, so that it is appended once however often it is sent.
 
-    Both are SHA-256 digests.
+    Attributes:
+        digest: SHA-256 of the caller and the client's key.
+        fingerprint: SHA-256 of the request. Another request under the same key is refused.
     """
 
     digest: bytes
@@ -93,14 +92,17 @@ class IdempotencyKey(msgspec.Struct, frozen=True):
 
 
 class Append(msgspec.Struct, frozen=True, kw_only=True):
-    """A command to the log: append these events to one stream, all or none.
+    """Describe events to append to one stream, all or none.
 
     Attributes:
-        stream_id: 0 asks for a new id.
-        expected_version: The version that the stream must have; 0: it must not exist.
-        events: May be empty where there is a key, so that a command that changed nothing is not one that does later.
-        key: Appends once, however often it is sent.
-        claim: A name that no other stream of the tenant may hold, taken together with the append.
+        tenant_id: The tenant whose ledger grows.
+        kind: The stream's kind.
+        stream_id: The stream's id; 0 creates a stream under the tenant's next id of its kind.
+        expected_version: The version that the stream must have; 0 if it must not exist.
+        events: The events. With a key they may be empty: a repetition of a command that changed nothing must not
+            change anything later either.
+        reservation: A name to reserve with the append; no other stream of the tenant may hold it.
+        key: The idempotency key.
     """
 
     tenant_id: int
@@ -113,7 +115,7 @@ class Append(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Appended(msgspec.Struct, frozen=True):
-    """The events are durable. `version` and `position` are the last one's, `recorded_at` is the first one's."""
+    """The events were appended. `version` and `position` are those of the last event, `recorded_at` is the first's."""
 
     stream_id: int
     version: int
@@ -121,7 +123,7 @@ class Appended(msgspec.Struct, frozen=True):
     recorded_at: datetime
 
     def record(self, command: Append) -> list[RecordedEvent]:
-        """Return the command's events as they stand in the log."""
+        """Return the command's events as the ledger holds them."""
         count = len(command.events)
         recorded = []
         for i, new in enumerate(command.events):
@@ -143,7 +145,7 @@ class Appended(msgspec.Struct, frozen=True):
 
 
 class Replayed(msgspec.Struct, frozen=True):
-    """Nothing was appended: the same command was, under the same key. `version` and `position` are from then."""
+    """Nothing was appended, because the key's command was appended before. `version` and `position` date from then."""
 
     stream_id: int
     version: int
@@ -151,38 +153,46 @@ class Replayed(msgspec.Struct, frozen=True):
 
 
 class KeyReused(msgspec.Struct, frozen=True):
-    """Nothing was appended: the key stands for another command."""
+    """Nothing was appended, because the key belongs to another command."""
 
 
 class VersionConflict(msgspec.Struct, frozen=True):
-    """Nothing was appended: the stream has another version than was expected."""
+    """Nothing was appended, because the stream does not have the expected version."""
 
     actual_version: int
 
 
 class Reserved(msgspec.Struct, frozen=True):
-    """Nothing was appended: the name belongs to the stream `stream_id`."""
+    """Nothing was appended, because the stream `stream_id` holds the name."""
 
     stream_id: int
 
 
 class HeadBusy(msgspec.Struct, frozen=True):
-    """Nothing was appended: another appender holds the tenant's head."""
+    """Nothing was appended, because another writer holds the tenant's ledger head."""
 
 
 class UnknownTenant(msgspec.Struct, frozen=True):
-    """Nothing was appended: there is no such tenant."""
+    """Nothing was appended, because the tenant does not exist."""
 
 
 Outcome: TypeAlias = Appended | Replayed | KeyReused | VersionConflict | Reserved | HeadBusy | UnknownTenant
 
 
 async def append_events(connection: Connection, commands: Sequence[Append], *, wait: bool) -> list[Outcome]:
-    """Append `commands`, sorted by tenant, in one round trip; return each one's own outcome.
+    """Append a batch in one round trip and return the outcome of each command.
 
-    Outside of a transaction the batch is committed when this returns. With `wait`, a head that another appender
-    holds is waited for (at most the second that the function's own lock_timeout allows); without, its commands are
-    answered `HeadBusy`. Only a batch of a single tenant may wait: two waiting batches could wait for each other.
+    Outside a transaction the batch is durable when this returns.
+
+    Args:
+        connection: A connection of the application.
+        commands: The batch, sorted by tenant.
+        wait: Whether to wait for a ledger head that another writer holds, for at most a second. Only a batch of one
+            tenant may wait, because two waiting batches could wait for each other. Without it, the outcome is
+            `HeadBusy`.
+
+    Raises:
+        asyncpg.LockNotAvailableError: The wait took too long. Nothing was changed.
     """
     rows = await connection.fetch(_APPEND, [_command(command) for command in commands], wait)
     return [_outcome(*row) for row in rows]
@@ -237,7 +247,7 @@ async def read_stream(
 async def read_streams(
     connection: Connection, tenant_id: int, kind: str, stream_ids: Iterable[int], position: int
 ) -> list[RecordedEvent]:
-    """Return the events of some streams as they were at position `position`, stream by stream."""
+    """Return the events of some streams as of `position`, stream by stream."""
     rows = await connection.fetch(_STREAMS_UNTIL, tenant_id, kind, list(stream_ids), position)
     return [recorded(row) for row in rows]
 
@@ -257,9 +267,9 @@ async def read_between(
 async def read_by_stream(
     connection: Connection, tenant_id: int, kind: str, until: int, size: int
 ) -> AsyncIterator[dict[int, list[RecordedEvent]]]:
-    """Yield all streams of a kind as they were at position `until`, by id in its order, some whole ones at a time.
+    """Yield all streams of a kind as of position `until`, in batches of whole streams, ordered by id.
 
-    Each chunk has about `size` events, or one longer stream.
+    A batch has about `size` events; only a single long stream makes it larger.
 
     Raises:
         UnknownEvent: See `recorded`.
@@ -269,7 +279,7 @@ async def read_by_stream(
         rows = await connection.fetch(_BY_STREAM, tenant_id, kind, after, until, limit)
         whole = len(rows) < limit
         if not whole:
-            # The last stream may go on: it is left to the next turn, unless there is nothing else in this one.
+            # The last stream may be incomplete. The next batch reads it again, unless this batch has no other stream.
             last = rows[-1]["stream_id"]
             if rows[0]["stream_id"] == last:
                 limit *= 4
@@ -294,7 +304,7 @@ async def read_head_position(connection: Connection, tenant_id: int) -> int:
 async def find_idempotency_key(
     connection: Connection, tenant_id: int, key: IdempotencyKey
 ) -> Replayed | KeyReused | None:
-    """Return what was done under `key`, `None` if nothing was."""
+    """Return the outcome that a command with `key` would have now; `None` if the key is unused."""
     row = await connection.fetchrow(_KEY, tenant_id, key.digest)
     if row is None:
         return None
@@ -304,23 +314,23 @@ async def find_idempotency_key(
 
 
 async def prune_idempotency_keys(connection: Connection, kept_seconds: int, limit: int) -> int:
-    """Forget at most `limit` keys, of all tenants, that are older than `kept_seconds`; return how many."""
+    """Delete at most `limit` keys of all tenants that are older than `kept_seconds`; return their number."""
     done: str = await connection.execute(_PRUNE, kept_seconds, limit)
     return int(done.rsplit(maxsplit=1)[-1])
 
 
 async def find_reservations(connection: Connection, tenant_id: int, names: Sequence[str]) -> dict[str, int]:
-    """Return the stream ids that hold those of `names` that are taken."""
-    return {row["name"]: row["stream_id"] for row in await connection.fetch(_CLAIMS, tenant_id, names)}
+    """Return the ids of the streams that hold `names`, by name. Free names are left out."""
+    return {row["name"]: row["stream_id"] for row in await connection.fetch(_RESERVATIONS, tenant_id, names)}
 
 
 def recorded(row: asyncpg.Record) -> RecordedEvent:
-    """Return the event that a row of `events` holds.
+    """Decode a row of `events`.
 
     Raises:
-        UnknownEvent: This version of Opsentry cannot read it.
+        UnknownEvent: This version of Opsentry cannot decode it.
     """
-    # By place: an event is read more often than anything else here, and looking up names takes a third of that.
+    # By column order: looking the columns up by name would take a third of the time of this hot function.
     tenant_id, position, kind, stream_id, version, type_, schema, occurred_at, recorded_at, data, meta, erasable = row
     try:
         return RecordedEvent(

@@ -93,7 +93,7 @@ async def test_pages_together_are_the_whole_ledger(api, other_api, things, limit
 
 
 async def test_one_type_is_found_wherever_it_is(api, things, monkeypatch):
-    monkeypatch.setattr("opsentry.events.audit.WINDOW", 2)
+    monkeypatch.setattr("opsentry.events.audit.SEARCH_WINDOW_EVENTS", 2)
     (created,) = await every(api, "/events", type="maintenance.scheduled")
     assert created["stream_id"] == things["maintenance"]
     assert len(await every(api, "/events", type="incident.updated", limit=1)) == 2

@@ -146,7 +146,7 @@ async def test_redact_erases_texts_after_a_confirmation(run, story, owner, setti
     assert CANARY not in shown
     assert "erased before" in await run(*arguments, "--yes")
     (verdict,) = json.loads(await run("ledger", "verify", "--tenant", "acme", "--json"))
-    assert (verdict["violation"], verdict["erased"]) == (None, 2)
+    assert (verdict["violation"], verdict["redacted"]) == (None, 2)
 
 
 async def test_tail_prints_the_last_events_and_follows(run, story, settings, parts, acme):
@@ -207,6 +207,6 @@ async def test_verify_names_the_damaged_event_and_exits_with_1(run, story, owner
     await owner.execute("UPDATE events SET data = data || ' ' WHERE tenant_id = $1 AND position = 4", acme.id)
     ran = await opsentry(environment(settings), "ledger", "verify", "--jobs", "1")
     assert ran.code == 1
-    assert "event 4 changed: it is not what was recorded" in ran.out
+    assert "event 4 changed: it is not the recorded event" in ran.out
     ran = await opsentry(environment(settings), "ledger", "verify", "--json")
     assert (ran.code, json.loads(ran.out)[0]["violation"]["position"]) == (1, 4)

@@ -1,4 +1,4 @@
-"""History, command, outcome: the words in which deciders are tested."""
+"""Specify deciders: given a history, when a command arrives, then these events follow."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -30,7 +30,7 @@ HISTORIES = {
     "monitoring": (OPENED, IncidentStatusChanged(status="monitoring")),
     "resolved": (OPENED, IncidentResolved()),
 }
-# (from, to): the events that the move makes; None where it is refused.
+# (from, to): the events of the transition; None if it is refused.
 MOVES: dict[tuple[str, str], list[IncidentEvent] | None] = {
     ("investigating", "investigating"): [],
     ("investigating", "identified"): [IncidentStatusChanged(status="identified")],
@@ -51,7 +51,7 @@ MOVES: dict[tuple[str, str], list[IncidentEvent] | None] = {
 }
 
 
-def test_the_table_of_moves_is_whole():
+def test_the_table_covers_all_pairs_of_statuses():
     assert set(MOVES) == {(start, end) for start in STATUSES for end in STATUSES}
 
 
@@ -76,7 +76,7 @@ def test_posting_an_update_with_a_status(start, end):
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_an_update_without_a_status_leaves_it(status):
+def test_an_update_without_a_status_keeps_the_status(status):
     update = PostUpdate(message="News", is_public=False)
     given(DECIDER, *HISTORIES[status]).when(update).then(
         IncidentUpdated(message="News", status=status, is_public=False)
@@ -115,7 +115,7 @@ def test_without_a_description_the_timeline_is_empty(description):
         ChangeIncident(service_ids=(2, 1, 2), root_cause=None, postmortem=None, status="investigating"),
     ],
 )
-def test_no_change_is_no_event(command):
+def test_a_change_to_the_present_values_is_no_event(command):
     given(DECIDER, OPENED).when(command).then()
 
 
@@ -146,7 +146,7 @@ def test_a_resolved_incident_can_still_be_edited():
         (OpenIncident(title="T", visibility="secret"), "visibility: must be one of public, internal"),
     ],
 )
-def test_opening_with_something_wrong_names_the_field(command, message):
+def test_opening_with_an_invalid_field_names_the_field(command, message):
     given(DECIDER).when(command).refused(InvalidField, message)
 
 
@@ -163,16 +163,16 @@ def test_opening_with_something_wrong_names_the_field(command, message):
         (ResolveIncident(postmortem="\x00"), "postmortem: must not contain"),
     ],
 )
-def test_changing_to_something_wrong_names_the_field(command, message):
+def test_changing_to_an_invalid_value_names_the_field(command, message):
     given(DECIDER, OPENED).when(command).refused(InvalidField, message)
 
 
 @pytest.mark.parametrize("command", [ChangeIncident(), PostUpdate(message="M"), ResolveIncident()])
-def test_nothing_happens_to_an_incident_that_does_not_exist(command):
+def test_commands_to_a_missing_incident_are_refused(command):
     given(DECIDER).when(command).refused(IllegalTransition, "does not exist")
 
 
-def test_reopening_keeps_what_was_found_out():
+def test_reopening_keeps_cause_and_postmortem():
     state = DECIDER.fold([OPENED, IncidentResolved(root_cause="DNS"), IncidentReopened()])
     assert state is not None
     assert (state.status, state.root_cause, state.postmortem) == ("investigating", "DNS", None)

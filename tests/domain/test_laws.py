@@ -41,7 +41,7 @@ histories = st.lists(st.one_of(changes, updates, resolves), max_size=12)
 
 
 def lived(commands):
-    """The states an incident goes through, refused commands left out."""
+    """Return the states after each accepted command."""
     state = incident.DECIDER.fold(incident.decide(None, OpenIncident(title="T", service_ids=(2, 1))))
     states = [state]
     for command in commands:
@@ -54,7 +54,7 @@ def lived(commands):
 
 
 @given(histories)
-def test_whatever_is_sent_an_incident_stays_one(commands):
+def test_an_incident_stays_valid_after_any_commands(commands):
     for state in lived(commands):
         assert state.status in STATUSES
         assert state.severity in SEVERITIES
@@ -63,7 +63,7 @@ def test_whatever_is_sent_an_incident_stays_one(commands):
 
 
 @given(histories, changes)
-def test_changing_to_the_same_twice_is_one_change(commands, change):
+def test_repeating_a_change_changes_nothing(commands, change):
     state = lived(commands)[-1]
     try:
         events = incident.decide(state, change)
@@ -73,7 +73,7 @@ def test_changing_to_the_same_twice_is_one_change(commands, change):
 
 
 @given(histories)
-def test_a_resolved_incident_only_goes_back_to_investigating(commands):
+def test_a_resolved_incident_can_only_be_reopened(commands):
     states = lived(commands)
     for before, after in pairwise(states):
         if before.status == "resolved":

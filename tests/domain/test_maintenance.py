@@ -53,7 +53,7 @@ def test_every_action_from_every_status(status, action):
 @pytest.mark.parametrize(
     "action", [StartMaintenance, CompleteMaintenance, CancelMaintenance, ChangeMaintenance, RemindMaintenance]
 )
-def test_no_action_on_a_window_that_does_not_exist(action):
+def test_commands_to_a_missing_window_are_refused(action):
     given(DECIDER).when(action()).refused(IllegalTransition, "does not exist")
 
 
@@ -96,7 +96,7 @@ def test_scheduling_keeps_every_field():
         ({"visibility": "x"}, "visibility: must be one of public, internal"),
     ],
 )
-def test_scheduling_with_something_wrong_names_the_field(change, message):
+def test_scheduling_with_an_invalid_field_names_the_field(change, message):
     good = ScheduleMaintenance(title="Drill", scheduled_start=START, scheduled_end=END)
     given(DECIDER).when(msgspec.structs.replace(good, **change)).refused(InvalidField, message)
 
@@ -112,7 +112,7 @@ def test_scheduling_with_something_wrong_names_the_field(change, message):
         ("active", False, None),
     ],
 )
-def test_when_the_scheduler_has_to_move_a_window(status, auto, due):
+def test_due_at_is_the_next_automatic_transition(status, auto, due):
     scheduled = msgspec.structs.replace(SCHEDULED, auto_start=auto, auto_complete=auto)
     state = DECIDER.fold([scheduled, *HISTORIES[status][1:]])
     assert state is not None
@@ -168,7 +168,7 @@ def test_texts_settings_and_times_change_in_separate_events():
     )
 
 
-def test_the_end_comes_after_the_start_whichever_of_them_is_changed():
+def test_the_end_must_stay_after_the_start():
     for change in (
         ChangeMaintenance(scheduled_start=END),
         ChangeMaintenance(scheduled_end=START),
@@ -181,7 +181,7 @@ def test_the_end_comes_after_the_start_whichever_of_them_is_changed():
     ).then(both)
 
 
-def test_words_about_a_window_whose_imported_hours_make_no_sense_can_be_changed():
+def test_text_of_a_window_with_impossible_imported_times_can_be_changed():
     odd = msgspec.structs.replace(SCHEDULED, scheduled_end=START)
     given(DECIDER, odd).when(ChangeMaintenance(title="Move")).then(MaintenanceEdited(title="Move"))
 
@@ -195,11 +195,11 @@ def test_words_about_a_window_whose_imported_hours_make_no_sense_can_be_changed(
     ],
 )
 @pytest.mark.parametrize("status", STATUSES)
-def test_a_change_with_something_wrong_names_the_field(status, change, message):
+def test_changing_to_an_invalid_field_names_the_field(status, change, message):
     given(DECIDER, *HISTORIES[status]).when(ChangeMaintenance(**change)).refused(InvalidField, message)
 
 
-def test_a_window_that_lasts_longer_is_completed_later():
+def test_a_prolonged_window_is_completed_later():
     extended = MaintenanceRescheduled(scheduled_start=START, scheduled_end=LATER)
     state = DECIDER.fold([*HISTORIES["active"], extended])
     assert state is not None
@@ -210,12 +210,12 @@ def test_a_window_that_lasts_longer_is_completed_later():
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_only_of_a_scheduled_window_is_anybody_reminded(status):
+def test_only_a_scheduled_window_has_a_reminder(status):
     reminded = [MaintenanceReminded()] if status == "scheduled" else []
     given(DECIDER, *HISTORIES[status]).when(RemindMaintenance()).then(*reminded)
 
 
-def test_nobody_is_reminded_twice_of_the_same_hour():
+def test_a_window_has_one_reminder_per_start():
     given(DECIDER, SCHEDULED, MaintenanceReminded()).when(RemindMaintenance()).then()
     since = (MaintenanceEdited(title="T"), MaintenanceChanged(auto_start=False))
     given(DECIDER, SCHEDULED, MaintenanceReminded(), *since).when(RemindMaintenance()).then()

@@ -32,21 +32,21 @@ def redact(*fields: str, events: tuple[int, ...] = ()) -> RedactionPlan:
     return plan_redaction(LOGINS, incident.REDACTABLE_FIELDS, fields, events)
 
 
-def test_a_text_goes_wherever_it_stands_word_for_word():
+def test_every_copy_of_a_text_is_redacted():
     plan = redact("description")
     assert plan.versions == (1, 2, 5)
     assert plan.fields == ("description", "postmortem")
     assert plan.restated == {"root_cause": "An index"}
 
 
-def test_a_title_that_was_replaced_since_need_not_be_said_again():
+def test_a_replaced_title_is_not_restated():
     assert "title" not in redact("description").restated
     assert redact("title") == RedactionPlan(
         versions=(1, 4), fields=("title",), restated={"description": "Says Jane"}
     )  # fmt: skip
 
 
-def test_an_event_is_erased_by_its_position_whatever_it_holds():
+def test_a_position_redacts_its_event():
     assert redact(events=(103,)) == RedactionPlan(versions=(3,), fields=(), restated={})
     assert redact(events=(101,)).versions == (1, 2, 5)
 
@@ -55,25 +55,25 @@ def test_an_event_is_erased_by_its_position_whatever_it_holds():
     ("fields", "events", "field"),
     [((), (), "fields"), (("status",), (), "fields"), ((), (1,), "events"), ((), (999,), "events")],
 )
-def test_unknown_fields_and_events_are_refused(fields, events, field):
+def test_fields_and_events_without_erasable_text_are_refused(fields, events, field):
     with pytest.raises(InvalidField) as refused:
         redact(*fields, events=events)
     assert refused.value.field == field
 
 
-def test_an_event_without_texts_cannot_be_erased():
+def test_an_event_without_erasable_text_is_refused():
     moved = written(OpenIncident(title="T"), ChangeIncident(status="monitoring"))
     with pytest.raises(InvalidField, match="no erasable text is recorded at 102"):
         plan_redaction(moved, incident.REDACTABLE_FIELDS, (), (102,))
 
 
-def test_a_field_that_was_never_filled_is_nothing_to_erase():
+def test_a_field_that_never_had_text_needs_no_redaction():
     assert (
         plan_redaction(written(OpenIncident(title="T")), incident.REDACTABLE_FIELDS, ["root_cause"], ()).versions == ()
     )
 
 
-def test_erasing_is_an_event_and_so_is_what_is_said_again():
+def test_a_redaction_and_its_restated_fields_are_events():
     state = incident.DECIDER.fold(event for _, _, event in LOGINS)  # type: ignore[misc]
     events = incident.decide(state, RedactIncident(plan=redact("description"), reason="Asked to"))
     assert [event.TYPE for event in events] == ["incident.redacted", "incident.edited"]
@@ -85,7 +85,7 @@ def test_erasing_is_an_event_and_so_is_what_is_said_again():
 
 
 @pytest.mark.parametrize("reason", ["", " \n", "x\x00", "x" * 50_001])
-def test_a_reason_has_to_say_something(reason):
+def test_a_blank_reason_is_refused(reason):
     (opened,) = incident.decide(None, OpenIncident(title="T"))
     with pytest.raises(InvalidField, match="reason: "):
         incident.decide(incident.evolve(None, opened), RedactIncident(plan=redact("title"), reason=reason))
@@ -96,7 +96,7 @@ def test_a_reason_has_to_say_something(reason):
     messages=st.lists(TEXT, max_size=6),
     field=st.sampled_from(incident.REDACTABLE_FIELDS),
 )
-def test_no_text_that_was_asked_for_is_left_and_every_other_present_one_is(texts, messages, field):
+def test_a_redaction_leaves_no_requested_text_and_keeps_other_present_text(texts, messages, field):
     history = History()
     history.incident(7, OpenIncident(title=texts[0][0], description=texts[0][1]))
     for title, root_cause in texts[1:]:
@@ -114,7 +114,7 @@ def test_no_text_that_was_asked_for_is_left_and_every_other_present_one_is(texts
     assert not left & asked
 
 
-def test_windows_are_erased_alike():
+def test_windows_are_redacted_like_incidents():
     history = History()
     history.window(7, schedule(title="Move", description="Says Jane"))
     history.window(7, redaction(history, maintenance.KIND, 7, fields=["description"]))

@@ -30,7 +30,7 @@ def test_a_service_is_registered():
 
 
 @pytest.mark.parametrize("slug", ["", "-a", "a-", "A", "ä", "a b", "a" * 64])
-def test_a_slug_that_no_address_could_carry_is_refused(slug):
+def test_an_invalid_slug_is_refused(slug):
     given(service.DECIDER).when(RegisterService(slug=slug, name="N")).refused(InvalidField, "slug: must be")
 
 
@@ -44,11 +44,11 @@ def test_a_slug_that_no_address_could_carry_is_refused(slug):
         (RegisterService(slug="a", name="N", description="\x00"), "description: must not contain"),
     ],
 )
-def test_registering_with_something_wrong_names_the_field(command, message):
+def test_registering_with_an_invalid_field_names_the_field(command, message):
     given(service.DECIDER).when(command).refused(InvalidField, message)
 
 
-def test_only_what_differs_is_changed():
+def test_only_differing_fields_are_changed():
     command = ChangeService(name="Main API", description="The API", tags=())
     given(service.DECIDER, API).when(command).then(ServiceChanged(description="The API", tags=()))
     given(service.DECIDER, API).when(ChangeService(name="Main API", visibility="public")).then()
@@ -67,7 +67,7 @@ def test_a_subscription_is_created_and_removed():
     given(subscription.DECIDER, HOOK, Removed()).when(RemoveSubscription()).refused(IllegalTransition, "does not exist")
 
 
-def test_only_what_waits_to_be_confirmed_lapses():
+def test_only_a_pending_subscription_expires():
     waiting = SubscriptionCreated(channel="email", target="jo@example.org", audience="public", pending=True)
     lapse = ExpireSubscription(versions=(1,))
     given(subscription.DECIDER, waiting).when(lapse).then(Removed(), SubscriptionRedacted(versions=(1,)))
@@ -77,7 +77,7 @@ def test_only_what_waits_to_be_confirmed_lapses():
     given(subscription.DECIDER, waiting, Removed()).when(lapse).refused(IllegalTransition, "does not exist")
 
 
-def test_a_first_secret_has_none_before_it():
+def test_a_first_secret_has_no_previous_one():
     until = datetime(2026, 3, 1, tzinfo=UTC)
     rotated = [
         SubscriptionSecretRotated(encrypted_secret=encrypted_secret, previous_until=until)
@@ -106,5 +106,5 @@ def test_a_first_secret_has_none_before_it():
         (CreateSubscription(channel="email", target="t", min_severity="x"), "min_severity: must be one of"),
     ],
 )
-def test_subscribing_with_something_wrong_names_the_field(command, message):
+def test_subscribing_with_an_invalid_field_names_the_field(command, message):
     given(subscription.DECIDER).when(command).refused(InvalidField, message)

@@ -51,7 +51,7 @@ def test_an_empty_window_has_no_downtime():
 
 
 def naive(periods: list[Period]) -> float:
-    """The same by walking second by second."""
+    """Compute the same second by second."""
     observed = lost = 0
     for second in range(WINDOW):
         covering = [p for p in periods if p.start <= at(second) < p.end]
@@ -70,12 +70,12 @@ def some_period(draw: st.DrawFn) -> Period:
 
 
 @given(st.lists(some_period(), max_size=12))
-def test_uptime_is_what_walking_second_by_second_gives(periods):
+def test_uptime_equals_a_second_by_second_count(periods):
     assert uptime(periods, at(0), at(WINDOW)) == naive(periods)
 
 
 @given(st.lists(some_period(), max_size=12))
-def test_shares_add_up_and_are_what_walking_second_by_second_gives(periods):
+def test_shares_add_up_and_equal_a_second_by_second_count(periods):
     found = compute_uptime(periods, at(0), at(WINDOW))
     assert sum(share.downtime for share in found.shares) == found.downtime
     assert found.observed + found.excluded == WINDOW * 1_000_000
@@ -98,7 +98,7 @@ def test_shares_add_up_and_are_what_walking_second_by_second_gives(periods):
         assert share.downtime == share.effective * TENTHS[share.period.level] * (not share.period.is_excluded)
 
 
-def test_of_two_that_overlap_the_heavier_counts_and_of_equals_the_first():
+def test_the_heavier_of_two_overlapping_periods_counts_or_else_the_first():
     light, heavy = period(0, 60, "partial_outage"), period(20, 40)
     again = period(30, 80)
     shares = {
@@ -108,17 +108,17 @@ def test_of_two_that_overlap_the_heavier_counts_and_of_equals_the_first():
     assert shares == {light: 20, heavy: 20, again: 40}
 
 
-def test_of_equal_weight_the_more_severe_counts():
+def test_the_more_severe_of_two_equally_heavy_periods_counts():
     shares = compute_uptime([period(0, 10), period(0, 10, "critical"), period(0, 10, "degraded")], at(0), at(10)).shares
     assert [share.effective // 1_000_000 for share in shares] == [0, 10, 0]
 
 
 @pytest.mark.parametrize("window", [(50, 50), (60, 50), (50, 20)])
-def test_a_window_that_ends_before_it_begins_holds_nothing(window):
+def test_a_window_that_ends_before_it_begins_is_empty(window):
     assert compute_uptime([period(0, 100)], *map(at, window)) == (0, 0, 0, ())
 
 
-def test_ten_thousand_at_once_are_no_harder_than_ten_thousand_in_a_row():
+def test_simultaneous_periods_take_no_longer_than_consecutive_ones():
     many = [period(second, 20_000, "partial_outage")._replace(source_id=second) for second in range(10_000)]
     found = compute_uptime(many, at(0), at(20_000))
     assert (found.uptime, [share.effective for share in found.shares[:2]]) == (70.0, [20_000 * 1_000_000, 0])
@@ -128,7 +128,7 @@ HOUR = timedelta(hours=1)
 NOON = datetime(2024, 3, 2, 12, 30, tzinfo=UTC)
 
 
-def test_bars_have_the_leap_day_and_only_it():
+def test_daily_uptime_includes_the_leap_day():
     down = Period(
         datetime(2024, 2, 29, tzinfo=UTC), datetime(2024, 3, 1, tzinfo=UTC), LEVELS["critical"], is_excluded=False
     )
@@ -145,7 +145,7 @@ def test_bars_have_the_leap_day_and_only_it():
 
 
 @pytest.mark.parametrize(("month", "day"), [(3, 30), (10, 26)])
-def test_bars_are_of_days_in_utc_in_whatever_zone_now_is(month, day):
+def test_daily_uptime_uses_days_in_utc_in_any_time_zone(month, day):
     change = datetime(2025, month, day, 1, tzinfo=UTC)  # of Berlin's clocks
     now = (change + timedelta(days=2)).astimezone(timezone(2 * HOUR))
     bars = compute_daily_uptime([], change - timedelta(days=9), now, 4)
@@ -158,7 +158,7 @@ def test_bars_are_of_days_in_utc_in_whatever_zone_now_is(month, day):
     st.integers(-30, 150),
     st.integers(0, 23),
 )
-def test_bars_are_what_walking_hour_by_hour_gives(drawn, since, hour):
+def test_daily_uptime_equals_an_hour_by_hour_count(drawn, since, hour):
     begin = datetime(2024, 2, 27, tzinfo=UTC)
     made = [Period(begin + s * HOUR, begin + (s + n) * HOUR, level, excluded) for s, n, level, excluded in drawn]
     now = begin + timedelta(days=4, hours=hour)

@@ -1,4 +1,4 @@
-"""A line to PostgreSQL that tests can cut at a chosen place."""
+"""A proxy before PostgreSQL whose connections tests can break at a chosen point."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -9,10 +9,10 @@ from pathlib import Path
 
 class Fault(Enum):
     NONE = auto()
-    REFUSES = auto()  # nobody answers new calls, and calls under way are cut
-    LOSES_REQUESTS = auto()  # what is sent never arrives; the line is cut
-    LOSES_ANSWERS = auto()  # what is sent is carried out; the line is cut before the answer
-    SWALLOWS = auto()  # what is sent never arrives, and nothing tells
+    REFUSES = auto()  # refuses new connections and breaks open ones
+    LOSES_REQUESTS = auto()  # breaks the connection before a request arrives
+    LOSES_ANSWERS = auto()  # breaks the connection after the request and before its response
+    SWALLOWS = auto()  # drops requests silently
 
 
 class Line:

@@ -1,4 +1,4 @@
-"""A process of its own that appends messages to streams and says which of them were answered.
+"""A process that appends messages to streams and prints each acknowledged one.
 
 Arguments: database URL, tenant, the process's name, writers, messages of each, stream ids.
 """
@@ -16,7 +16,7 @@ from opsentry.events.command_handler import CommandHandler, CommandOptions, Conc
 from opsentry.infrastructure.postgres import Database
 from tests.waiting import GENEROUS_SECONDS
 
-# Only the log is of interest: a message is an event, whatever the stream began with.
+# Only the store is under test: a stream of messages needs no opening event.
 DECIDER: Decider[None, PostUpdate, IncidentEvent] = Decider(
     kind=incident.KIND,
     evolve=lambda _state, _event: None,

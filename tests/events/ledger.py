@@ -1,4 +1,4 @@
-"""What tests of the log share: short commands, and the rows as they lie in the table."""
+"""Helpers for tests of the store: short commands, and rows as stored."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence

@@ -1,6 +1,6 @@
-"""What must hold of a log, whatever keeps it. A class of tests derives from it and brings the fixtures:
+"""The contract of an event store, independent of its storage. A test class derives from it and provides fixtures.
 
-`connect` gives a new connection of a appender, `tenant` and `neighbour` are ids of two empty ledgers.
+`connect` opens a new connection of an appender; `tenant` and `neighbour` are ids of two tenants with empty ledgers.
 """
 
 import asyncio
@@ -37,19 +37,19 @@ ODD_TEXTS = [
 
 
 class StoreContract:
-    async def test_positions_are_numbered_from_one_without_a_gap(self, connect, tenant):
+    async def test_positions_count_from_one_without_gaps(self, connect, tenant):
         appender = await connect()
         for texts in (["a"], ["b", "c", "d"], ["e", "f"]):
             await append(appender, notes(tenant, *texts))
         assert [row["position"] for row in await rows(appender, tenant)] == [1, 2, 3, 4, 5, 6]
         assert await store.read_head_position(appender, tenant) == 6
 
-    async def test_an_empty_ledger_ends_at_zero(self, connect, tenant):
+    async def test_the_head_of_an_empty_ledger_is_at_zero(self, connect, tenant):
         reader = await connect()
         assert await store.read_head_position(reader, tenant) == 0
         assert await store.read_after(reader, tenant, 0, 10) == []
 
-    async def test_each_tenant_counts_for_itself(self, connect, tenant, neighbour):
+    async def test_positions_count_within_each_tenant(self, connect, tenant, neighbour):
         appender = await connect()
         await store.append_events(appender, [notes(tenant, "a", "b"), notes(neighbour, "x")], wait=False)
         await append(appender, notes(neighbour, "y"))
@@ -69,7 +69,7 @@ class StoreContract:
         assert (lost.position, following.position, following.version) == (3, 2, 2)
         assert await messages(appender, tenant) == ["kept", "next"]
 
-    async def test_a_stream_counts_its_versions_from_one_without_a_gap(self, connect, tenant):
+    async def test_versions_count_from_one_without_gaps_within_a_stream(self, connect, tenant):
         appender = await connect()
         for stream in (7, 8):
             await append(appender, notes(tenant, "a", "b", stream=stream))
@@ -80,7 +80,7 @@ class StoreContract:
             assert [r.version for r in recorded] == [1, 2, 3]
             assert [r.position for r in recorded] == sorted(r.position for r in recorded)
 
-    async def test_a_stream_is_its_kind_and_its_id_within_its_tenant(self, connect, tenant, neighbour):
+    async def test_tenant_kind_and_id_identify_a_stream(self, connect, tenant, neighbour):
         appender = await connect()
         outcomes = await store.append_events(
             appender,
@@ -94,7 +94,7 @@ class StoreContract:
         assert [o.version for o in outcomes if isinstance(o, Appended)] == [1, 1, 1]
         assert [r.version for r in await store.read_stream(appender, tenant, "incident", 1)] == [1]
 
-    async def test_a_conflict_answers_the_actual_version_and_burns_no_position(self, connect, tenant):
+    async def test_a_conflict_returns_the_actual_version_and_consumes_no_position(self, connect, tenant):
         appender = await connect()
         await append(appender, notes(tenant, "a", "b", stream=3))
         for expected in (0, 1, 3, 99):
@@ -103,7 +103,7 @@ class StoreContract:
         assert isinstance(following, Appended)
         assert (following.position, following.version) == (3, 3)
 
-    async def test_expecting_nothing_means_that_the_stream_must_not_exist(self, connect, tenant):
+    async def test_expected_version_zero_means_that_the_stream_must_not_exist(self, connect, tenant):
         appender = await connect()
         assert isinstance(await append(appender, notes(tenant, "a", stream=3, expected=0)), Appended)
         assert await append(appender, notes(tenant, "b", stream=3, expected=0)) == VersionConflict(1)
@@ -148,7 +148,7 @@ class StoreContract:
         backlog = await appender.fetch("SELECT position FROM projection_backlog WHERE tenant_id = $1", tenant)
         assert [row["position"] for row in backlog] == [1]
 
-    async def test_a_new_stream_never_gets_an_id_that_was_given_before(self, connect, tenant):
+    async def test_a_new_stream_never_gets_a_used_id(self, connect, tenant):
         appender = await connect()
         for given, counted in ((1, 2), (7, 8), (3, 9)):
             assert isinstance(await append(appender, notes(tenant, "a", stream=given)), Appended)
@@ -156,7 +156,7 @@ class StoreContract:
             assert isinstance(following, Appended)
             assert following.stream_id == counted
 
-    async def test_ids_have_no_gap_however_many_writers_create_streams(self, connect, tenant):
+    async def test_concurrent_writers_leave_no_gap_in_ids(self, connect, tenant):
         writers = [await connect() for _ in range(6)]
 
         async def write(appender):
@@ -165,7 +165,7 @@ class StoreContract:
         outcomes = [o for created in await asyncio.gather(*map(write, writers)) for o in created]
         assert sorted(o.stream_id for o in outcomes if isinstance(o, Appended)) == list(range(1, 121))
 
-    async def test_streams_of_two_tenants_with_one_id_stay_apart(self, connect, tenant, neighbour):
+    async def test_streams_with_the_same_id_in_two_tenants_stay_apart(self, connect, tenant, neighbour):
         appender = await connect()
         await store.append_events(appender, [notes(tenant, "ours"), notes(neighbour, "theirs")], wait=False)
         for owner, text in ((tenant, "ours"), (neighbour, "theirs")):
@@ -200,7 +200,7 @@ class StoreContract:
         assert [row["position"] for row in await rows(appender, tenant)] == [1, 2, 3]
         assert await messages(appender, tenant) == ["first", "good", "good"]
 
-    async def test_a_name_is_taken_once_however_many_want_it_at_once(self, connect, tenant):
+    async def test_one_of_many_concurrent_writers_reserves_a_name(self, connect, tenant):
         writers = [await connect() for _ in range(8)]
         for name in ("a", "b", "c"):
             outcomes = await asyncio.gather(*(append(w, notes(tenant, "mine", reservation=name)) for w in writers))
@@ -210,7 +210,7 @@ class StoreContract:
             assert await store.find_reservations(writers[0], tenant, [name, "free"]) == {name: winners[0]}
         assert [row["position"] for row in await rows(writers[0], tenant)] == [1, 2, 3]
 
-    async def test_a_name_is_free_in_other_tenants_and_after_a_rollback(self, connect, tenant, neighbour):
+    async def test_a_reservation_holds_in_its_tenant_only_and_not_after_a_rollback(self, connect, tenant, neighbour):
         appender = await connect()
         transaction = appender.transaction()
         await transaction.start()
@@ -219,14 +219,14 @@ class StoreContract:
         assert isinstance(await append(appender, notes(tenant, "kept", reservation="name")), Appended)
         assert isinstance(await append(appender, notes(neighbour, "kept", reservation="name")), Appended)
 
-    async def test_a_conflict_takes_no_name(self, connect, tenant):
+    async def test_a_conflict_reserves_no_name(self, connect, tenant):
         appender = await connect()
         assert await append(
             appender, notes(tenant, "stale", stream=1, expected=4, reservation="name")
         ) == VersionConflict(0)
         assert await store.find_reservations(appender, tenant, ["name"]) == {}
 
-    async def test_a_tenant_that_is_held_holds_up_no_other(self, connect, tenant, neighbour):
+    async def test_a_locked_ledger_head_delays_no_other_tenant(self, connect, tenant, neighbour):
         appender, holder = await connect(), await connect()
         async with held(holder, tenant):
             outcomes = await store.append_events(appender, [notes(tenant, "a"), notes(neighbour, "x")], wait=False)
@@ -235,7 +235,7 @@ class StoreContract:
         assert isinstance(await append(appender, notes(tenant, "a"), wait=False), Appended)
         assert await messages(appender, tenant) == ["a"]
 
-    async def test_an_append_that_times_out_records_nothing(self, connect, tenant):
+    async def test_an_append_that_waits_too_long_records_nothing(self, connect, tenant):
         appender, holder = await connect(), await connect()
         async with held(holder, tenant):
             with pytest.raises(asyncpg.LockNotAvailableError):
@@ -245,7 +245,7 @@ class StoreContract:
         assert isinstance(following, Appended)
         assert following.position == 1
 
-    async def test_a_reader_who_follows_under_load_sees_every_position_once_and_in_order(self, connect, tenant):
+    async def test_a_following_reader_sees_each_position_once_and_in_order(self, connect, tenant):
         writers = [await connect() for _ in range(6)]
         reader = await connect()
         seen: list[int] = []
@@ -266,7 +266,7 @@ class StoreContract:
             await asyncio.gather(follow(), *(write(w, n) for n, w in enumerate(writers)))
         assert seen == list(range(1, 361))
 
-    async def test_the_moment_of_recording_increases_strictly_over_all_streams_and_writers(self, connect, tenant):
+    async def test_recorded_at_increases_strictly_across_streams_and_writers(self, connect, tenant):
         writers = [await connect() for _ in range(4)]
 
         async def write(appender):
@@ -278,7 +278,7 @@ class StoreContract:
         assert len(moments) == 200
         assert all(earlier < later for earlier, later in pairwise(moments))
 
-    async def test_when_it_happened_is_kept_to_the_microsecond(self, connect, tenant):
+    async def test_occurred_at_keeps_microseconds(self, connect, tenant):
         appender = await connect()
         moments = [
             datetime(2011, 3, 27, 1, 59, 59, 999_999, tzinfo=UTC),
@@ -298,7 +298,7 @@ class StoreContract:
         assert undated.occurred_at == undated.recorded_at
         assert dated[0].recorded_at + timedelta(microseconds=3) == undated.recorded_at
 
-    async def test_events_are_read_back_byte_for_byte(self, connect, tenant):
+    async def test_text_is_read_back_byte_for_byte(self, connect, tenant):
         appender = await connect()
         meta = Meta(Actor("token", 2**62), request_id=ODD_TEXTS[2], silent=True)
         for number, text in enumerate(ODD_TEXTS):
@@ -316,7 +316,7 @@ class StoreContract:
             (recorded,) = await store.read_stream(appender, tenant, "incident", number + 1)
             assert (recorded.event, recorded.meta) == (opened, meta)
 
-    async def test_the_answer_says_what_the_log_holds(self, connect, tenant):
+    async def test_the_outcome_describes_the_stored_events(self, connect, tenant):
         appender = await connect()
         await append(appender, notes(tenant, "before", stream=4))
         command = Append(

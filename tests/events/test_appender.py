@@ -18,7 +18,7 @@ from tests.waiting import GENEROUS_SECONDS
 
 
 class Watched:
-    """The log's append, with every batch noted, and held back while the gate is shut."""
+    """Record every batch that is appended, and delay batches while the gate is closed."""
 
     def __init__(self):
         self.batches = []
@@ -70,7 +70,7 @@ async def turn():
     await asyncio.sleep(0)
 
 
-async def test_all_that_wait_share_the_next_batch(watched, appender, tenant, neighbour):
+async def test_all_waiting_commands_share_the_next_batch(watched, appender, tenant, neighbour):
     watched.gate.clear()
     first = start(appender, notes(tenant, "first"), notes(neighbour, "first"))
     await watched.began.wait()
@@ -82,7 +82,7 @@ async def test_all_that_wait_share_the_next_batch(watched, appender, tenant, nei
     assert [len(batch) for batch in watched.batches] == [2, 64]
 
 
-async def test_a_batch_has_an_end(watched, database, connect, tenant):
+async def test_a_batch_has_a_largest_size(watched, database, connect, tenant):
     appender = Appender(database, batch=10)
     await asyncio.gather(*start(appender, *(notes(tenant, str(i)) for i in range(35))))
     assert [len(batch) for batch in watched.batches] == [10, 10, 10, 5]
@@ -98,7 +98,7 @@ async def test_a_long_queue_of_one_tenant_does_not_starve_another(watched, datab
     await asyncio.gather(*many)
 
 
-async def test_one_tenants_commands_keep_their_order_and_are_never_in_two_batches_at_once(
+async def test_commands_of_a_tenant_keep_their_order_in_one_batch_at_a_time(
     watched, database, connect, tenant, neighbour
 ):
     appender = Appender(database, lanes=4, batch=3)
@@ -113,7 +113,7 @@ async def test_one_tenants_commands_keep_their_order_and_are_never_in_two_batche
     assert await messages(reader, neighbour) == [f"b{i}" for i in range(60)]
 
 
-async def test_each_waiter_gets_its_own_outcome(appender, tenant):
+async def test_each_caller_gets_its_own_outcome(appender, tenant):
     outcomes = await asyncio.gather(
         *start(
             appender,
@@ -128,7 +128,7 @@ async def test_each_waiter_gets_its_own_outcome(appender, tenant):
     assert outcomes[1:3] == [VersionConflict(1), Reserved(1)]
 
 
-async def test_a_command_that_cannot_be_recorded_fails_alone(watched, appender, connect, tenant, neighbour):
+async def test_an_impossible_command_fails_alone(watched, appender, connect, tenant, neighbour):
     good = notes(tenant, "good")
     naive = store.Append(
         tenant_id=tenant,
@@ -150,7 +150,7 @@ async def test_a_command_that_cannot_be_recorded_fails_alone(watched, appender, 
 
 
 class Instantly:
-    """Stands for the database where only the hand-over between callers and lanes is of interest."""
+    """A fake database, for tests of the hand-over between callers and lanes."""
 
     def __init__(self, turns):
         self._turns = iter(turns)
@@ -178,7 +178,7 @@ class Instantly:
     lanes=st.integers(1, 3),
     batch=st.integers(1, 4),
 )
-async def test_no_command_is_left_in_the_queue_whenever_it_comes(arrivals, turns, lanes, batch):
+async def test_no_command_stays_in_the_queue(arrivals, turns, lanes, batch):
     fake = Instantly(turns)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(appender_module, "store", fake)
@@ -193,7 +193,7 @@ async def test_no_command_is_left_in_the_queue_whenever_it_comes(arrivals, turns
             await appender.drain()
 
 
-async def test_a_caller_who_stops_waiting_does_not_stop_the_append(watched, appender, connect, tenant):
+async def test_a_cancelled_caller_does_not_cancel_the_append(watched, appender, connect, tenant):
     watched.gate.clear()
     (sent,) = start(appender, notes(tenant, "sent"))
     await watched.began.wait()
@@ -208,7 +208,7 @@ async def test_a_caller_who_stops_waiting_does_not_stop_the_append(watched, appe
     assert await messages(await connect(), tenant) == ["sent", "queued", "last"]
 
 
-async def test_at_the_end_all_that_waits_is_written(watched, database, connect, tenant):
+async def test_drain_writes_all_waiting_commands(watched, database, connect, tenant):
     appender = Appender(database, batch=2)
     waiting = start(appender, *(notes(tenant, str(i)) for i in range(9)))
     await turn()
@@ -217,7 +217,7 @@ async def test_at_the_end_all_that_waits_is_written(watched, database, connect, 
     assert all(isinstance(outcome, Appended) for outcome in await asyncio.gather(*waiting))
 
 
-async def test_tenants_whose_heads_are_held_hold_up_no_other(appender, owner, connect, tenant, neighbour):
+async def test_a_held_ledger_head_delays_no_other_tenant(appender, owner, connect, tenant, neighbour):
     third = await new_tenant(owner, "third")
     one, other = await connect(), await connect()
     async with held(one, tenant), held(other, neighbour):
@@ -232,7 +232,7 @@ async def test_tenants_whose_heads_are_held_hold_up_no_other(appender, owner, co
     assert (await messages(reader, tenant), await messages(reader, neighbour)) == (["a"], ["x"])
 
 
-async def test_a_head_that_is_held_for_too_long_is_an_answer_and_nothing_is_recorded(appender, connect, tenant):
+async def test_waiting_too_long_for_a_ledger_head_records_nothing(appender, connect, tenant):
     holder = await connect()
     async with held(holder, tenant):
         for outcome in await asyncio.gather(

@@ -15,7 +15,7 @@ from opsentry.domain.incident import IncidentEdited, IncidentOpened
 from opsentry.events import codec
 from opsentry.events.codec import Actor, Meta, UnknownEvent, decode, decode_meta, encode, encode_meta
 
-# Every form that a ledger has ever stored. Add entries, never change them: ledgers contain them.
+# Every shape that a release has written. Entries are added but never changed, because ledgers hold them.
 GOLDEN_FILE = Path(__file__).with_name("golden.json")
 GOLDEN: list[dict[str, Any]] = json.loads(GOLDEN_FILE.read_text())
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -49,20 +49,20 @@ def test_every_field_is_in_the_golden_file_with_a_value():
 
 
 @pytest.mark.parametrize("entry", GOLDEN, ids=lambda entry: entry["type"])
-def test_stored_events_keep_their_meaning(entry):
+def test_every_stored_version_is_decoded(entry):
     event = decode(*stored(entry))
     assert type(event) is EVENT_TYPES[entry["type"]]
     assert plain(event) == entry["fields"]
 
 
 @pytest.mark.parametrize("entry", GOLDEN, ids=lambda entry: entry["type"])
-def test_stored_events_are_encoded_the_same_way_again(entry):
+def test_the_current_version_is_encoded_as_stored(entry):
     if entry["version"] == EVENT_TYPES[entry["type"]].VERSION:
         assert encode(decode(*stored(entry))) == stored(entry)
 
 
 @pytest.mark.parametrize("entry", [e for e in GOLDEN if e["erasable"]], ids=lambda entry: entry["type"])
-def test_erased_words_read_redacted_and_facts_stay(entry):
+def test_erased_text_reads_redacted_and_facts_stay(entry):
     erasable = json.loads(entry["erasable"])
     event = decode(entry["type"], entry["version"], entry["data"], None)
     assert plain(event) == entry["fields"] | dict.fromkeys(erasable, REDACTED)
@@ -70,7 +70,7 @@ def test_erased_words_read_redacted_and_facts_stay(entry):
 
 @pytest.mark.parametrize("name", EVENT_TYPES)
 @given(data=st.data())
-def test_facts_never_hold_what_people_wrote(name, data):
+def test_facts_never_contain_erasable_text(name, data):
     kind = EVENT_TYPES[name]
     fullest = max((e for e in GOLDEN if e["type"] == name), key=lambda e: len(e["erasable"] or ""))
     marks = {field: f"§{data.draw(TEXT)}§" for field in sorted(kind.ERASABLE)}
@@ -82,7 +82,7 @@ def test_facts_never_hold_what_people_wrote(name, data):
     assert decode(*encoded) == event
 
 
-def test_words_that_are_absent_cleared_and_empty_stay_apart():
+def test_unset_cleared_and_empty_text_stay_distinct():
     for edited in (
         IncidentEdited(title="t"),
         IncidentEdited(title="t", description=None),
@@ -91,7 +91,7 @@ def test_words_that_are_absent_cleared_and_empty_stay_apart():
         assert decode(*encode(edited)) == edited
 
 
-def test_the_same_event_is_always_the_same_text():
+def test_equal_events_have_the_same_encoding():
     one = IncidentOpened(title="t", severity="critical", visibility="public", service_ids=(1, 2), source="s")
     other = IncidentOpened(source="s", service_ids=(1, 2), visibility="public", severity="critical", title="t")
     assert encode(one) == encode(other)
@@ -114,12 +114,12 @@ def test_the_same_event_is_always_the_same_text():
         ("incident.updated", 1, '{"status":"monitoring"}', None),
     ],
 )
-def test_unreadable_events_are_reported(name, version, data, erasable):
+def test_undecodable_columns_raise_an_error_with_the_type(name, version, data, erasable):
     with pytest.raises(UnknownEvent, match=name.replace(".", r"\.")):
         decode(name, version, data, erasable)
 
 
-def test_an_old_version_is_brought_forward_step_by_step(monkeypatch):
+def test_upcasters_bring_an_old_version_forward_step_by_step(monkeypatch):
     class Renamed(Event, frozen=True, kw_only=True):
         TYPE = "incident.renamed"
         VERSION = 3
@@ -138,7 +138,7 @@ def test_an_old_version_is_brought_forward_step_by_step(monkeypatch):
     assert decode(Renamed.TYPE, 1, '{"erasable":["name"]}', None) == erased
 
 
-def test_an_old_version_without_a_way_forward_is_unknown(monkeypatch):
+def test_an_old_version_without_an_upcaster_is_unknown(monkeypatch):
     class Renamed(Event, frozen=True, kw_only=True):
         TYPE = "incident.renamed"
         VERSION = 2
@@ -159,12 +159,12 @@ def test_an_old_version_without_a_way_forward_is_unknown(monkeypatch):
         ),
     ],
 )
-def test_stored_metadata_stays_readable(meta, text):
+def test_stored_meta_data_is_decoded(meta, text):
     assert encode_meta(meta) == text
     assert decode_meta(text) == meta
 
 
 @pytest.mark.parametrize("text", ["", "null", "{}", '{"actor":"me"}', "[" * 100_000])
-def test_meta_data_that_cannot_be_read_says_so(text):
+def test_undecodable_meta_data_raises_an_error(text):
     with pytest.raises(UnknownEvent, match="meta data"):
         decode_meta(text)

@@ -68,7 +68,7 @@ async def test_the_chain_can_be_checked_in_parts(owner, ledger):
         assert first_broken(stored[cut:], stored[cut - 1]["hash"], cut + 1) == cut + 1
 
 
-async def test_two_tenants_with_the_same_words_have_different_chains(owner, tenant, neighbour):
+async def test_two_tenants_with_the_same_text_have_different_chains(owner, tenant, neighbour):
     for owned in (tenant, neighbour):
         await append(owner, notes(owned, "same", stream=1))
     (one,), (other,) = await rows(owner, tenant), await rows(owner, neighbour)
@@ -77,7 +77,7 @@ async def test_two_tenants_with_the_same_words_have_different_chains(owner, tena
     assert first_broken([{**other, "tenant_id": tenant}]) == 1
 
 
-async def test_a_superuser_who_changes_a_column_is_found_at_that_event(owner, ledger):
+async def test_a_column_changed_by_a_superuser_is_found_at_its_event(owner, ledger):
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     for change in TAMPERING:
         for position in (1, 4, 11):
@@ -90,13 +90,13 @@ async def test_a_superuser_who_changes_a_column_is_found_at_that_event(owner, le
     assert first_broken(await rows(owner, ledger)) is None
 
 
-async def test_an_event_taken_out_is_found_where_it_was(owner, ledger):
+async def test_a_missing_event_is_found_at_its_position(owner, ledger):
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("DELETE FROM events WHERE tenant_id = $1 AND position = 4", ledger)
     assert first_broken(await rows(owner, ledger)) == 4
 
 
-async def test_closing_the_gap_after_an_event_was_taken_out_does_not_hide_it(owner, ledger):
+async def test_renumbering_does_not_hide_a_missing_event(owner, ledger):
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     await owner.execute("DELETE FROM events WHERE tenant_id = $1 AND position = 4", ledger)
     for position in range(5, 12):
@@ -106,14 +106,14 @@ async def test_closing_the_gap_after_an_event_was_taken_out_does_not_hide_it(own
     assert first_broken(await rows(owner, ledger)) == 4
 
 
-async def test_events_in_another_order_are_found(owner, ledger):
+async def test_reordered_events_are_found(owner, ledger):
     await owner.execute("ALTER TABLE events DISABLE TRIGGER events_append_only")
     for old, new in ((4, 99), (5, 4), (99, 5)):
         await owner.execute("UPDATE events SET position = $3 WHERE tenant_id = $1 AND position = $2", ledger, old, new)
     assert first_broken(await rows(owner, ledger)) == 4
 
 
-async def test_an_event_put_in_is_found(owner, ledger):
+async def test_an_inserted_event_is_found(owner, ledger):
     stored = [dict(row) for row in await rows(owner, ledger)]
     forged = stored[3] | {"position": 5, "version": 9, "recorded_at": stored[3]["recorded_at"] + timedelta(seconds=1)}
     moved = [row | {"position": row["position"] + 1} for row in stored[4:]]
@@ -135,7 +135,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("replica", [False, True])
-async def test_the_database_refuses_even_its_owner(owner, ledger, replica):
+async def test_the_database_refuses_changes_even_to_its_owner(owner, ledger, replica):
     before = await rows(owner, ledger)
     if replica:
         await owner.execute("SET session_replication_role = replica")
@@ -145,7 +145,7 @@ async def test_the_database_refuses_even_its_owner(owner, ledger, replica):
     assert await rows(owner, ledger) == before
 
 
-async def test_words_and_their_salt_can_be_erased_together_and_the_chain_stays_whole(owner, ledger):
+async def test_text_and_salt_can_be_erased_together_without_breaking_the_chain(owner, ledger):
     before = await rows(owner, ledger)
     for _ in range(2):
         await owner.execute(
@@ -160,7 +160,7 @@ async def test_words_and_their_salt_can_be_erased_together_and_the_chain_stays_w
     assert erased.event.message == "[redacted]"  # type: ignore[union-attr]
 
 
-async def test_an_event_without_words_has_nothing_to_erase(owner, tenant):
+async def test_an_event_without_erasable_text_cannot_be_changed(owner, tenant):
     command = store.Append(
         tenant_id=tenant,
         kind="incident",
@@ -176,7 +176,7 @@ async def test_an_event_without_words_has_nothing_to_erase(owner, tenant):
         await owner.execute("UPDATE events SET erasable = NULL, salt = NULL")
 
 
-async def test_words_that_were_erased_cannot_come_back(owner, ledger):
+async def test_erased_text_cannot_come_back(owner, ledger):
     (row,) = [row for row in await rows(owner, ledger) if row["position"] == 4]
     await owner.execute("UPDATE events SET erasable = NULL, salt = NULL WHERE tenant_id = $1 AND position = 4", ledger)
     with pytest.raises(asyncpg.InsufficientPrivilegeError, match="append-only"):

@@ -28,7 +28,7 @@ async def line(settings):
 @pytest.fixture
 async def distant(settings, line):
     url = re.sub(r"host=.+", f"host={line.folder}", settings.database_url)
-    # These tests are about the timeout: it has to run out.
+    # These tests wait for the timeout, so it is short.
     database = Database(url, size=1, timeout_seconds=0.9)
     await database.open()
     appender = Appender(database)
@@ -40,7 +40,9 @@ async def distant(settings, line):
 @pytest.mark.parametrize(
     ("fault", "recorded"), [(Fault.LOSES_REQUESTS, False), (Fault.LOSES_ANSWERS, True), (Fault.SWALLOWS, False)]
 )
-async def test_a_line_lost_on_the_way_leaves_the_outcome_to_the_log(distant, line, connect, tenant, fault, recorded):
+async def test_a_connection_lost_during_an_append_leaves_the_outcome_unknown(
+    distant, line, connect, tenant, fault, recorded
+):
     await distant.append(notes(tenant, "before", stream=1))
     line.fault = fault
     outcomes = await asyncio.gather(
@@ -54,7 +56,7 @@ async def test_a_line_lost_on_the_way_leaves_the_outcome_to_the_log(distant, lin
     assert again == VersionConflict(2) if recorded else isinstance(again, Appended)
 
 
-async def test_a_database_that_cannot_be_reached_has_recorded_nothing(distant, line, connect, tenant):
+async def test_an_unreachable_database_has_recorded_nothing(distant, line, connect, tenant):
     line.fault = Fault.REFUSES
     for outcome in await asyncio.gather(
         *start(distant, *(notes(tenant, str(i)) for i in range(5))), return_exceptions=True
@@ -65,7 +67,7 @@ async def test_a_database_that_cannot_be_reached_has_recorded_nothing(distant, l
     assert isinstance(await distant.append(notes(tenant, "after")), Appended)
 
 
-async def test_a_frozen_database_that_was_never_asked_has_recorded_nothing(distant, line, connect, tenant):
+async def test_a_frozen_database_that_received_nothing_has_recorded_nothing(distant, line, connect, tenant):
     line.fault = Fault.SWALLOWS
     with pytest.raises(DatabaseUnavailable) as raised:
         await distant.append(notes(tenant, "never sent"))

@@ -53,7 +53,7 @@ async def test_a_backend_killed_in_the_middle_of_an_append_leaves_nothing_behind
     await append(appender, notes(tenant, "before", stream=1))
     await owner.execute("BEGIN")
     await owner.execute("INSERT INTO reservations VALUES ($1, 'name', 'incident', 77)", tenant)
-    # The first command of the batch has moved on already when the second one meets the claim.
+    # The first command of the batch has been appended when the second one meets the reservation.
     batch = [notes(tenant, "lost", "lost", stream=1, expected=1), notes(tenant, "lost", reservation="name")]
     append_under_way = asyncio.create_task(store.append_events(victim, batch, wait=False))
     pid = await blocked_backend(appender)
@@ -67,7 +67,7 @@ async def test_a_backend_killed_in_the_middle_of_an_append_leaves_nothing_behind
     assert await messages(appender, tenant) == ["before", "after"]
 
 
-async def test_backends_killed_at_any_moment_lose_nothing_that_was_answered(owner, connect, tenant):
+async def test_killed_backends_lose_no_acknowledged_append(owner, connect, tenant):
     watcher = await connect()
     spared = [watcher.get_server_pid(), owner.get_server_pid()]
     answered: dict[int, str] = {}
@@ -120,7 +120,7 @@ async def answers(process: asyncio.subprocess.Process) -> list[tuple[str, int, i
 
 
 @pytest.mark.parametrize("streams", [1, 16])
-async def test_four_processes_with_64_writers_lose_and_double_nothing(parts, settings, acme, connect, streams):
+async def test_four_processes_with_64_writers_lose_and_duplicate_nothing(parts, settings, acme, connect, streams):
     reader = await connect()
     begun = await store.read_head_position(reader, acme.id)
     stream_ids = []
@@ -138,7 +138,7 @@ async def test_four_processes_with_64_writers_lose_and_double_nothing(parts, set
     await assert_whole(reader, acme.id, begun + streams + len(written))
 
 
-async def test_a_killed_process_loses_nothing_that_it_was_answered(parts, settings, acme, connect):
+async def test_a_killed_process_loses_no_acknowledged_append(parts, settings, acme, connect):
     reader = await connect()
     opened = await append(reader, notes(acme.id, "begin"))
     assert isinstance(opened, Appended)
@@ -149,7 +149,7 @@ async def test_a_killed_process_loses_nothing_that_it_was_answered(parts, settin
     process.kill()
     said += [tuple(json.loads(line)) async for line in process.stdout if line.endswith(b"\n")]
     assert await process.wait() < 0
-    # The server may still be committing what the process had sent.
+    # The server may still be committing an append of the killed process.
     async with asyncio.timeout(GENEROUS_SECONDS):
         while await reader.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'victim'"):
             pass
@@ -171,7 +171,7 @@ async def test_columns_hold_the_exact_text(connect, tenant):
         assert row["meta"] == '{"actor":{"kind":"operator"}}'
 
 
-async def test_the_moment_of_recording_increases_even_where_the_clock_goes_back(owner, connect, tenant):
+async def test_recorded_at_increases_when_the_clock_goes_back(owner, connect, tenant):
     appender = await connect()
     ahead = await owner.fetchval(
         "UPDATE ledger_heads SET recorded_at = now() + interval '1 hour' WHERE tenant_id = $1 RETURNING recorded_at",
@@ -184,7 +184,7 @@ async def test_the_moment_of_recording_increases_even_where_the_clock_goes_back(
     await assert_whole(appender, tenant, 4)
 
 
-async def test_an_append_takes_no_lock_that_another_tenant_could_wait_for(owner, connect, tenant, neighbour):
+async def test_an_append_locks_rows_of_its_tenant_only(owner, connect, tenant, neighbour):
     one, other = await connect(), await connect()
     first, second = one.transaction(), other.transaction()
     await first.start()
@@ -200,7 +200,7 @@ async def test_an_append_takes_no_lock_that_another_tenant_could_wait_for(owner,
 
 
 async def test_the_database_sends_no_notifications(owner):
-    # NOTIFY takes a lock that serialises the commits of the whole cluster.
+    # NOTIFY takes a lock that serialises all commits of the cluster.
     assert await owner.fetchval("SELECT count(*) FROM pg_proc WHERE prosrc ILIKE '%append%'") > 0
     sources = await owner.fetch("SELECT prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace")
     assert not [row for row in sources if "notify" in row["prosrc"].lower()]

@@ -22,7 +22,8 @@ from opsentry.domain.redaction import RedactionPlan
 from opsentry.events import audit, export
 from opsentry.events.export_verification import BadExport, verify_export
 from opsentry.events.store import Append, NewEvent
-from opsentry.events.verification import Anchor, verify
+from opsentry.events.verdict import Anchor
+from opsentry.events.verification import verify
 from tests import commands
 from tests.conftest import META, make_tenant
 from tests.events.ledger import append, note, notes, rows
@@ -37,7 +38,7 @@ COLUMNS = (
 
 
 async def filled(connection, tenant_id, size, *, start=1):
-    """Append `size` events in streams of three, some of them without erasable."""
+    """Append `size` events in streams of three, some of them without erasable text."""
     for number in range(start, start + size // 3 + 1):
         count = min(3, size - 3 * (number - start))
         if count > 0:
@@ -65,7 +66,7 @@ async def damage_of(settings, tenant_id, *anchors):
 
 @asynccontextmanager
 async def undone(connection, tenant_id):
-    """What a superuser may do with triggers out of the way, taken back at the end."""
+    """A connection of a superuser without triggers, in a transaction that is rolled back at the end."""
     await connection.execute("SET session_replication_role = replica")
     await connection.execute("ALTER TABLE events DISABLE TRIGGER ALL")
     kept = await rows(connection, tenant_id)
@@ -97,7 +98,7 @@ async def tenant_id(owner, parts):
     return (await make_tenant(parts, "first")).id
 
 
-# Each does its violation to the ledger of $1 at position n of `last`, and returns the first position that is wrong.
+# Each function damages a ledger of `last` events at position n, and returns the first faulty position.
 
 
 async def change(connection, tenant_id, n, last, chance):
@@ -196,7 +197,7 @@ KINDS = {
     change: {"changed"},
     rewrite: {"changed"},
     take_out: {"missing", "truncated"},
-    # Of the last event nothing is left but the head, and what it says.
+    # Only the head still shows that there was a last event.
     take_out_and_number_anew: {"missing", "changed"},
     swap: {"reordered"},
     cut_off: {"truncated"},
@@ -207,7 +208,7 @@ KINDS = {
 
 
 async def tamper(settings, owner, parts, ledgers):
-    """Do each kind of violation at random places of ledgers of random sizes; return how many were found of each."""
+    """Damage ledgers of random sizes at random positions in every way; count the violations that were found."""
     chance = random.Random(ledgers)
     await unconstrained(owner)
     found: Counter[str] = Counter()
@@ -217,7 +218,7 @@ async def tamper(settings, owner, parts, ledgers):
         last = len(await rows(owner, tenant_id))
         assert await damage_of(settings, tenant_id) is None, "a false alarm"
         harm = list(KINDS)[number % len(KINDS)]
-        # The last events may have no texts to erase. A renumbered successor leaves no trace of a removed event.
+        # The last events may have no erasable text, and renumbering leaves no trace of a missing last event.
         n = chance.randrange(1, last + (harm not in {take_out_and_number_anew, erase_unrecorded}))
         async with undone(owner, tenant_id):
             expected = await harm(owner, tenant_id, n, last, chance)
@@ -231,7 +232,7 @@ async def tamper(settings, owner, parts, ledgers):
     return found
 
 
-async def test_tampered_ledgers_are_found_at_the_right_event_and_clean_ones_are_whole(settings, owner, parts):
+async def test_verify_finds_tampering_at_the_right_event(settings, owner, parts):
     assert (await tamper(settings, owner, parts, 36)).total() == 36
 
 
@@ -259,7 +260,7 @@ async def loose(owner):
 
 @hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-async def test_any_byte_changed_in_any_column_is_found(settings, owner, sound, loose, data):
+async def test_verify_finds_any_changed_byte_of_any_column(settings, owner, sound, loose, data):
     stored = await rows(owner, sound)
     row = data.draw(st.sampled_from(stored))
     column = data.draw(st.sampled_from([c for c in COLUMNS if row[c] is not None]))
@@ -279,7 +280,7 @@ async def test_any_byte_changed_in_any_column_is_found(settings, owner, sound, l
         )
     where = (new, row["position"]) if column == "tenant_id" else (sound, new) if column == "position" else None
     async with undone(owner, sound):
-        # Somebody who moves an event to where another stands has to take that one away first.
+        # An event can only move to a free position.
         if where is not None:
             await owner.execute("DELETE FROM events WHERE tenant_id = $1 AND position = $2", *where)
         await owner.execute(
@@ -304,13 +305,13 @@ async def pinned(connection, tenant_id):
     return Anchor(head.position, head.hash)
 
 
-async def test_an_anchor_that_was_pinned_holds_while_the_ledger_grows(settings, owner, sound):
+async def test_an_anchor_holds_while_the_ledger_grows(settings, owner, sound):
     anchor = await pinned(owner, sound)
     await filled(owner, sound, 5, start=500)
     assert await damage_of(settings, sound, anchor, Anchor(0, "00" * 32)) is None
 
 
-async def test_a_ledger_cut_off_with_its_head_is_found_by_an_anchor_alone(settings, owner, sound):
+async def test_only_an_anchor_finds_a_ledger_truncated_with_its_head(settings, owner, sound):
     anchor = await pinned(owner, sound)
     async with undone(owner, sound):
         await owner.execute("DELETE FROM events WHERE tenant_id = $1 AND position > 10", sound)
@@ -334,7 +335,7 @@ async def test_an_anchor_finds_a_ledger_that_was_rewritten_as_a_whole(settings, 
     assert (violation.position, violation.kind) == (anchor.position, "changed")
 
 
-async def test_an_event_beyond_the_head_and_a_head_that_lies_are_found(settings, owner, sound):
+async def test_verify_finds_events_beyond_the_head_and_a_false_head(settings, owner, sound):
     last = (await pinned(owner, sound)).position
     async with undone(owner, sound):
         await owner.execute("UPDATE ledger_heads SET position = position - 1 WHERE tenant_id = $1", sound)
@@ -346,14 +347,14 @@ async def test_an_event_beyond_the_head_and_a_head_that_lies_are_found(settings,
         assert (violation.position, violation.kind) == (last, "changed")
 
 
-async def test_an_empty_ledger_is_whole(settings, owner):
+async def test_an_empty_ledger_verifies(settings, owner):
     tenant_id = await owner.fetchval("INSERT INTO tenants (slug, name) VALUES ('empty', 'Empty') RETURNING tenant_id")
     (verdict,) = await verify(settings.database_url, tenant_id=tenant_id)
     assert (verdict.events, verdict.last, verdict.violation) == (0, 0, None)
 
 
-async def test_a_ledger_of_several_pieces_is_verified_by_several_processes(settings, owner, parts, monkeypatch):
-    monkeypatch.setattr("opsentry.events.verification.SEGMENT", 7)
+async def test_several_processes_verify_a_long_ledger(settings, owner, parts, monkeypatch):
+    monkeypatch.setattr("opsentry.events.verification.SEGMENT_EVENTS", 7)
     for slug in ("one", "other"):
         await filled(owner, (await make_tenant(parts, slug)).id, 30)
     totals: list[int] = []
@@ -372,7 +373,7 @@ async def test_a_ledger_of_several_pieces_is_verified_by_several_processes(setti
     assert second.violation.position == 16
 
 
-async def test_appends_during_verification_are_harmless(settings, owner, sound):
+async def test_appends_during_a_verification_do_not_disturb_it(settings, owner, sound):
     async def more():
         for number in range(900, 930):
             await append(owner, notes(sound, "more", stream=number))
@@ -386,7 +387,7 @@ async def test_appends_during_verification_are_harmless(settings, owner, sound):
 
 @pytest.fixture
 async def erased(parts, tenant_id):
-    """A ledger with an incident whose first message was erased on the record."""
+    """A ledger with a recorded redaction of an incident's first message."""
     made = await commands.create(parts, incident.DECIDER, tenant_id, OpenIncident(title="T", description="D"), META)
     await commands.change(parts, incident.DECIDER, tenant_id, made.stream_id, PostUpdate(message="M"), META)
     plan = RedactionPlan(versions=(2,), fields=(), restated={})
@@ -401,12 +402,12 @@ async def erased(parts, tenant_id):
     return tenant_id
 
 
-async def test_an_erasure_on_the_record_leaves_the_ledger_whole(settings, erased):
+async def test_a_recorded_redaction_is_no_violation(settings, erased):
     (verdict,) = await verify(settings.database_url, tenant_id=erased)
-    assert (verdict.violation, verdict.erased) == (None, 1)
+    assert (verdict.violation, verdict.redacted) == (None, 1)
 
 
-async def test_an_erasure_without_a_record_is_found(settings, owner, erased):
+async def test_verify_finds_an_unrecorded_erasure(settings, owner, erased):
     await owner.execute(
         "UPDATE events SET erasable = NULL, salt = NULL WHERE tenant_id = $1 AND erasable LIKE '%M%'", erased
     )
@@ -435,7 +436,7 @@ async def test_an_export_verifies_without_a_database(owner, sound, exported):
     )
 
 
-async def test_a_packed_export_and_a_part_of_one_verify(exported, tmp_path):
+async def test_compressed_and_partial_exports_verify(exported, tmp_path):
     lines = exported.read_bytes().splitlines(keepends=True)
     packed, part = tmp_path / "packed", tmp_path / "part"
     packed.write_bytes(gzip.compress(exported.read_bytes()))
@@ -457,7 +458,7 @@ async def test_a_packed_export_and_a_part_of_one_verify(exported, tmp_path):
         (lambda lines: [*lines[:3], lines[3][:40]], 4, "changed"),
     ],
 )
-async def test_damage_of_an_export_is_found(owner, sound, exported, edit, position, kind):
+async def test_verify_finds_a_damaged_export(owner, sound, exported, edit, position, kind):
     head = await audit.read_ledger_head(owner, sound)
     exported.write_bytes(b"".join(edit(exported.read_bytes().splitlines(keepends=True))))
     violation = verify_export(exported, anchors=[Anchor(head.position, head.hash)]).violation
@@ -467,7 +468,7 @@ async def test_damage_of_an_export_is_found(owner, sound, exported, edit, positi
 
 @hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-async def test_any_octet_changed_in_an_export_is_found_or_changes_nothing(exported, tmp_path, data):
+async def test_any_changed_octet_of_an_export_is_found_or_changes_no_value(exported, tmp_path, data):
     octets = exported.read_bytes()
     place, flip = data.draw(st.integers(0, len(octets) - 1)), data.draw(st.integers(1, 255))
     damaged = tmp_path / "damaged"
@@ -484,7 +485,7 @@ async def test_any_octet_changed_in_an_export_is_found_or_changes_nothing(export
         return
     line = octets[:place].count(b"\n") + 1
     hexadecimal = octets[place : place + 1].lower() == damaged.read_bytes()[place : place + 1].lower()
-    # Named by where it stands; or, where it says that it is another one, by that one, which is there twice then.
+    # The violation names the line's place, or the event that a changed line duplicates.
     named = violation is not None and (
         abs(violation.position - line) <= 1
         or (violation.kind == "duplicated" and violation.position == _claimed(damaged, line))
@@ -496,7 +497,7 @@ def _claimed(file, line):
     return json.loads(file.read_bytes().splitlines()[line - 1])["position"]
 
 
-async def test_an_erasure_in_an_export_needs_its_record_there(owner, erased, tmp_path):
+async def test_an_export_needs_the_record_of_each_erasure(owner, erased, tmp_path):
     file = tmp_path / "ledger.ndjson"
     file.write_bytes(await export.chunk(owner, erased, 0, 100))
     assert verify_export(file).violation is None
@@ -511,7 +512,7 @@ async def test_an_erasure_in_an_export_needs_its_record_there(owner, erased, tmp
 
 
 @pytest.mark.parametrize("octets", [b"", b"\n", b"no export\n", b'{"position":1}\n', b"\x1f\x8b\x08broken"])
-async def test_files_that_are_no_exports_are_refused_with_a_reason(tmp_path, octets):
+async def test_a_file_that_is_no_export_is_refused_with_a_reason(tmp_path, octets):
     file = tmp_path / "file"
     file.write_bytes(octets)
     with pytest.raises(BadExport, match="file: "):
@@ -533,4 +534,4 @@ async def test_the_verifier_in_the_documentation_agrees(erased, owner, tmp_path)
     assert verifies(*lines[:3], *lines[4:]) is None
     assert verifies(*lines[:3], lines[3].replace(b"investigating", b"identified"), *lines[4:]) is None
     assert verifies(*lines[:2], lines[2].replace(b"degraded", b"critical"), *lines[3:]) is None
-    assert verifies(*lines[:-1]) is None  # the erasure is there, its record is not
+    assert verifies(*lines[:-1]) is None  # the export has the erasure but not its record

@@ -9,7 +9,8 @@ from opsentry.domain import incident
 from opsentry.events import audit, export, store
 from opsentry.events.codec import RecordedEvent
 from opsentry.events.export_verification import verify_export
-from opsentry.events.verification import Anchor, verify
+from opsentry.events.verdict import Anchor
+from opsentry.events.verification import verify
 from tests.importing.test_real_history import moment, oldest_first
 
 DATES = [datetime(year, month, day, tzinfo=UTC) for year, month, day in
@@ -86,4 +87,4 @@ async def test_a_redaction_erases_one_message_only(file, page, owner, settings):
     for table in ("events", "incidents", "incident_updates", "incident_snapshots"):
         assert await owner.fetchval(f"SELECT count(*) FROM {table} t WHERE strpos(t::text, $1) > 0", snippet) == 0
     (verdict,) = await verify(settings.database_url, tenant_id=tenant.id)
-    assert (verdict.violation, verdict.erased) == (None, 1)
+    assert (verdict.violation, verdict.redacted) == (None, 1)
