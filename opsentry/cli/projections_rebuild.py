@@ -50,8 +50,18 @@ def selected(name: str | None, *, everything: bool) -> list[Projection]:
 @all_projections
 @for_any_tenant
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Number of processes.")
+@click.option(
+    "--nice",
+    "niceness",
+    type=click.IntRange(0, 19),
+    default=10,
+    show_default=True,
+    help="Niceness of these processes. At 0 they compete with processes that answer requests.",
+)
 @as_json
-def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, json_output: bool) -> None:
+def rebuild(
+    name: str | None, slug: str | None, jobs: int, niceness: int, *, everything: bool, json_output: bool
+) -> None:
     """Rebuild the rows of projections from the ledgers. Reads and commands continue meanwhile.
 
     Each tenant keeps its old rows until its new ones replace them in one transaction. After an interruption, run the
@@ -82,6 +92,7 @@ def rebuild(name: str | None, slug: str | None, jobs: int, *, everything: bool, 
                     wanted,
                     tenant_id=tenant_id,
                     jobs=jobs,
+                    niceness=niceness,
                     prepare=partial(configure_logging, found.log_level),
                     on_start=begin,
                     on_progress=lambda events: progress.advance(task, events),

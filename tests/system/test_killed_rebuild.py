@@ -139,11 +139,14 @@ class Killing:
     def counted(self) -> Sequence[int]:
         return self.watch.written, self.watch.read, self.watch.lagging, self.watch.probed
 
-    def command(self) -> tuple[dict[str, str], str, str, str, str, str]:
-        """Return the rebuild command; its sessions carry a name of their own."""
+    def command(self) -> tuple[dict[str, str], *tuple[str, ...]]:
+        """Return the rebuild command; its sessions carry a name of their own.
+
+        It is not nice: on a busy machine it would starve, and pending intents would grow too old for readiness.
+        """
         url = f"{self.settings.database_url}&application_name=rebuild"
         env = environment(self.settings, OPSENTRY_DATABASE_URL=url)
-        return env, "projections", "rebuild", "--all", "--jobs", "2"
+        return env, "projections", "rebuild", "--all", "--jobs", "2", "--nice", "0"
 
     async def all_done(self, began: Any) -> bool:
         return bool(await self.owner.fetchval(DONE, began) == TENANTS)

@@ -28,13 +28,14 @@ class RebuildProcessFailed(Exception):
 
 
 class RebuildJob(NamedTuple):
-    """The share of one process: job `number` of `jobs`, counted from 0."""
+    """The share of one process: job `number` of `jobs`, counted from 0; `niceness` yields to other processes."""
 
     url: str
     projections: Sequence[Projection]
     tenant_id: int | None
     number: int
     jobs: int
+    niceness: int
     prepare: Callable[[], None]
 
 
@@ -44,6 +45,7 @@ async def rebuild(
     *,
     tenant_id: int | None = None,
     jobs: int,
+    niceness: int,
     prepare: Callable[[], None],
     on_start: Callable[[int, int], None] = lambda _tenants, _events: None,
     on_progress: Callable[[int], None] = lambda _events: None,
@@ -55,6 +57,7 @@ async def rebuild(
         projections: The projections to rebuild.
         tenant_id: One tenant; all if `None`.
         jobs: The number of processes.
+        niceness: How far each process yields to others, from 0 to 19 (`nice(2)`).
         prepare: Called once in each process before it starts; a function that can be pickled.
         on_start: Called with the numbers of tenants and of events to rebuild.
         on_progress: Called with the number of events that were replayed since the previous call.
@@ -70,7 +73,7 @@ async def rebuild(
         await rebuilder.request(tenant_id)
         pending = _of(await rebuilder.pending_tenants(_NO_LIMIT), tenant_id)
         on_start(len(pending), sum(pending.values()))
-        shares = [RebuildJob(url, projections, tenant_id, number, jobs, prepare) for number in range(jobs)]
+        shares = [RebuildJob(url, projections, tenant_id, number, jobs, niceness, prepare) for number in range(jobs)]
         if pending and (codes := await _run(shares, on_progress)):
             # If the database is lost, this query raises the better error.
             unfinished = len(_of(await rebuilder.pending_tenants(_NO_LIMIT), tenant_id))
@@ -122,8 +125,7 @@ async def _run(jobs: Sequence[RebuildJob], on_progress: Callable[[int], None]) -
 def _run_job(job: RebuildJob, replayed: "ctypes.c_longlong") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    # Processes that answer requests go first.
-    os.nice(10)
+    os.nice(job.niceness)
     # Tens of thousands of rows without references to each other: a search for cycles finds nothing.
     gc.set_threshold(100_000)
     job.prepare()
