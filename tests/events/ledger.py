@@ -16,6 +16,14 @@ from tests.waiting import GENEROUS_SECONDS
 
 META = Meta(Actor("operator"))
 
+ODD_TEXTS = [
+    " leading, trailing and  double spaces ",
+    "tab\tnewline\nreturn\r\nvertical\v form\f nul-escape \\u0000 backslash \\ quote \" ' $1 %s",
+    "Zürich 日本語 العربية 🧯👩‍👩‍👧 e\u0301 vs é \u200b\u2028\u2029\ufeff\x7f\x1b[31m",
+    '{"looks": "like json"}',
+    "]]>--;DROP TABLE events",
+]
+
 
 def note(text: str, occurred_at: datetime | None = None) -> NewEvent:
     return NewEvent(IncidentUpdated(message=text, status="monitoring"), META, occurred_at)

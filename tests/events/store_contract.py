@@ -24,16 +24,8 @@ from opsentry.events.store import (
     UnknownTenant,
     VersionConflict,
 )
-from tests.events.ledger import META, append, held, messages, note, notes, rows
+from tests.events.ledger import META, ODD_TEXTS, append, held, messages, note, notes, rows
 from tests.waiting import GENEROUS_SECONDS
-
-ODD_TEXTS = [
-    " leading, trailing and  double spaces ",
-    "tab\tnewline\nreturn\r\nvertical\v form\f nul-escape \\u0000 backslash \\ quote \" ' $1 %s",
-    "Zürich 日本語 العربية 🧯👩‍👩‍👧 e\u0301 vs é \u200b\u2028\u2029\ufeff\x7f\x1b[31m",
-    '{"looks": "like json"}',
-    "]]>--;DROP TABLE events",
-]
 
 
 class StoreContract:

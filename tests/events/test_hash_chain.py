@@ -11,8 +11,7 @@ from opsentry.domain.incident import IncidentReopened, OpenIncident
 from opsentry.events import store
 from opsentry.events.hash_chain import GENESIS
 from tests import commands
-from tests.events.ledger import META, append, first_broken, notes, rows
-from tests.events.store_contract import ODD_TEXTS
+from tests.events.ledger import META, ODD_TEXTS, append, first_broken, notes, rows
 
 TAMPERING = [
     "stream_kind = 'service'",

@@ -11,8 +11,8 @@ import pytest
 
 from opsentry.events import store
 from opsentry.events.store import Appended
-from tests.events.ledger import append, blocked_backend, first_broken, messages, notes, rows
-from tests.events.store_contract import ODD_TEXTS, StoreContract
+from tests.events.ledger import ODD_TEXTS, append, blocked_backend, first_broken, messages, notes, rows
+from tests.events.store_contract import StoreContract
 from tests.waiting import GENEROUS_SECONDS
 
 KILLED = (

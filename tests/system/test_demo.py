@@ -18,17 +18,9 @@ from tests.system.processes import environment, free_port, opsentry, running
 from tests.waiting import until
 
 FACTS = {
-    "base_url",
-    "pid",
-    "tenant_id",
-    "tenant_slug",
-    "database_url",
-    "redis_url",
-    "tokens",
-    "other",
-    "operator",
-    "sink",
-}
+    "base_url", "pid", "tenant_id", "tenant_slug", "database_url",
+    "redis_url", "tokens", "other", "operator", "sink",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
