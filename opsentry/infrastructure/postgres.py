@@ -133,7 +133,7 @@ class Database:
         """Lend a connection inside a transaction that commits at the end.
 
         Raises:
-            DatabaseUnavailable: As `connection()` does. If the connection was lost at the commit, the outcome is unknown.
+            DatabaseUnavailable: As `connection()` does. After a connection lost at the commit, the outcome is unknown.
         """
         async with self.connection(seconds) as connection:
             await connection.execute("BEGIN")
