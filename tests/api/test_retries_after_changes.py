@@ -18,7 +18,7 @@ from tests.api.conftest import (
 from tests.conftest import Client
 from tests.waiting import until
 
-# Whether exactly $1 sessions wait for a lock.
+# Whether exactly $1 sessions wait for a lock. A transaction sees one snapshot of this view, so poll outside of it.
 WAITERS = """
 SELECT count(*) = $1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
 """
@@ -59,16 +59,16 @@ async def test_a_repeat_of_an_empty_change_keeps_its_service_links(api, parts, a
 
 
 async def test_a_repeat_keeps_the_links_of_a_service_renamed_while_the_command_waited(
-    api, parts, settings, owner, acme, linked
+    api, parts, settings, owner, app_connection, acme, linked
 ):
     before = await head(parts, acme.id)
     async with core(settings) as other:
         async with owner.transaction():
             await owner.execute("SELECT FROM ledger_heads WHERE tenant_id = $1 FOR UPDATE", acme.id)
             renaming = asyncio.create_task(rename(other, acme, linked["service"]))
-            await until(lambda: owner.fetchval(WAITERS, 1))
+            await until(lambda: app_connection.fetchval(WAITERS, 1))
             declare = asyncio.create_task(send_keyed(api, keyed_request("declare", linked)))
-            await until(lambda: owner.fetchval(WAITERS, 2))
+            await until(lambda: app_connection.fetchval(WAITERS, 2))
         await renaming
         first = await declare
     assert (first.status, first.told["Opsentry-Position"]) == (201, str(before + 3))
