@@ -101,13 +101,14 @@ async def _run(jobs: Sequence[RebuildJob], on_progress: Callable[[int], None]) -
         for job, counter in zip(jobs, counters, strict=True)
     ]
     try:
-        # A terminal sends Ctrl-C to all its processes. Children inherit the ignored signal; this process kills them.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A terminal sends Ctrl-C to all its processes. Children inherit the blocked signal; this process kills them.
+        # A signal that arrives here meanwhile stays pending: ignoring it would lose it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for process in processes:
                 process.start()
         finally:
-            signal.signal(signal.SIGINT, handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         reported, is_running = 0, True
         while is_running:
             is_running = any(process.is_alive() for process in processes)
