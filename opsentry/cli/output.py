@@ -19,7 +19,7 @@ from opsentry.infrastructure.postgres import Record
 # A pipe has no width. Programs that read tables from one expect a row per line.
 PIPE_WIDTH_COLUMNS = 240
 
-_UNBROKEN_COLUMNS = {"id", "prefix"}
+_UNBROKEN_COLUMNS = {"projection", "id", "prefix"}
 
 as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON instead of a table.")
 
@@ -27,11 +27,12 @@ as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON i
 def table(*columns: str) -> Table:
     """Return an empty table that fits a terminal of 80 columns.
 
-    Cells fold instead of losing characters. Ids and prefixes stay whole, so that they can be copied.
+    Cells fold instead of losing characters. Names, ids and prefixes stay whole, so that they can be copied.
     """
     made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        made.add_column(column, no_wrap=column in _UNBROKEN_COLUMNS, overflow="fold")
+        header = column.replace("_", " ")  # wraps between words
+        made.add_column(header, no_wrap=column in _UNBROKEN_COLUMNS, overflow="fold")
     return made
 
 

@@ -1,3 +1,4 @@
+import io
 import socket
 import subprocess
 import sys
@@ -5,9 +6,11 @@ import sys
 import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from opsentry import __version__
 from opsentry.cli.main import cli
+from opsentry.cli.output import table
 from opsentry.settings import Settings
 from tests.system.processes import environment, free_port, opsentry
 
@@ -150,3 +153,13 @@ def test_commands_raise_the_open_file_limit():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_table_of_80_columns_keeps_names_whole():
+    made = table("projection", "tenants", "up_to_date", "lagging", "halted", "paused", "lag_events", "to_rebuild")
+    made.add_row("subscriptions", *("1000",) * 4, "False", "1000", "1000")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(made)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("subscriptions ") for line in lines)
