@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -48,6 +49,11 @@ def expire_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 _SERVER_FIXTURES = frozenset({"servers_folder", "own_postgres", "own_valkey"})
 # A test that names one of these starts a process or a server itself.
 _STARTERS = frozenset({"opsentry", "running", "server", "subprocess", "EmbeddedPostgres", "EmbeddedValkey"})
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs with SIGINT ignored, and processes that tests interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
