@@ -18,19 +18,19 @@ from opsentry.projections.engine.projection import Replay, Rows, Streams, Table,
 from opsentry.projections.outbox.intents import ACTIVE, Intent, IntentGenerator, OutboxChanges, is_notifiable
 from opsentry.projections.outbox.rules import SubjectState, SubscriberFilter
 
-# Selects all states of kind $2: active windows, which are few, or all subscriptions.
-_LOAD_KIND = "SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = $2"
+# Selects all states of the kinds $2 (active windows, which are few, and perhaps all subscriptions), and the states of
+# the streams $3 and $4. LIMIT makes it one index lookup for each; see `incidents`.
+_LOAD = """
+SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = ANY($2)
+UNION ALL
+SELECT s.* FROM unnest($3::text[], $4::bigint[]) AS wanted (kind, id) CROSS JOIN LATERAL (
+    SELECT kind, id, state FROM outbox_state
+    WHERE tenant_id = $1 AND kind = wanted.kind AND id = wanted.id LIMIT 1) AS s
+"""
 
 # Selects the open incidents whose last notification a window withheld. A partial index has exactly these rows.
 _LOAD_WITHHELD = """
 SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = 'incident' AND state LIKE '%"is_withheld":%'
-"""
-
-# Selects the states of these streams. LIMIT makes it one index lookup for each; see `incidents`.
-_LOAD = """
-SELECT s.* FROM unnest($2::text[], $3::bigint[]) AS wanted (kind, id) CROSS JOIN LATERAL (
-    SELECT kind, id, state FROM outbox_state
-    WHERE tenant_id = $1 AND kind = wanted.kind AND id = wanted.id LIMIT 1) AS s
 """
 
 # Inserts or replaces states.
@@ -122,13 +122,12 @@ async def _load(
 
     Subscriptions may be very many, so they are all loaded only if an event is notifiable.
     """
-    rows = list(await connection.fetch(_LOAD_KIND, tenant_id, ACTIVE))
-    loaded = set()
+    whole_kinds = [ACTIVE]
     if any(is_notifiable(recorded) for recorded in events):
-        rows += await connection.fetch(_LOAD_KIND, tenant_id, subscription.KIND)
-        loaded.add(subscription.KIND)
-    if keys := sorted({(e.kind, e.stream_id) for e in events if e.kind not in loaded}):
-        rows += await connection.fetch(_LOAD, tenant_id, *zip(*keys, strict=True))
+        whole_kinds.append(subscription.KIND)
+    keys = sorted({(e.kind, e.stream_id) for e in events if e.kind not in whole_kinds})
+    kinds, ids = zip(*keys, strict=True) if keys else ((), ())
+    rows = list(await connection.fetch(_LOAD, tenant_id, whole_kinds, kinds, ids))
     if any(isinstance(recorded.event, MaintenanceCompleted) for recorded in events):
         rows += await connection.fetch(_LOAD_WITHHELD, tenant_id)
     filters: dict[int, SubscriberFilter] = {}
