@@ -153,8 +153,7 @@ async def catch_up(app: Application, caller: Caller, position: int) -> None:
     """
     began = time.monotonic()
     try:
-        async with asyncio.timeout(CATCH_UP_TIMEOUT_SECONDS):
-            await app.projector.catch_up(caller.tenant_id, position)
+        await app.projector.catch_up(caller.tenant_id, position, CATCH_UP_TIMEOUT_SECONDS)
     except Exception as error:  # noqa: BLE001 - the command was carried out, whatever happens to its projections
         _log.warning("catch_up_deferred", request_id=caller.request_id, error=type(error).__name__)
         await asyncio.sleep(max(0.0, began + 1.1 * UNANSWERED_SECONDS - time.monotonic()))

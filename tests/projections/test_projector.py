@@ -144,6 +144,26 @@ async def test_a_caller_during_a_catch_up_sees_the_events_of_the_meantime(parts,
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, second.position)
 
 
+async def test_a_caller_whose_time_ends_does_not_stop_the_catch_up(parts, acme, app_connection, monkeypatch):
+    gate = asyncio.Event()
+    real = Projector._step
+
+    async def held_back(self, connection, tenant_id, **options):
+        await gate.wait()
+        return await real(self, connection, tenant_id, **options)
+
+    monkeypatch.setattr(Projector, "_step", held_back)
+    made = await opened(parts, acme)
+    patient = asyncio.create_task(parts.projector.catch_up(acme.id, made.position))
+    with pytest.raises(TimeoutError):
+        await parts.projector.catch_up(acme.id, made.position, 0.01)
+    assert parts.projector.running_seconds(acme.id) > 0
+    gate.set()
+    await patient
+    assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, made.position)
+    assert parts.projector.running_seconds(acme.id) is None
+
+
 async def test_a_cancelled_caller_does_not_cancel_the_catch_up_of_the_others(parts, acme, app_connection, monkeypatch):
     began, gate = asyncio.Event(), asyncio.Event()
     real = Projector._step

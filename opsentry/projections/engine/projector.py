@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 
 import asyncpg
 import structlog
@@ -113,8 +112,7 @@ class Projector:
         self._projections = sorted(projections, key=lambda projection: projection.name)
         self._names = [projection.name for projection in self._projections]
         self._versions = {projection.name: projection.version for projection in self._projections}
-        self._running: dict[int, asyncio.Task[int]] = {}
-        self._started_at: dict[int, float] = {}
+        self._running: dict[int, _CatchUp] = {}
 
     @property
     def timeout_seconds(self) -> float:
@@ -126,43 +124,45 @@ class Projector:
         """The projections that this projector serves, by name."""
         return self._projections
 
-    async def catch_up(self, tenant_id: int, position: int) -> None:
+    async def catch_up(self, tenant_id: int, position: int, seconds: float | None = None) -> None:
         """Return when each projection of the tenant that is neither halted nor paused shows event `position`.
 
-        Concurrent callers for one tenant share the work: one catch-up runs, and one more serves all who came meanwhile.
+        Concurrent callers for one tenant share the work: one pass runs, and one more serves all who came meanwhile.
+        A caller that is cancelled does not stop it.
+
+        Args:
+            tenant_id: The tenant.
+            position: The position to reach; 0 asks for one pass.
+            seconds: How long to wait at most; `None` means until the passes end.
 
         Raises:
+            TimeoutError: The time ended first; the work continues.
             DatabaseUnavailable: The database was lost; a worker or the next read catches up.
         """
-        while True:
-            current = self._running.get(tenant_id)
-            # A task that has just ended may still be registered. Awaiting it would not even yield to the loop.
-            if current is None or current.done():
-                current = asyncio.create_task(self._catch_up(tenant_id))
-                self._running[tenant_id] = current
-                self._started_at[tenant_id] = asyncio.get_running_loop().time()
-                current.add_done_callback(partial(self._forget, tenant_id))
-            # The shield keeps a caller that is cancelled from cancelling the work of the others.
-            if await asyncio.shield(current) >= position:
-                return
+        loop = asyncio.get_running_loop()
+        running = self._running.get(tenant_id)
+        if running is None:
+            running = self._running[tenant_id] = _CatchUp(loop.time())
+            running.task = loop.create_task(self._run(tenant_id, running))
+        reached: asyncio.Future[None] = loop.create_future()
+        running.waiting.append((position, reached))
+        if seconds is None:
+            return await reached
+        # Every command waits here. `asyncio.timeout` costs four times as much as this timer.
+        timer = loop.call_later(seconds, _time_out, reached)
+        try:
+            return await reached
+        finally:
+            timer.cancel()
 
     def running_seconds(self, tenant_id: int) -> float | None:
-        """Return how long this process has been catching the tenant up; `None` if it is not."""
-        current = self._running.get(tenant_id)
-        if current is None or current.done():
-            return None
-        return asyncio.get_running_loop().time() - self._started_at[tenant_id]
+        """Return how long this process's present pass for the tenant has run; `None` if there is none."""
+        running = self._running.get(tenant_id)
+        return None if running is None else asyncio.get_running_loop().time() - running.began
 
     async def terminate_stalled_sessions(self) -> list[int]:
         """Terminate database sessions that hang while others wait for their locks; return their process ids."""
         return [row["pid"] for row in await self._database.fetch(_TERMINATE_STALLED, seconds=10)]
-
-    def _forget(self, tenant_id: int, ended: "asyncio.Task[int]") -> None:
-        if self._running.get(tenant_id) is ended:
-            del self._running[tenant_id], self._started_at[tenant_id]
-        # If every caller was cancelled, nobody else reports the failure.
-        if not ended.cancelled() and (error := ended.exception()) is not None:
-            _log.warning("catch_up_failed", tenant_id=tenant_id, error=type(error).__name__)
 
     async def lagging_tenants(self, limit: int = 1000, after: int = 0) -> list[int]:
         """Return at most `limit` tenants with unprojected events, in order of id, with ids above `after`."""
@@ -206,6 +206,32 @@ class Projector:
     async def _query(self, query: Callable[[Connection], Awaitable[asyncpg.Record]]) -> asyncpg.Record:
         async with self._database.connection() as connection:
             return await query(connection)
+
+    async def _run(self, tenant_id: int, running: "_CatchUp") -> None:
+        """Run passes until nobody waits for one."""
+        loop = asyncio.get_running_loop()
+        try:
+            while running.waiting:
+                running.began = loop.time()
+                position = await self._catch_up(tenant_id)
+                came, running.waiting = running.waiting, []
+                for wanted, reached in came:
+                    if reached.done():
+                        continue  # timed out or cancelled
+                    if wanted <= position:
+                        reached.set_result(None)
+                    else:
+                        running.waiting.append((wanted, reached))
+        except Exception as error:  # noqa: BLE001 - waiting callers receive every error
+            # If every caller was cancelled, nobody else reports it.
+            _log.warning("catch_up_failed", tenant_id=tenant_id, error=type(error).__name__)
+            for _, reached in running.waiting:
+                if not reached.done():
+                    reached.set_exception(error)
+        finally:
+            del self._running[tenant_id]
+            for _, reached in running.waiting:
+                reached.cancel()  # only where this task itself is cancelled, at the end of the process
 
     async def _catch_up(self, tenant_id: int) -> int:
         """Apply all unprojected events, batch by batch; return the position reached."""
@@ -291,6 +317,28 @@ class Projector:
         async with self._database.transaction() as connection:
             version = self._versions[poison.projection]
             await connection.execute(_HALT, tenant_id, poison.projection, poison.position, poison.error, version)
+
+
+class _CatchUp:
+    """The passes of one tenant that run in this process.
+
+    Attributes:
+        began: When the present pass began, in seconds of the loop's clock.
+        waiting: The positions that callers wait for, each with the future that tells them.
+        task: The task that runs the passes.
+    """
+
+    __slots__ = ("began", "task", "waiting")
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self.task: asyncio.Task[None] | None = None
+
+
+def _time_out(reached: "asyncio.Future[None]") -> None:
+    if not reached.done():
+        reached.set_exception(TimeoutError())
 
 
 class _BatchFailed(Exception):
