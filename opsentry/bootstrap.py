@@ -141,6 +141,7 @@ async def serving(
         dependencies = Dependencies(settings, application, api_tokens, operator_tokens, limiter, failures)
         app = create_app(dependencies, OPERATIONS, pages(dependencies, sign_ups))
         app[openapi.DOCUMENT] = msgspec.json.encode(openapi.build_document(OPERATIONS))
+        app[health.DEPENDENCIES] = dependencies
         app[health.READINESS] = Readiness(probe, client)
         app[operator.OPERATOR_QUERIES] = OperatorQueries(parts.database, parts.projector.projections)
         web_runner = web.AppRunner(

@@ -5,9 +5,11 @@ from typing import TypeVar
 
 from aiohttp import web
 
+from opsentry.http.context import Dependencies
 from opsentry.http.errors import RateLimited
 from opsentry.identity.api_tokens import ApiToken
 from opsentry.identity.tokens import AuthenticatedToken, InvalidToken, TokenDirectory
+from opsentry.infrastructure.postgres import DatabaseUnavailable
 from opsentry.infrastructure.rate_limit import RateLimiter, RateLimitStatus, client_source
 from opsentry.settings import Network
 
@@ -36,9 +38,8 @@ async def admit(
         DatabaseUnavailable: The token could not be looked up.
     """
     address = source_address(request, proxies)
-    kind, _, value = request.headers.get("Authorization", "").partition(" ")
     try:
-        token = await tokens.authenticate(value.strip() if kind.lower() == "bearer" else "")
+        token = await tokens.authenticate(_bearer_token(request))
     except InvalidToken:
         # Counted afterwards: failures of others at the same address never keep a valid token out.
         status = failures.hit(address)
@@ -49,6 +50,24 @@ async def admit(
     if not status.allowed:
         raise RateLimited(status)
     return token, status
+
+
+async def is_operator(dependencies: Dependencies, request: web.Request) -> bool:
+    """Return whether a request that anyone may make has an operator's token; it counts as in `admit`."""
+    tokens = dependencies.operator_tokens
+    if not _bearer_token(request).startswith(tokens.mark):
+        return False
+    limiter, failures = dependencies.request_limiter, dependencies.failure_limiter
+    try:
+        await admit(tokens, request, limiter, failures, dependencies.settings.trusted_proxies)
+    except (InvalidToken, RateLimited, DatabaseUnavailable):
+        return False
+    return True
+
+
+def _bearer_token(request: web.Request) -> str:
+    kind, _, value = request.headers.get("Authorization", "").partition(" ")
+    return value.strip() if kind.lower() == "bearer" else ""
 
 
 def _bucket(token: AuthenticatedToken) -> tuple[str | int, ...]:

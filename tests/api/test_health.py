@@ -4,7 +4,9 @@ from uuid import uuid4
 import pytest
 
 from opsentry.application import readiness
-from tests.conftest import expire_caches
+from opsentry.bootstrap import serving
+from opsentry.identity import operator_tokens, tokens
+from tests.conftest import Client, expire_caches
 
 
 async def test_the_probe_is_plain_and_needs_nothing(anonymous):
@@ -36,9 +38,9 @@ async def add_intents(owner, tenant_id, count, created_at, *, suppressed=False):
     await owner.copy_records_to_table("outbox_intents", records=rows)
 
 
-async def ready_again(monkeypatch, anonymous):
+async def ready_again(monkeypatch, operator):
     expire_caches(monkeypatch)
-    return await anonymous.send("GET", "/health/ready")
+    return await operator.send("GET", "/health/ready")
 
 
 @pytest.mark.parametrize(
@@ -52,28 +54,48 @@ async def ready_again(monkeypatch, anonymous):
     ],
 )
 async def test_readiness_follows_the_backlog(
-    monkeypatch, anonymous, acme, parts, owner, count, age, suppressed, expected
+    monkeypatch, operator, acme, parts, owner, count, age, suppressed, expected
 ):
     await parts.projector.catch_up(acme.id, 0)
     created_at = datetime.now(UTC) - timedelta(seconds=age)
     await add_intents(owner, acme.id, count, created_at, suppressed=suppressed)
-    status, body, _ = await ready_again(monkeypatch, anonymous)
+    status, body, _ = await ready_again(monkeypatch, operator)
     assert status == expected
     outbox = body["checks"]["outbox"]
     assert outbox["status"] == ("ok" if expected == 200 else "fail")
     assert outbox["pending"] == (0 if suppressed else count)
     await owner.execute("DELETE FROM outbox_intents")
-    assert (await ready_again(monkeypatch, anonymous))[0] == 200
+    assert (await ready_again(monkeypatch, operator))[0] == 200
 
 
-async def test_a_halted_outbox_is_reported_as_unhealthy(monkeypatch, anonymous, api, parts, acme, owner):
+async def test_a_halted_outbox_is_reported_as_unhealthy(monkeypatch, operator, api, parts, acme, owner):
     await api.post("/incidents", {"title": "A"})
     await owner.execute("UPDATE checkpoints SET position = 0, halted_at = 1 WHERE projection = 'outbox'")
-    _, body, _ = await ready_again(monkeypatch, anonymous)
+    _, body, _ = await ready_again(monkeypatch, operator)
     assert body["checks"]["outbox"]["lag_events"] == 3
     monkeypatch.setattr(readiness, "MAX_PENDING_AGE_SECONDS", 0)
-    status, body, _ = await ready_again(monkeypatch, anonymous)
+    status, body, _ = await ready_again(monkeypatch, operator)
     assert (status, body["checks"]["outbox"]["status"]) == (503, "fail")
+
+
+async def test_counts_are_for_operators(anonymous, api, operator, parts):
+    forged = tokens.generate_token(operator_tokens.OPERATOR_TOKEN_MARK)
+    for client in (anonymous, api, Client(api.session, api.base_url, forged)):
+        status, body, _ = await client.send("GET", "/health/ready")
+        assert status == 200
+        for check in body["checks"].values():
+            assert set(check) == {"status", "duration_ms"}
+    _, body, _ = await operator.send("GET", "/health/ready")
+    assert body["checks"]["outbox"]["pending"] == 0
+
+
+async def test_a_forged_operators_token_counts_as_a_failure(limited_settings, http, parts):
+    async with serving(limited_settings, parts) as url:
+        client = Client(http, url, tokens.generate_token(operator_tokens.OPERATOR_TOKEN_MARK))
+        for _ in range(4):
+            status, body, _ = await client.send("GET", "/health/ready")
+            assert (status, set(body["checks"]["outbox"])) == (200, {"status", "duration_ms"})
+        assert (await client.send("GET", "/ops/projections"))[0] == 429
 
 
 async def test_many_probes_are_one_round_of_checks(anonymous):

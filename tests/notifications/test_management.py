@@ -17,7 +17,8 @@ from opsentry.notifications.delivery.retry_policy import EndpointHealth
 from opsentry.notifications.delivery.states import CANCELLABLE_STATES, RETRYABLE_STATES
 from opsentry.projections.engine import management as projecting
 from tests import commands
-from tests.conftest import META, expire_caches
+from tests.api.conftest import make_operator
+from tests.conftest import META, Client, expire_caches
 from tests.notifications.driver import delivered
 from tests.projections.planting import plant
 from tests.system.processes import environment, opsentry
@@ -37,11 +38,12 @@ VALUES ($1, 1, 'webhook', now() + $2 * interval '1 second')
 
 
 @pytest.fixture
-def ready(anonymous, monkeypatch):
+async def ready(http, base_url, parts, monkeypatch):
     expire_caches(monkeypatch)
+    operator = Client(http, base_url, await make_operator(parts))
 
     async def ask():
-        status, body, _ = await anonymous.send("GET", "/health/ready")
+        status, body, _ = await operator.send("GET", "/health/ready")
         outbox = body["checks"]["outbox"]
         assert (outbox["status"] == "ok") == (status == 200)
         return status, outbox
