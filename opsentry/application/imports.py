@@ -238,6 +238,6 @@ class _Import:
 
 
 def _history_start(export: StatuspageExport) -> datetime:
-    """Return the earliest time of a record. Components without a time of their own existed then."""
+    """Return the earliest time of a record. A component without a time of its own is taken to exist since then."""
     times = [r.created_at for r in export.incidents] + [r.created_at for r in export.scheduled_maintenances]
     return min(times, default=datetime.now(UTC))

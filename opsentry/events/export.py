@@ -41,7 +41,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Unreadable(Exception):
-    """A line is not a line of an export."""
+    """A line of the file is not in the format of an export."""
 
     def __init__(self, number: int, problem: str) -> None:
         super().__init__(f"line {number}: {problem}")

@@ -182,7 +182,7 @@ def _path_id(request: web.Request) -> int:
 
 
 def _header_list(names: Sequence[str]) -> str:
-    """Return field names as a header value: what a header cannot carry is left out, and so are many."""
+    """Return at most 20 field names as a header value, without those that a header cannot carry."""
     return ", ".join(name for name in names[:20] if re.fullmatch(r"[\x21-\x2b\x2d-\x7e]{1,64}", name))
 
 

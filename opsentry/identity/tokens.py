@@ -39,7 +39,7 @@ class AuthenticatedToken(msgspec.Struct, frozen=True):
     """Describe a valid token of any kind.
 
     Attributes:
-        token_id: Its id; an API token's counts within its tenant.
+        token_id: Its id; API tokens count within their tenant.
         prefix: The public part of its value, 8 hex digits.
         name: The name that people gave it.
         expires_at: The end of its validity, if it has one.

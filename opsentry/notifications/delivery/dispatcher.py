@@ -173,7 +173,7 @@ class Dispatcher:
         return len(leased), bool(skipped_tenants or proven_only_tenants or proven_only)
 
     def _count_in_flight(self) -> tuple[Counter[int], Counter[int]]:
-        """Return each tenant's messages in flight, and its endpoints in service that have not proved themselves."""
+        """Return two counts for each tenant: messages in flight, and endpoints being served that are unproven."""
         in_flight: Counter[int] = Counter()
         unproven: Counter[int] = Counter()
         for endpoint, count in self._serving.values():

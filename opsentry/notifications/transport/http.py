@@ -81,7 +81,7 @@ def _parse_retry_after(retry_after: str | None) -> float | None:
 
 
 def _describe(error: Exception) -> str:
-    """Return the reason of a failure in our own words: those of libraries contain URLs and addresses."""
+    """Return the reason of a failure. The words are ours, because the texts of libraries contain URLs and addresses."""
     match error:
         case aiohttp.ClientConnectorCertificateError():
             reason = getattr(error.certificate_error, "verify_message", "") or "the certificate is not valid"
