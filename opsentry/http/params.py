@@ -68,7 +68,7 @@ def parse_query(query: type[Q], parsers: Mapping[str, tuple[str, Parser]], given
             continue
         known = parsers.get(name)
         if known is None:
-            raise InvalidField(name, "is not a parameter here")
+            raise InvalidField(name, "unknown parameter")
         field, parser = known
         if field in values:
             raise InvalidField(name, "must be given once")
