@@ -235,7 +235,7 @@ def _plain(verdict: Verdict) -> dict[str, object]:
 
 
 def _show(verdicts: Sequence[Verdict]) -> None:
-    shown = table("slug", "events", "anchor", "redacted", "verdict")
+    shown = table("slug", "events", "redacted", "verdict")
     for verdict in verdicts:
         summary = "[green]intact[/]"
         if verdict.violation is not None:
@@ -247,8 +247,11 @@ def _show(verdicts: Sequence[Verdict]) -> None:
         shown.add_row(
             verdict.slug or str(verdict.tenant_id),
             events,
-            f"{verdict.last}:{verdict.hash}",
             str(verdict.redacted),
             summary,
         )
     print_table(shown)
+    # Outside of the table, whose cells would fold: an anchor is there to be copied.
+    click.echo("\nAnchors, to keep where nobody can change them:")
+    for verdict in verdicts:
+        click.echo(f"{verdict.slug or verdict.tenant_id} {verdict.last}:{verdict.hash}")

@@ -202,7 +202,10 @@ async def test_an_export_verifies_without_a_database_and_resumes(run, fail, stor
 
 
 async def test_verify_names_the_damaged_event_and_exits_with_1(run, story, owner, acme, settings):
-    assert "intact" in await run("ledger", "verify", "--tenant", "acme")
+    shown = await run("ledger", "verify", "--tenant", "acme")
+    assert "intact" in shown
+    head = await audit.read_ledger_head(owner, acme.id)
+    assert f"acme {head.position}:{head.hash}\n" in shown
     await owner.execute("SET session_replication_role = replica; ALTER TABLE events DISABLE TRIGGER ALL")
     await owner.execute("UPDATE events SET data = data || ' ' WHERE tenant_id = $1 AND position = 4", acme.id)
     ran = await opsentry(environment(settings), "ledger", "verify", "--jobs", "1")
