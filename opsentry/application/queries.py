@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from typing import TypeAlias
 
 from opsentry.application.application import Application
 from opsentry.application.caller import Caller
@@ -16,10 +17,13 @@ from opsentry.infrastructure.postgres import Connection, Record
 from opsentry.projections.as_of import RenderedPage, RenderedResource
 from opsentry.projections.engine.projector import PositionNotReached
 
+Query: TypeAlias = Callable[[Connection], Awaitable[Record]]
+"""Selects one row of a read model."""
+
 HEAD_POLL_SECONDS = 0.05
 
 
-async def read_row(app: Application, caller: Caller, query: Callable[[Connection], Awaitable[Record]]) -> Record:
+async def read_row(app: Application, caller: Caller, query: Query) -> Record:
     """Return the row of a read model's query. It shows every change that was answered before.
 
     Raises:
@@ -66,6 +70,76 @@ async def resolve_as_of(app: Application, caller: Caller, as_of: int | datetime)
     return found
 
 
+async def read_listing(
+    app: Application,
+    caller: Caller,
+    as_of: int | datetime | None,
+    *,
+    present: Query,
+    past: Callable[[int], Awaitable[RenderedPage]],
+    has_pages: bool = True,
+) -> Listing:
+    """Return a list, now or as of a position or time.
+
+    Args:
+        app: The application.
+        caller: The caller.
+        as_of: A position or time; `None` means now.
+        present: Selects the row of the read model with `items`, `total` and `tag`.
+        past: Renders the list as of a position from the ledger.
+        has_pages: Whether the list has pages, and so a total.
+
+    Raises:
+        MissingPermission: The caller may not read.
+        InvalidField: `as_of` lies in the future.
+        PositionNotReached, DatabaseUnavailable: The read model cannot be read.
+    """
+    caller.require("read:status")
+    if as_of is None:
+        return listing_of_row(await read_row(app, caller, present), has_pages=has_pages)
+    page = await past(await resolve_as_of(app, caller, as_of))
+    return Listing(page.items, page.total if has_pages else None, page.position, 0, f"as-of-{page.position}")
+
+
+async def read_resource(
+    app: Application,
+    caller: Caller,
+    resource_id: int,
+    as_of: int | datetime | None,
+    *,
+    present: Query,
+    past: Callable[[int], Awaitable[RenderedResource | None]],
+    recorded: Callable[[int], Awaitable[RenderedResource | None]] | None = None,
+) -> Resource:
+    """Return a resource, now or as of a position or time.
+
+    Args:
+        app: The application.
+        caller: The caller.
+        resource_id: The resource's id.
+        as_of: A position or time; `None` means now.
+        present: Selects the row of the read model with `body` and `etag`.
+        past: Renders the resource as of a position from the ledger.
+        recorded: Renders a resource that a read model lacks while it lags, so that an answered command is never denied.
+
+    Raises:
+        NotFound: There is none.
+        MissingPermission, InvalidField, PositionNotReached, DatabaseUnavailable: See `read_listing`.
+    """
+    caller.require("read:status")
+    if as_of is None:
+        row = await read_row(app, caller, present)
+        if row["body"] is not None or recorded is None or (row["projected_position"] or 0) >= row["head_position"]:
+            return resource_of_row(resource_id, row)
+        position, found = row["head_position"], await recorded(row["head_position"])
+    else:
+        position = await resolve_as_of(app, caller, as_of)
+        found = await past(position)
+    if found is None:
+        raise NotFound
+    return Resource(resource_id, found.body, found.etag, position)
+
+
 def resource_of_row(resource_id: int, row: Record) -> Resource:
     """Return the resource in a row of a read model.
 
@@ -80,40 +154,11 @@ def resource_of_row(resource_id: int, row: Record) -> Resource:
     return Resource(resource_id, row["body"], row["etag"], row["projected_position"] or 0, lag_events(row))
 
 
-def resource_as_of(resource_id: int, found: RenderedResource | None, position: int) -> Resource:
-    """Return a resource as it was at `position`.
-
-    Raises:
-        NotFound: There was none.
-    """
-    if found is None:
-        raise NotFound
-    return Resource(resource_id, found.body, found.etag, position)
-
-
-async def resource_of_row_or_ledger(
-    resource_id: int, row: Record, from_ledger: Callable[[int], Awaitable[RenderedResource | None]]
-) -> Resource:
-    """Return the resource in a row or, where the read model lags, from the ledger: an answered command is never denied.
-
-    Raises:
-        NotFound: There is none.
-    """
-    if row["body"] is None and (row["projected_position"] or 0) < row["head_position"]:
-        return resource_as_of(resource_id, await from_ledger(row["head_position"]), row["head_position"])
-    return resource_of_row(resource_id, row)
-
-
 def listing_of_row(row: Record, *, has_pages: bool = True, changes_with_time: bool = False) -> Listing:
     """Return the list in a row; one that `changes_with_time` has no tag, because events alone do not change it."""
     tag = None if changes_with_time else row["tag"]
     total = row["total"] if has_pages else None
     return Listing(row["items"] or b"", total, row["projected_position"] or 0, lag_events(row), tag)
-
-
-def listing_as_of(page: RenderedPage, *, has_pages: bool = True) -> Listing:
-    """Return a list as it was."""
-    return Listing(page.items, page.total if has_pages else None, page.position, 0, f"as-of-{page.position}")
 
 
 def lag_events(row: Record) -> int:

@@ -5,14 +5,7 @@ from datetime import datetime
 from opsentry.application.application import Application
 from opsentry.application.caller import Caller
 from opsentry.application.pipeline import run
-from opsentry.application.queries import (
-    listing_as_of,
-    listing_of_row,
-    read_row,
-    resolve_as_of,
-    resource_as_of,
-    resource_of_row,
-)
+from opsentry.application.queries import read_listing, read_resource
 from opsentry.application.results import Listing, Resource
 from opsentry.domain import service
 from opsentry.domain.service import ChangeService, RegisterService, RetireService, Service, slug_reservation
@@ -52,38 +45,25 @@ async def change_service(
 async def list_services(
     app: Application, caller: Caller, service_filter: ServiceFilter, page: PageRequest, as_of: int | datetime | None
 ) -> Listing:
-    """Return a page of services by name, now or as of a position or time.
-
-    Raises:
-        MissingPermission: The caller may not read.
-        InvalidField: `as_of` lies in the future.
-        PositionNotReached, DatabaseUnavailable: The read model cannot be read.
-    """
-    caller.require("read:status")
-    if as_of is not None:
-        position = await resolve_as_of(app, caller, as_of)
-        return listing_as_of(await app.as_of_queries.list_services(caller.tenant_id, position, service_filter, page))
-    row = await read_row(
-        app, caller, lambda connection: services.select_services(connection, caller.tenant_id, service_filter, page)
+    """Return a page of services by name; raises as `read_listing`."""
+    return await read_listing(
+        app,
+        caller,
+        as_of,
+        present=lambda connection: services.select_services(connection, caller.tenant_id, service_filter, page),
+        past=lambda position: app.as_of_queries.list_services(caller.tenant_id, position, service_filter, page),
     )
-    return listing_of_row(row)
 
 
 async def get_service(
     app: Application, caller: Caller, service_id: int, as_of: int | datetime | None = None
 ) -> Resource:
-    """Return a service with its present or past status.
-
-    Raises:
-        NotFound: The tenant has none with this id.
-        MissingPermission, InvalidField, PositionNotReached, DatabaseUnavailable: See `list_services`.
-    """
-    caller.require("read:status")
-    if as_of is not None:
-        position = await resolve_as_of(app, caller, as_of)
-        found = await app.as_of_queries.get_service(caller.tenant_id, service_id, position)
-        return resource_as_of(service_id, found, position)
-    row = await read_row(
-        app, caller, lambda connection: services.select_service(connection, caller.tenant_id, service_id)
+    """Return a service with its present or past status; raises as `read_resource`."""
+    return await read_resource(
+        app,
+        caller,
+        service_id,
+        as_of,
+        present=lambda connection: services.select_service(connection, caller.tenant_id, service_id),
+        past=lambda position: app.as_of_queries.get_service(caller.tenant_id, service_id, position),
     )
-    return resource_of_row(service_id, row)
