@@ -1,8 +1,9 @@
 """The caller of a use case: the tenant, the actor, the actor's permissions and the request's conditions."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from opsentry.domain import incident, maintenance, service, subscription
 from opsentry.events.codec import Actor
@@ -31,8 +32,7 @@ class MissingPermission(Exception):
         self.permission = permission
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Describe who runs a use case, for which tenant, under which conditions.
 
     Attributes:

@@ -30,8 +30,7 @@ class Dependencies:
     failure_limiter: RateLimiter
 
 
-@dataclass(slots=True)
-class RequestContext(Generic[Q, B]):
+class RequestContext(msgspec.Struct, Generic[Q, B], kw_only=True):
     """One authenticated request of an operation.
 
     Attributes:
