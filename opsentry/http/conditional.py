@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from opsentry.domain.decider import InvalidField
+from opsentry.events.codec import Actor
 from opsentry.events.store import IdempotencyKey
 from opsentry.http.params import MAX_INTEGER
 
@@ -48,10 +49,10 @@ def min_position(request: web.Request) -> int:
     return int(raw)
 
 
-def idempotency_key(request: web.Request, token_id: int, body: bytes) -> IdempotencyKey | None:
+def idempotency_key(request: web.Request, actor: Actor, body: bytes) -> IdempotencyKey | None:
     """Return the key that makes a request safe to send again, `None` without an `Idempotency-Key`.
 
-    The key belongs to its token. Bodies are compared as JSON, so that spaces and the order of fields do not matter.
+    The key belongs to the actor. Bodies are compared as JSON, so that spaces and the order of fields do not matter.
 
     Raises:
         InvalidField: The header is repeated or malformed.
@@ -65,7 +66,8 @@ def idempotency_key(request: web.Request, token_id: int, body: bytes) -> Idempot
     with suppress(msgspec.MsgspecError, RecursionError, OverflowError, UnicodeDecodeError):
         body = msgspec.json.encode(msgspec.json.decode(body), order="sorted")
     fingerprint = b"\n".join((request.method.encode(), request.path.encode(), body))
-    return IdempotencyKey(sha256(f"{token_id}:{values[0]}".encode()).digest(), sha256(fingerprint).digest())
+    key = f"{actor.kind}:{actor.id}:{values[0]}".encode()
+    return IdempotencyKey(sha256(key).digest(), sha256(fingerprint).digest())
 
 
 def not_modified(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:

@@ -112,6 +112,7 @@ def _tenant_handler(dependencies: Dependencies, operation: Operation) -> Handler
         token, status = await admit(dependencies.api_tokens, request, limiter, failures, settings.trusted_proxies)
         rate = rate_headers(status)
         request_id = request[REQUEST_ID]
+        actor = Actor("token", token.token_id)
         try:
             _require(token.scopes, scopes)
             octets = await read_body(request, settings.request_body_timeout_seconds) if reads_body else b""
@@ -120,11 +121,11 @@ def _tenant_handler(dependencies: Dependencies, operation: Operation) -> Handler
                 application=dependencies.application,
                 caller=Caller(
                     tenant_id=token.tenant_id,
-                    actor=Actor("token", token.token_id),
+                    actor=actor,
                     permissions=token.scopes,
                     request_id=request_id,
                     name=token.name,
-                    idempotency_key=idempotency_key(request, token.token_id, octets) if takes_key else None,
+                    idempotency_key=idempotency_key(request, actor, octets) if takes_key else None,
                     expected_versions=expected_versions(request),
                     min_position=min_position(request),
                 ),

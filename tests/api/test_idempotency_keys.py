@@ -3,9 +3,12 @@
 import asyncio
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
 from opsentry.events import store
+from opsentry.events.codec import Actor
+from opsentry.http.conditional import idempotency_key
 from opsentry.identity.scopes import SCOPES
 from tests.api.conftest import (
     CREATING,
@@ -22,6 +25,18 @@ from tests.api.conftest import (
 from tests.conftest import Client
 
 ACTIONS = {"start", "complete", "cancel"}
+
+
+def test_equal_ids_of_two_kinds_of_actors_have_different_keys():
+    request = make_mocked_request("POST", "/api/v1/incidents", headers={"Idempotency-Key": "deploy-1"})
+    of_token, of_operator = (
+        idempotency_key(request, actor, b"{}") for actor in (Actor("token", 1), Actor("operator", 1))
+    )
+    assert of_token is not None
+    assert of_operator is not None
+    assert of_token.digest != of_operator.digest
+    assert of_token.fingerprint == of_operator.fingerprint
+    assert of_token == idempotency_key(request, Actor("token", 1), b"{ }")
 
 
 @pytest.mark.parametrize("name", [name for name in KEYED_REQUESTS if name not in ACTIONS])
