@@ -1,6 +1,7 @@
 """Responses: results of use cases as HTTP."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import blake2b
 from http import HTTPStatus
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
+from yarl import URL
 
 from opsentry import __version__
 from opsentry.application.results import Listing, Resource
@@ -78,10 +80,15 @@ def list_response(request: web.Request, name: str, listing: Listing, page: PageR
 
 def add_links(request: web.Request, response: web.Response, links: Mapping[str, Mapping[str, int | str]]) -> None:
     """Add a `Link` header (RFC 8288): for each relation, the query parameters that differ from this request's."""
-    url = request.rel_url
-    values = [f'<{url.update_query(dict(query))}>; rel="{relation}"' for relation, query in links.items()]
+    values = [_link(request.path_qs, relation, tuple(query.items())) for relation, query in links.items()]
     if values:
         response.headers["Link"] = ", ".join(values)
+
+
+# Clients read the same few pages again and again, and building a URL takes as long as all other headers together.
+@lru_cache(maxsize=256)
+def _link(url: str, relation: str, query: tuple[tuple[str, int | str], ...]) -> str:
+    return f'<{URL(url, encoded=True).update_query(dict(query))}>; rel="{relation}"'
 
 
 def _add_position(response: web.Response, position: int, lag_events: int) -> web.Response:
