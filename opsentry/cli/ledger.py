@@ -251,7 +251,8 @@ def _show(verdicts: Sequence[Verdict]) -> None:
             summary,
         )
     print_table(shown)
-    # Outside of the table, whose cells would fold: an anchor is there to be copied.
-    click.echo("\nAnchors, to keep where nobody can change them:")
-    for verdict in verdicts:
-        click.echo(f"{verdict.slug or verdict.tenant_id} {verdict.last}:{verdict.hash}")
+    if intact := [verdict for verdict in verdicts if verdict.violation is None]:
+        # Outside of the table, whose cells would fold: an anchor is there to be copied.
+        click.echo("\nAnchors, to keep where nobody can change them:")
+        for verdict in intact:
+            click.echo(f"{verdict.slug or verdict.tenant_id} {verdict.last}:{verdict.hash}")

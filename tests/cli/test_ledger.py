@@ -211,5 +211,6 @@ async def test_verify_names_the_damaged_event_and_exits_with_1(run, story, owner
     ran = await opsentry(environment(settings), "ledger", "verify", "--jobs", "1")
     assert ran.code == 1
     assert "event 4 changed: it is not the recorded event" in ran.out
+    assert "Anchors" not in ran.out, "a damaged ledger has no end to rely on"
     ran = await opsentry(environment(settings), "ledger", "verify", "--json")
     assert (ran.code, json.loads(ran.out)[0]["violation"]["position"]) == (1, 4)
