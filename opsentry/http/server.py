@@ -56,7 +56,7 @@ def create_app(
 def _request_ids() -> Iterator[str]:
     """Yield random request ids: a client learns nothing about the number of other requests.
 
-    One read of the system's random source serves many ids, because a system call costs more than a whole probe.
+    One read of the system's random source serves many ids, because each read is a system call.
     """
     length = 2 * _REQUEST_ID_BYTES
     while True:

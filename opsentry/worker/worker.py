@@ -36,8 +36,8 @@ class PeriodicTask(NamedTuple):
 class Worker:
     """Run all periodic tasks until stopped.
 
-    Several workers may run without a leader. The lock of a checkpoint applies each event once. Of several
-    commands for one version of a stream, one succeeds.
+    Several workers may run without a leader. The lock of a checkpoint applies each event once. Of several commands
+    for one version of a stream, one succeeds.
 
     Args:
         app: The application.
