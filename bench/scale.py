@@ -27,6 +27,7 @@ from opsentry.domain.incident import (
 )
 from opsentry.domain.service import ServiceRegistered
 from opsentry.events.codec import Actor, Meta, RecordedEvent
+from opsentry.projections.engine.projection import apply
 
 SMALL, LARGE = 10_000, 1_000_000
 LIMIT = 1.5
@@ -148,7 +149,7 @@ async def _fill(url: str, tenant_id: int, count: int, newest: datetime) -> None:
         RecordedEvent(tenant_id, position + number, service.KIND, number, 1, _service(number), began, began, META)
         for number in range(1, SERVICES + 1)
     ]
-    await by_name["services"].apply(owner, tenant_id, services)
+    await apply(owner, by_name["services"], tenant_id, services)
     position += SERVICES
     for first in range(1, count + 1, 2000):
         events: list[RecordedEvent] = []
@@ -161,8 +162,8 @@ async def _fill(url: str, tenant_id: int, count: int, newest: datetime) -> None:
                     RecordedEvent(tenant_id, position, incident.KIND, number, version, event, moment, moment, META)
                 )
         await asyncio.gather(
-            by_name["incidents"].apply(connections[0], tenant_id, events),
-            by_name["impact"].apply(connections[1], tenant_id, events),
+            apply(connections[0], by_name["incidents"], tenant_id, events),
+            apply(connections[1], by_name["impact"], tenant_id, events),
         )
     await owner.execute("UPDATE ledger_heads SET position = $2 WHERE tenant_id = $1", tenant_id, position)
     await owner.execute(

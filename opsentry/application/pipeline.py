@@ -96,7 +96,7 @@ async def run(
         raise NotFound from None
     except UnexpectedVersion:
         raise await _precondition_failed(app, caller, decider.kind, stream_id or 0) from None
-    await catch_up(app, caller, result.position)
+    await catch_up(app, caller, result.position, result.history[len(result.history) - result.appended :])
     return Outcome(result, services.links)
 
 
@@ -145,15 +145,15 @@ class _ServiceCheck:
             raise InvalidField("service_ids", f"no such service: {', '.join(map(str, unknown))}")
 
 
-async def catch_up(app: Application, caller: Caller, position: int) -> None:
-    """Bring the tenant's read models up to `position`.
+async def catch_up(app: Application, caller: Caller, position: int, events: Sequence[RecordedEvent] = ()) -> None:
+    """Bring the tenant's read models up to `position`, where the command's `events` end.
 
     The command is durable, so a failure here does not fail it: the next read or the worker catches up. The caller
     then waits until reads no longer take the events for those of an unanswered command.
     """
     began = time.monotonic()
     try:
-        await app.projector.catch_up(caller.tenant_id, position, CATCH_UP_TIMEOUT_SECONDS)
+        await app.projector.catch_up(caller.tenant_id, position, CATCH_UP_TIMEOUT_SECONDS, events)
     except Exception as error:  # noqa: BLE001 - the command was carried out, whatever happens to its projections
         _log.warning("catch_up_deferred", request_id=caller.request_id, error=type(error).__name__)
         await asyncio.sleep(max(0.0, began + 1.1 * UNANSWERED_SECONDS - time.monotonic()))

@@ -12,9 +12,9 @@ from opsentry.cli.common import for_any_tenant, opened_core, optional_tenant_id,
 from opsentry.cli.output import EventRate, as_json, print_json, progress_bar
 from opsentry.events import audit
 from opsentry.projections.engine import management, rebuild_pool
+from opsentry.projections.engine.applier import PoisonEvent
 from opsentry.projections.engine.comparison import Difference
 from opsentry.projections.engine.projection import Projection
-from opsentry.projections.engine.projector import PoisonEvent
 from opsentry.projections.engine.rebuild import Rebuilder
 
 _PROJECTIONS = {projection.name: projection for projection in projections()}

@@ -16,46 +16,14 @@ from opsentry.domain.uptime import Period
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
-from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream, continued
+from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, WriterRows, by_stream, continued
 from opsentry.projections.impact_state import ChangedState, ImpactState, ServiceImpact, derive_changes
-from opsentry.projections.timeline import id_array
 
 # Selects the states of the streams $3 of kind $2. LIMIT makes it one index lookup for each; see `incidents`.
 _LOAD_STATES = """
 SELECT s.* FROM unnest($3::bigint[]) AS wanted (id) CROSS JOIN LATERAL (
     SELECT stream_id, version, is_active, level, is_excluded, service_ids FROM impact_states
     WHERE tenant_id = $1 AND stream_kind = $2 AND stream_id = wanted.id LIMIT 1) AS s
-"""
-
-# Writes one state for each stream; a newer version stays.
-_STORE_STATES = """
-INSERT INTO impact_states
-    (tenant_id, stream_kind, stream_id, version, is_active, level, is_excluded, service_ids)
-SELECT $1, $2, id, version, is_active, level, is_excluded, service_ids::bigint[]
-FROM unnest($3::bigint[], $4::int[], $5::bool[], $6::smallint[], $7::bool[], $8::text[])
-    AS row (id, version, is_active, level, is_excluded, service_ids)
-ON CONFLICT (tenant_id, stream_kind, stream_id) DO UPDATE SET
-    version = excluded.version, is_active = excluded.is_active, level = excluded.level,
-    is_excluded = excluded.is_excluded, service_ids = excluded.service_ids
-WHERE impact_states.version < excluded.version
-"""
-
-# Ends service impacts that are ongoing.
-_END_IMPACTS = """
-UPDATE service_impacts i SET ended_at = row.ended_at
-FROM unnest($3::bigint[], $4::bigint[], $5::timestamptz[]) AS row (stream_id, service_id, ended_at)
-WHERE i.tenant_id = $1 AND i.stream_kind = $2 AND i.stream_id = row.stream_id AND i.service_id = row.service_id
-  AND i.ended_at = 'infinity'
-"""
-
-# Inserts new service impacts; a repeated event changes nothing.
-_START_IMPACTS = """
-INSERT INTO service_impacts
-    (tenant_id, stream_kind, stream_id, service_id, started_version, started_at, ended_at, level, is_excluded)
-SELECT $1, $2, stream_id, service_id, started_version, started_at, ended_at, level, is_excluded
-FROM unnest($3::bigint[], $4::bigint[], $5::int[], $6::timestamptz[], $7::timestamptz[], $8::smallint[], $9::bool[])
-    AS row (stream_id, service_id, started_version, started_at, ended_at, level, is_excluded)
-ON CONFLICT DO NOTHING
 """
 
 # The condition of the index on impacts that last more than a week or are ongoing. Time zone UTC makes it immutable.
@@ -131,29 +99,26 @@ class Impact:
 
     name = "impact"
     version = 1
+    writer = "write_impact"
     kinds = _KINDS
     tables = (STATES, IMPACTS)
 
-    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """Start and end service impacts, and store the state of each stream."""
+    async def prepare(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> WriterRows:
+        """Return the state of each stream, and the service impacts that end and start."""
+        states: list[tuple[Any, ...]] = []
+        ended: list[tuple[Any, ...]] = []
+        started: list[tuple[Any, ...]] = []
         for kind in self.kinds:
-            if of_kind := [event for event in events if event.kind == kind]:
-                await self._apply(connection, tenant_id, kind, of_kind)
-
-    async def _apply(self, connection: Connection, tenant_id: int, kind: str, events: Sequence[RecordedEvent]) -> None:
-        streams = by_stream(events)
-        stored = {}
-        if ids := continued(streams):
-            rows = await connection.fetch(_LOAD_STATES, tenant_id, kind, ids)
-            stored = {row["stream_id"]: (row["version"], _state(row)) for row in rows}
-        changes = derive_changes(streams, stored)
-        *columns, service_ids = zip(*map(_state_row, changes.states), strict=True)
-        await connection.execute(_STORE_STATES, tenant_id, kind, *columns, list(map(id_array, service_ids)))
-        if changes.ended:
-            await connection.execute(_END_IMPACTS, tenant_id, kind, *zip(*changes.ended, strict=True))
-        if changes.started:
-            started = zip(*map(_impact_row, changes.started), strict=True)
-            await connection.execute(_START_IMPACTS, tenant_id, kind, *started)
+            streams = by_stream(event for event in events if event.kind == kind)
+            stored = {}
+            if ids := continued(streams):
+                rows = await connection.fetch(_LOAD_STATES, tenant_id, kind, ids)
+                stored = {row["stream_id"]: (row["version"], _state(row)) for row in rows}
+            changes = derive_changes(streams, stored)
+            states += [(kind, *_state_row(changed)) for changed in changes.states]
+            ended += [(kind, *end) for end in changes.ended]
+            started += [(kind, *_impact_row(impact)) for impact in changes.started]
+        return states, ended, started
 
     def replayer(self) -> Replay:
         """Return a function that computes the rows of whole streams."""

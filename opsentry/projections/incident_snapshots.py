@@ -10,7 +10,6 @@ import asyncpg
 
 from opsentry.domain import incident
 from opsentry.domain.incident import IncidentRedacted
-from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
 from opsentry.projections.engine.projection import Streams, Table
@@ -25,23 +24,13 @@ SNAPSHOTS = Table(
     of_streams={incident.KIND: "incident_id BETWEEN $2 AND $3"},
 )
 
-# Inserts snapshots, each with the timeline entries of its hundred versions and the tokens that wrote them.
-_STORE = f"""
-INSERT INTO incident_snapshots (tenant_id, incident_id, version, body, updates, token_ids)
-SELECT $1, row.id, row.version, row.body, coalesce(u.entries, ''), coalesce(u.token_ids, '{{}}')
-FROM unnest($2::bigint[], $3::int[], $4::text[]) AS row (id, version, body)
-CROSS JOIN LATERAL (
-    SELECT string_agg({ENTRY_WITH_PLACEHOLDER}, ',' ORDER BY u.version) AS entries,
-        array_agg(DISTINCT u.actor_id) FILTER (WHERE u.actor_kind = 'token' AND u.actor_id IS NOT NULL) AS token_ids
-    FROM incident_updates u WHERE u.tenant_id = $1 AND u.incident_id = row.id
-        AND u.version > row.version - {SNAPSHOT_EVERY_VERSIONS} AND u.version <= row.version) AS u
-ON CONFLICT DO NOTHING
-"""
-
-# Deletes the snapshots from before a redaction: they still hold the redacted text.
-_DELETE_OLDER = """
-DELETE FROM incident_snapshots s USING unnest($2::bigint[], $3::int[]) AS row (incident_id, version)
-WHERE s.tenant_id = $1 AND s.incident_id = row.incident_id AND s.version < row.version
+# Selects the timeline entries of the incidents $2 before version $3 of each, back to the snapshot before it.
+_SELECT_RECENT = f"""
+SELECT u.incident_id, u.version, u.actor_kind, u.actor_id, u.body
+FROM unnest($2::bigint[], $3::int[]) AS wanted (id, version) CROSS JOIN LATERAL (
+    SELECT * FROM incident_updates
+    WHERE tenant_id = $1 AND incident_id = wanted.id AND version < wanted.version
+        AND version > wanted.version - {SNAPSHOT_EVERY_VERSIONS} ORDER BY version) AS u
 """
 
 # Selects the version that an incident had at position $3, and the last snapshot before it.
@@ -82,29 +71,27 @@ class Snapshot(NamedTuple):
     body: str
 
 
-async def store_snapshots(
-    connection: Connection, tenant_id: int, snapshots: Sequence[Snapshot], events: Sequence[RecordedEvent]
-) -> None:
-    """Insert `snapshots`, and delete those that the redactions among `events` outdate.
-
-    The timeline entries of `events` must be stored and redacted before.
-    """
-    redacted_at = {e.stream_id: e.version for e in events if isinstance(e.event, IncidentRedacted)}
-    if redacted_at:
-        await connection.execute(_DELETE_OLDER, tenant_id, list(redacted_at), list(redacted_at.values()))
-    if valid := [each for each in snapshots if each.version > redacted_at.get(each.incident_id, 0)]:
-        await connection.execute(_STORE, tenant_id, *zip(*valid, strict=True))
+async def load_recent_entries(
+    connection: Connection, tenant_id: int, snapshots: Sequence[Snapshot], streams: Streams
+) -> dict[int, list[tuple[Any, ...]]]:
+    """Return the stored timeline entries of `snapshots` that come before `streams`, by incident."""
+    first = {each.incident_id: streams[each.incident_id][0].version for each in snapshots}
+    entries: dict[int, list[tuple[Any, ...]]] = {incident_id: [] for incident_id in first}
+    if first:
+        for row in await connection.fetch(_SELECT_RECENT, tenant_id, list(first), list(first.values())):
+            entries[row["incident_id"]].append(tuple(row))
+    return entries
 
 
 def snapshot_rows(
     snapshots: Sequence[Snapshot], streams: Streams, updates: Mapping[int, Sequence[tuple[Any, ...]]]
 ) -> list[tuple[Any, ...]]:
-    """Return the rows that `store_snapshots` would leave.
+    """Return the rows of `snapshots`, without those that a later redaction outdates.
 
     Args:
-        snapshots: The snapshots of whole streams, stream by stream.
-        streams: These streams.
-        updates: The rows of their timeline entries, by stream id.
+        snapshots: The snapshots, stream by stream.
+        streams: The events of these streams that lead to them.
+        updates: The rows of their timeline entries back to the snapshot before, by stream id.
     """
     rows: list[tuple[Any, ...]] = []
     for incident_id, of_incident in groupby(snapshots, key=itemgetter(0)):

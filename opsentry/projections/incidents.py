@@ -11,13 +11,22 @@ from opsentry.domain.incident import IncidentRedacted
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
-from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream, continued, replay_streams
+from opsentry.projections.engine.projection import (
+    Replay,
+    Rows,
+    Streams,
+    Table,
+    WriterRows,
+    by_stream,
+    continued,
+    replay_streams,
+)
 from opsentry.projections.incident_snapshots import (
     SNAPSHOT_EVERY_VERSIONS,
     SNAPSHOTS,
     Snapshot,
+    load_recent_entries,
     snapshot_rows,
-    store_snapshots,
 )
 from opsentry.projections.incident_view import IncidentFilter, ProjectedIncident, decode_view, evolve
 from opsentry.projections.page_request import PageRequest
@@ -27,7 +36,6 @@ from opsentry.projections.timeline import (
     TimelineTable,
     entry_rows,
     etag_of,
-    id_array,
     response,
 )
 
@@ -36,39 +44,6 @@ from opsentry.projections.timeline import (
 _LOAD = """
 SELECT i.incident_id, i.version, i.body FROM unnest($2::bigint[]) AS wanted (id) CROSS JOIN LATERAL (
     SELECT incident_id, version, body FROM incidents WHERE tenant_id = $1 AND incident_id = wanted.id LIMIT 1) AS i
-"""
-
-# Writes one row for each incident, unless a newer version is stored, and adjusts the counts.
-# - All parts of the statement see the rows from before it. So the second branch of `moves` subtracts the old rows.
-# - The checkpoint's lock keeps other writers from counting meanwhile.
-# - The condition on version always holds. It lets the planner expect one row, so that a connection keeps one plan that
-#   goes by the keys. Otherwise it would plan each batch again, and scan the counts of all tenants.
-_STORE = """
-WITH stored AS (
-    INSERT INTO incidents
-        (tenant_id, incident_id, version, status, severity, visibility, service_ids, occurred_at, body)
-    SELECT $1, id, version, status, severity, visibility, service_ids::bigint[], occurred_at, body
-    FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::timestamptz[], $9::text[])
-        AS row (id, version, status, severity, visibility, service_ids, occurred_at, body)
-    WHERE version BETWEEN 1 AND 2147483647
-    ON CONFLICT (tenant_id, incident_id) DO UPDATE SET
-        version = excluded.version, status = excluded.status, severity = excluded.severity,
-        visibility = excluded.visibility, service_ids = excluded.service_ids, body = excluded.body
-    WHERE incidents.version < excluded.version
-    RETURNING incident_id, status, severity),
-changes AS (
-    SELECT status, severity, sum(change) AS change FROM (
-        SELECT status, severity, 1 AS change FROM stored
-        UNION ALL
-        SELECT i.status, i.severity, -1 FROM stored CROSS JOIN LATERAL (
-            SELECT status, severity FROM incidents
-            WHERE tenant_id = $1 AND incident_id = stored.incident_id LIMIT 1) AS i) AS moves
-    GROUP BY status, severity HAVING sum(change) <> 0)
-MERGE INTO incident_counts c USING changes ON c.tenant_id = $1
-    AND c.status = changes.status AND c.severity = changes.severity
-WHEN MATCHED AND c.incidents + change = 0 THEN DELETE
-WHEN MATCHED THEN UPDATE SET incidents = c.incidents + change
-WHEN NOT MATCHED THEN INSERT VALUES ($1, changes.status, changes.severity, change)
 """
 
 _RESPONSE = response("i")
@@ -147,11 +122,12 @@ class Incidents:
 
     name = "incidents"
     version = 1
+    writer = "write_incidents"
     kinds = (incident.KIND,)
     tables = (INCIDENTS, COUNTS, _TIMELINE.table, SNAPSHOTS)
 
-    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """Write a row for each incident, and its new timeline entries and snapshots."""
+    async def prepare(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> WriterRows:
+        """Return a row for each incident, its new and its redacted timeline entries, redactions, and snapshots."""
         streams = by_stream(events)
         stored = {}
         if ids := continued(streams):
@@ -160,13 +136,14 @@ class Incidents:
                 row["incident_id"]: (row["version"], ProjectedIncident.of(decode_view(row["body"]))) for row in rows
             }
         changed, snapshots = _rows(streams, stored)
-        columns = list(zip(*changed, strict=True))
-        columns[5] = tuple(map(id_array, columns[5]))
-        await connection.execute(_STORE, tenant_id, *columns)
-        await _TIMELINE.store(connection, tenant_id, events)
-        redacted = [(e.stream_id, v) for e in events if isinstance(e.event, IncidentRedacted) for v in e.event.versions]
-        await _TIMELINE.redact(connection, tenant_id, redacted)
-        await store_snapshots(connection, tenant_id, snapshots, events)
+        entries, redacted = await _TIMELINE.changes(connection, tenant_id, events)
+        redactions = [(e.stream_id, e.version) for e in events if isinstance(e.event, IncidentRedacted)]
+        recent = await load_recent_entries(connection, tenant_id, snapshots, streams)
+        redacted_bodies = {row[:2]: row for row in redacted}
+        for incident_id, of_incident in recent.items():
+            recent[incident_id] = [redacted_bodies.get(row[:2], row) for row in of_incident]
+            recent[incident_id] += [row for row in entries if row[0] == incident_id]
+        return changed, entries, redacted, redactions, snapshot_rows(snapshots, streams, recent)
 
     def replayer(self) -> Replay:
         """Return a function that computes the rows of whole streams."""

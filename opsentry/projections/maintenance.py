@@ -8,16 +8,19 @@ import asyncpg
 import msgspec
 
 from opsentry.domain import maintenance
-from opsentry.domain.maintenance import (
-    MaintenanceRedacted,
-    MaintenanceReminded,
-    MaintenanceRescheduled,
-    MaintenanceScheduled,
-)
+from opsentry.domain.maintenance import MaintenanceReminded, MaintenanceRescheduled, MaintenanceScheduled
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
-from opsentry.projections.engine.projection import Replay, Streams, Table, by_stream, continued, replay_streams
+from opsentry.projections.engine.projection import (
+    Replay,
+    Streams,
+    Table,
+    WriterRows,
+    by_stream,
+    continued,
+    replay_streams,
+)
 from opsentry.projections.maintenance_view import MaintenanceFilter, MaintenanceView, decode_view, evolve_view
 from opsentry.projections.page_request import PageRequest
 from opsentry.projections.timeline import (
@@ -26,7 +29,6 @@ from opsentry.projections.timeline import (
     TimelineTable,
     entry_rows,
     etag_of,
-    id_array,
     response,
 )
 
@@ -35,25 +37,6 @@ _LOAD = (
     "SELECT maintenance_id, version, announced_at, reminder_pending_since, body FROM maintenance"
     " WHERE tenant_id = $1 AND maintenance_id = ANY($2)"
 )
-
-# Writes one row for each window, unless a newer version is stored.
-_STORE = """
-INSERT INTO maintenance
-    (tenant_id, maintenance_id, version, status, visibility, service_ids, announced_at, scheduled_start,
-    transition_due_at, reminder_pending_since, body)
-SELECT $1, id, version, status, visibility, service_ids::bigint[], announced_at, scheduled_start, transition_due_at,
-    reminder_pending_since, body
-FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::timestamptz[], $8::timestamptz[],
-            $9::timestamptz[], $10::timestamptz[], $11::text[])
-    AS row (id, version, status, visibility, service_ids, announced_at, scheduled_start, transition_due_at,
-        reminder_pending_since, body)
-ON CONFLICT (tenant_id, maintenance_id) DO UPDATE SET
-    version = excluded.version, status = excluded.status, visibility = excluded.visibility,
-    service_ids = excluded.service_ids, scheduled_start = excluded.scheduled_start,
-    transition_due_at = excluded.transition_due_at, reminder_pending_since = excluded.reminder_pending_since,
-    body = excluded.body
-WHERE maintenance.version < excluded.version
-"""
 
 _RESPONSE = response("m")
 _NEWEST_FIRST = "announced_at DESC, maintenance_id DESC"
@@ -138,11 +121,12 @@ class MaintenanceWindows:
 
     name = "maintenance"
     version = 1
+    writer = "write_maintenance"
     kinds = (maintenance.KIND,)
     tables = (WINDOWS, _TIMELINE.table)
 
-    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """Write a row for each window, and its new timeline entries."""
+    async def prepare(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> WriterRows:
+        """Return a row for each window, and its new and its redacted timeline entries."""
         streams = by_stream(events)
         stored, announced = {}, {}
         if ids := continued(streams):
@@ -155,14 +139,8 @@ class MaintenanceWindows:
                 for row in rows
             }
             announced = {row["maintenance_id"]: row["announced_at"] for row in rows}
-        columns = list(zip(*_rows(streams, stored, announced), strict=True))
-        columns[4] = tuple(map(id_array, columns[4]))
-        await connection.execute(_STORE, tenant_id, *columns)
-        await _TIMELINE.store(connection, tenant_id, events)
-        redacted = [
-            (e.stream_id, v) for e in events if isinstance(e.event, MaintenanceRedacted) for v in e.event.versions
-        ]
-        await _TIMELINE.redact(connection, tenant_id, redacted)
+        entries = await _TIMELINE.changes(connection, tenant_id, events)
+        return [_rows(streams, stored, announced), *entries]
 
     def replayer(self) -> Replay:
         """Return a function that computes the rows of whole streams."""

@@ -13,23 +13,20 @@ from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection, Record, fetch_one
 from opsentry.infrastructure.single_flight import BatchLoader
 from opsentry.projections.engine.freshness import freshness
-from opsentry.projections.engine.projection import Replay, Streams, Table, by_stream, continued, replay_streams
+from opsentry.projections.engine.projection import (
+    Replay,
+    Streams,
+    Table,
+    WriterRows,
+    by_stream,
+    continued,
+    replay_streams,
+)
 from opsentry.projections.engine.projector import Projector
 from opsentry.projections.page_request import PageRequest
 
 # Selects the stored rows of these services.
 _LOAD = "SELECT service_id, version, retired, body FROM services WHERE tenant_id = $1 AND service_id = ANY($2)"
-
-# Writes one row for each service, unless a newer version is stored.
-_STORE = """
-INSERT INTO services (tenant_id, service_id, version, slug, name, visibility, retired, created_at, body, link)
-SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::timestamptz[],
-                         $9::text[], $10::text[])
-ON CONFLICT (tenant_id, service_id) DO UPDATE SET
-    version = excluded.version, slug = excluded.slug, name = excluded.name, visibility = excluded.visibility,
-    retired = excluded.retired, created_at = excluded.created_at, body = excluded.body, link = excluded.link
-WHERE services.version < excluded.version
-"""
 
 # The response about service `s` with its status `t`: its body with `current_status`.
 _RESPONSE = (
@@ -164,18 +161,19 @@ class Services:
 
     name = "services"
     version = 1
+    writer = "write_services"
     kinds = (service.KIND,)
     tables = (SERVICES,)
 
-    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """Write a row for each service."""
+    async def prepare(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> WriterRows:
+        """Return a row for each service."""
         streams = by_stream(events)
         stored, retired = {}, set()
         if ids := continued(streams):
             rows = await connection.fetch(_LOAD, tenant_id, ids)
             stored = {row["service_id"]: (row["version"], _decode_view(row["body"])) for row in rows}
             retired = {row["service_id"] for row in rows if row["retired"]}
-        await connection.execute(_STORE, tenant_id, *zip(*_rows(streams, stored, retired), strict=True))
+        return [_rows(streams, stored, retired)]
 
     def replayer(self) -> Replay:
         """Return a function that computes the rows of whole streams."""

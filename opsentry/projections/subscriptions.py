@@ -12,24 +12,21 @@ from opsentry.domain.subscription import Subscription, SubscriptionEvent
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection, fetch_one
 from opsentry.projections.engine.freshness import freshness
-from opsentry.projections.engine.projection import Replay, Streams, Table, by_stream, continued, replay_streams
+from opsentry.projections.engine.projection import (
+    Replay,
+    Streams,
+    Table,
+    WriterRows,
+    by_stream,
+    continued,
+    replay_streams,
+)
 from opsentry.projections.page_request import PageRequest
 
 # Selects the stored rows of these subscriptions.
 _LOAD = """
 SELECT subscription_id, version, created_at, state FROM subscriptions
 WHERE tenant_id = $1 AND subscription_id = ANY($2)
-"""
-
-# Writes one row for each subscription, unless a newer version is stored.
-_STORE = """
-INSERT INTO subscriptions (tenant_id, subscription_id, version, status, channel, target, created_at, state, body)
-SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::timestamptz[], $8::text[],
-                         $9::text[])
-ON CONFLICT (tenant_id, subscription_id) DO UPDATE SET
-    version = excluded.version, status = excluded.status, target = excluded.target, state = excluded.state,
-    body = excluded.body
-WHERE subscriptions.version < excluded.version
 """
 
 _MATCHES = """tenant_id = $1 AND status <> 'removed'
@@ -150,11 +147,12 @@ class Subscriptions:
 
     name = "subscriptions"
     version = 1
+    writer = "write_subscriptions"
     kinds = (subscription.KIND,)
     tables = (SUBSCRIPTIONS,)
 
-    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """Write a row for each subscription."""
+    async def prepare(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> WriterRows:
+        """Return a row for each subscription."""
         streams = by_stream(events)
         stored = {}
         if ids := continued(streams):
@@ -162,7 +160,7 @@ class Subscriptions:
                 # `updated_at` is not stored. A row without a newer event is not written, and a newer event sets it.
                 projected = _ProjectedSubscription(stream_id, _decode_state(state), created_at, created_at)
                 stored[stream_id] = (version, projected)
-        await connection.execute(_STORE, tenant_id, *zip(*_rows(streams, stored), strict=True))
+        return [_rows(streams, stored)]
 
     def replayer(self) -> Replay:
         """Return a function that computes the rows of whole streams."""

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from opsentry.domain.decider import REDACTED
-from opsentry.domain.incident import IncidentUpdated
-from opsentry.domain.maintenance import MaintenanceUpdated
+from opsentry.domain.incident import IncidentRedacted, IncidentUpdated
+from opsentry.domain.maintenance import MaintenanceRedacted, MaintenanceUpdated
 from opsentry.events.codec import Actor, RecordedEvent
 from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.projection import Table
@@ -79,39 +79,32 @@ class TimelineTable:
             keys=2,
             of_streams={kind: f"{id_column} BETWEEN $2 AND $3"},
         )
-        # Inserts new entries; a repeated event changes nothing.
-        self._insert = f"""
-INSERT INTO {name} (tenant_id, {id_column}, version, actor_kind, actor_id, body)
-SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::text[], $5::bigint[], $6::text[])
-ON CONFLICT DO NOTHING
-"""
         # Selects the entries with these stream ids and versions. LIMIT makes it one index lookup for each; see
         # `incidents`.
         self._select = f"""
-SELECT u.{id_column} AS id, u.version, u.body FROM unnest($2::bigint[], $3::int[]) AS wanted (id, version)
+SELECT u.{id_column}, u.version, u.actor_kind, u.actor_id, u.body
+FROM unnest($2::bigint[], $3::int[]) AS wanted (id, version)
 CROSS JOIN LATERAL (
     SELECT * FROM {name}
     WHERE tenant_id = $1 AND {id_column} = wanted.id AND version = wanted.version LIMIT 1) AS u
 """
-        # Replaces the bodies of entries.
-        self._update = f"""
-UPDATE {name} u SET body = row.body
-FROM unnest($2::bigint[], $3::int[], $4::text[]) AS row (id, version, body)
-WHERE u.tenant_id = $1 AND u.{id_column} = row.id AND u.version = row.version
-"""
 
-    async def store(self, connection: Connection, tenant_id: int, events: Iterable[RecordedEvent]) -> None:
-        """Insert the entries that `events` add."""
-        if rows := entry_rows(events):
-            await connection.execute(self._insert, tenant_id, *zip(*rows, strict=True))
-
-    async def redact(self, connection: Connection, tenant_id: int, versions: Sequence[tuple[int, int]]) -> None:
-        """Redact the entries with these stream ids and versions; other versions have no entry and are skipped."""
-        if not versions:
-            return
-        rows = await connection.fetch(self._select, tenant_id, *zip(*versions, strict=True))
-        if redacted := [(row["id"], row["version"], _redact(row["body"])) for row in rows]:
-            await connection.execute(self._update, tenant_id, *zip(*redacted, strict=True))
+    async def changes(
+        self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]
+    ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+        """Return the rows of the entries that `events` add, and those of stored entries that they redact."""
+        rows = entry_rows(events)
+        redacted = {
+            (recorded.stream_id, version)
+            for recorded in events
+            if isinstance(recorded.event, IncidentRedacted | MaintenanceRedacted)
+            for version in recorded.event.versions
+        }
+        if not redacted:
+            return rows, []
+        stored = await connection.fetch(self._select, tenant_id, *zip(*sorted(redacted), strict=True))
+        added = [(*row[:4], _redact(row[4])) if row[:2] in redacted else row for row in rows]
+        return added, [(*row[:4], _redact(row[4])) for row in map(tuple, stored)]
 
 
 def entry_rows(events: Iterable[RecordedEvent]) -> list[tuple[Any, ...]]:
@@ -133,11 +126,6 @@ def _redact(body: str) -> str:
     entry = msgspec.json.decode(body, type=TimelineEntry)
     entry.message = REDACTED
     return msgspec.json.encode(entry).decode()
-
-
-def id_array(ids: Iterable[int]) -> str:
-    """Return `ids` as a PostgreSQL array literal: the driver has no arrays of arrays with different lengths."""
-    return "{" + ",".join(map(str, ids)) + "}"
 
 
 # ------------------------------------------------------------------------------------------ SQL for responses

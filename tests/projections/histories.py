@@ -44,6 +44,7 @@ from opsentry.domain.visibility import VISIBILITIES
 from opsentry.events.codec import Actor, Meta, RecordedEvent, decode, encode
 from opsentry.infrastructure.postgres import Connection
 from opsentry.projections.engine.projection import Projection
+from opsentry.projections.engine.projection import apply as apply_events
 
 DECIDERS: Mapping[str, Decider[Any, Any, Any]] = {
     d.kind: d for d in (incident.DECIDER, maintenance.DECIDER, service.DECIDER, subscription.DECIDER)
@@ -141,7 +142,7 @@ def schedule(**fields: Any) -> ScheduleMaintenance:
 async def apply(connection: Connection, projection: Projection, events: Iterable[RecordedEvent]) -> None:
     """Give `projection` those of `events`, all of one tenant, that it reads."""
     if wanted := [event for event in events if event.kind in projection.kinds]:
-        await projection.apply(connection, wanted[0].tenant_id, wanted)
+        await apply_events(connection, projection, wanted[0].tenant_id, wanted)
 
 
 async def clear(connection: Connection, projection: Projection, tenant_id: int) -> None:

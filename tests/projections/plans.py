@@ -1,6 +1,6 @@
 """Query plans, for tests that bound the cost of queries."""
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -35,6 +35,28 @@ class ExplainedOnce(Explained):
         await self._connection.execute("DEALLOCATE kept; RESET plan_cache_mode")
         self.plans.append(msgspec.json.decode(text)[0]["Plan"])
         return {}
+
+
+async def plans_inside(connection: Any, run: Callable[[], Awaitable[object]]) -> list[dict[str, Any]]:
+    """Return the nodes of all plans that `run` executes on a superuser's connection, those in functions included."""
+    found: list[dict[str, Any]] = []
+
+    def note(_connection: Any, message: Any) -> None:
+        _, separator, text = message.message.partition("plan:\n")
+        if separator:
+            found.extend(nodes(msgspec.json.decode(text)["Plan"]))
+
+    await connection.execute(
+        "LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0; SET auto_explain.log_nested_statements = on;"
+        " SET auto_explain.log_analyze = on; SET auto_explain.log_format = json; SET auto_explain.log_level = notice"
+    )
+    connection.add_log_listener(note)
+    try:
+        await run()
+    finally:
+        connection.remove_log_listener(note)
+        await connection.execute("RESET auto_explain.log_min_duration")
+    return found
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:

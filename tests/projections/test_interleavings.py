@@ -9,6 +9,7 @@ from opsentry.domain.redaction import HistoryEntry, plan_redaction
 from opsentry.infrastructure.postgres import DatabaseUnavailable
 from opsentry.notifications.delivery.management import measure_backlog
 from opsentry.projections.engine import management
+from opsentry.projections.engine.applier import Applier
 from opsentry.projections.engine.projector import Projector
 from opsentry.projections.engine.rebuild import Rebuilder
 from opsentry.projections.engine.replay import StagingFailed
@@ -82,13 +83,13 @@ async def test_a_catch_up_from_before_a_resume_keeps_the_backlog(parts, acme, ap
     await management.register(app_connection, projections())
     await management.pause(app_connection, ["outbox"])
     await opened(parts, acme)
-    real = Incidents.apply
+    real = Incidents.prepare
 
     async def while_it_applies(self, connection, tenant_id, events):
         await management.resume(app_connection, ["outbox"])
-        await real(self, connection, tenant_id, events)
+        return await real(self, connection, tenant_id, events)
 
-    monkeypatch.setattr(Incidents, "apply", while_it_applies)
+    monkeypatch.setattr(Incidents, "prepare", while_it_applies)
     await parts.projector.catch_up(acme.id, 0)
     monkeypatch.undo()
     assert await parts.projector.lagging_tenants() == [acme.id]
@@ -121,13 +122,13 @@ async def test_a_catch_up_that_ends_between_two_projections_leaves_the_backlog(p
     await shown(parts, acme)
     await opened(parts, acme)
     made = await opened(parts, acme)
-    real_apply, real_step = Impact.apply, Projector._step
+    real_prepare, real_step = Impact.prepare, Applier._step
     failures = iter([ZeroDivisionError("once")])
 
     async def fail_once(self, connection, tenant_id, events):
         for error in failures:
             raise error
-        await real_apply(self, connection, tenant_id, events)
+        return await real_prepare(self, connection, tenant_id, events)
 
     async def cut_off(self, connection, tenant_id, *, single):
         # After a failed batch, each step applies one event to one projection. The first step succeeds.
@@ -135,8 +136,8 @@ async def test_a_catch_up_that_ends_between_two_projections_leaves_the_backlog(p
             raise DatabaseUnavailable("killed here")
         return await real_step(self, connection, tenant_id, single=single)
 
-    monkeypatch.setattr(Impact, "apply", fail_once)
-    monkeypatch.setattr(Projector, "_step", cut_off)
+    monkeypatch.setattr(Impact, "prepare", fail_once)
+    monkeypatch.setattr(Applier, "_step", cut_off)
     with pytest.raises(DatabaseUnavailable):
         await parts.projector.catch_up(acme.id, made.position)
     monkeypatch.undo()
@@ -185,7 +186,7 @@ async def test_newer_code_rebuilds_rows_that_halt_older_code(parts, acme, app_co
     async def lost(*_):
         raise KeyError("a column of newer rows")
 
-    monkeypatch.setattr(Incidents, "apply", lost)
+    monkeypatch.setattr(Incidents, "prepare", lost)
     done = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
     await parts.projector.catch_up(acme.id, done.position)
     monkeypatch.undo()

@@ -1,7 +1,5 @@
 """Frequent queries use their indexes and read no more rows than they return."""
 
-from typing import Any
-
 import pytest
 
 from opsentry.bootstrap import projections
@@ -13,12 +11,11 @@ from opsentry.events import store
 from opsentry.notifications.delivery import history
 from opsentry.projections import impact, incidents, maintenance, services, subscriptions
 from opsentry.projections.incident_view import IncidentFilter
-from opsentry.projections.incidents import Incidents
 from opsentry.projections.maintenance_view import MaintenanceFilter
 from opsentry.projections.outbox import projection
 from opsentry.projections.page_request import PageRequest
 from tests.projections.histories import History, apply, at, schedule
-from tests.projections.plans import Explained, ExplainedOnce, assert_goes_by, most_rows, nodes, plan_of
+from tests.projections.plans import Explained, ExplainedOnce, assert_goes_by, most_rows, plan_of, plans_inside
 from tests.projections.planting import plant
 
 COUNT = 4000
@@ -186,12 +183,36 @@ async def test_a_page_reads_its_ids_from_an_index_alone(app_connection, full, ho
     assert_goes_by(plan, "incident_counts", "incident_counts_pkey", reads=20)
 
 
-async def test_totals_are_updated_through_their_keys(app_connection, full):
-    explained: Any = Explained(app_connection)
-    await apply(explained, Incidents(), full.incident(COUNT + 1, OpenIncident(title="i", severity="critical")))
-    (plan,) = [list(nodes(plan)) for plan in explained.plans]
+async def test_rows_are_written_through_their_keys(owner, full):
+    made = full.incident(COUNT + 1, OpenIncident(title="i", severity="critical", service_ids=(1, 2)))
+    done = full.incident(COUNT + 1, ResolveIncident())
+
+    async def write():
+        for events in (made, done):
+            for each in projections():
+                await apply(owner, each, events)
+
+    plan = await plans_inside(owner, write)
     assert_goes_by(plan, "incidents", "incidents_pkey", reads=1)
-    assert_goes_by(plan, "incident_counts", "incident_counts_pkey", reads=1)
+    assert_goes_by(plan, "incident_counts", "incident_counts_pkey", reads=20)
+    assert_goes_by(plan, "service_impacts", "service_impacts_ongoing", reads=30)
+    assert_goes_by(plan, "outbox_state", "outbox_state_few", "outbox_state_pkey", reads=20)
+
+
+async def test_checkpoints_advance_through_their_keys(owner, full):
+    await owner.execute(
+        "INSERT INTO checkpoints (tenant_id, projection) SELECT tenant_id + other, projection"
+        " FROM checkpoints, generate_series(1000, 2000) AS other WHERE tenant_id = $1",
+        full.tenant_id,
+    )
+    await owner.execute(
+        "INSERT INTO projection_backlog SELECT $1 + other, 1 FROM generate_series(1000, 2000) AS other", full.tenant_id
+    )
+    await owner.execute("ANALYZE checkpoints, projection_backlog")
+    query = "SELECT advance_checkpoints($1, $2, $3, 1, 2)"
+    plan = await plans_inside(owner, lambda: owner.fetchval(query, full.tenant_id, ["impact", "incidents"], [1, 1]))
+    assert_goes_by(plan, "checkpoints", "checkpoints_pkey", reads=8)
+    assert_goes_by(plan, "projection_backlog", "projection_backlog_pkey", reads=1)
 
 
 async def test_the_ledger_is_read_through_its_keys(app_connection, owner, full):

@@ -6,8 +6,8 @@ from opsentry.domain import incident, service
 from opsentry.domain.incident import OpenIncident
 from opsentry.domain.service import RegisterService
 from opsentry.projections import incidents, services
-from opsentry.projections.engine import projector as runner_module
-from opsentry.projections.engine.projector import PoisonEvent
+from opsentry.projections.engine import applier as applier_module
+from opsentry.projections.engine.applier import PoisonEvent
 from opsentry.projections.impact import Impact
 from tests import commands
 from tests.projections.histories import META
@@ -93,7 +93,7 @@ async def test_a_halted_projection_is_not_retried_by_itself(parts, acme, owner, 
     await parts.projector.catch_up(acme.id, 0)
     assert await parts.projector.lagging_tenants() == []
     parkings: list[object] = []
-    monkeypatch.setattr(parts.projector, "_halt", parkings.append)
+    monkeypatch.setattr(parts.projector._applier, "_halt", parkings.append)
     made = await registered(parts, acme, "web")
     await parts.projector.catch_up(acme.id, made.position)
     assert parkings == []
@@ -104,15 +104,15 @@ async def test_a_halted_projection_is_not_retried_by_itself(parts, acme, owner, 
 
 
 async def test_a_halted_projection_continues_after_a_retry(parts, acme, owner, monkeypatch):
-    real = Impact.apply
+    real = Impact.prepare
     made = await opened(parts, acme)
 
     async def broken(self, connection, tenant_id, events):
         if any(event.position == made.position for event in events):
             raise ZeroDivisionError("a defect")
-        await real(self, connection, tenant_id, events)
+        return await real(self, connection, tenant_id, events)
 
-    monkeypatch.setattr(Impact, "apply", broken)
+    monkeypatch.setattr(Impact, "prepare", broken)
     last = await opened(parts, acme)
     await parts.projector.catch_up(acme.id, last.position)
     row = (await checkpoints(owner, acme.id))["impact"]
@@ -130,7 +130,7 @@ async def test_a_halted_projection_continues_after_a_retry(parts, acme, owner, m
 
 
 async def test_the_poison_event_is_found_in_the_middle_of_a_batch(parts, acme, owner, monkeypatch):
-    monkeypatch.setattr(runner_module, "BATCH_EVENTS", 20)
+    monkeypatch.setattr(applier_module, "BATCH_EVENTS", 20)
     good = [await opened(parts, acme, str(number)) for number in range(8)]
     position = await plant(owner, acme.id, good[-1].stream_id, 2, data="{}")
     for number in range(8):
@@ -145,7 +145,7 @@ async def test_the_poison_event_is_found_in_the_middle_of_a_batch(parts, acme, o
 
 
 async def test_an_unknown_kind_of_stream_halts_no_projection(parts, acme, owner, monkeypatch):
-    monkeypatch.setattr(runner_module, "BATCH_EVENTS", 4)
+    monkeypatch.setattr(applier_module, "BATCH_EVENTS", 4)
     for number in range(6):
         await plant(owner, acme.id, number + 1, 1, kind="weather", type="weather.changed")
         last = await opened(parts, acme, str(number))
@@ -156,15 +156,15 @@ async def test_an_unknown_kind_of_stream_halts_no_projection(parts, acme, owner,
 
 
 async def test_a_transient_failure_halts_no_projection(parts, acme, owner, monkeypatch):
-    real = Impact.apply
+    real = Impact.prepare
     failures = iter([True, False])
 
     async def interrupted(self, connection, tenant_id, events):
         if next(failures, False):
             await connection.execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
-        await real(self, connection, tenant_id, events)
+        return await real(self, connection, tenant_id, events)
 
-    monkeypatch.setattr(Impact, "apply", interrupted)
+    monkeypatch.setattr(Impact, "prepare", interrupted)
     made = await opened(parts, acme)
     with pytest.raises(Exception, match=r"40001|unhandled"):
         await parts.projector.catch_up(acme.id, made.position)
@@ -176,6 +176,8 @@ async def test_a_transient_failure_halts_no_projection(parts, acme, owner, monke
 async def test_a_halt_does_not_undo_the_progress_of_another_process(parts, acme, owner):
     made = await opened(parts, acme)
     await parts.projector.catch_up(acme.id, made.position)
-    await parts.projector._halt(acme.id, PoisonEvent("incidents", made.position, "an older version does not know it"))
+    await parts.projector._applier._halt(
+        acme.id, PoisonEvent("incidents", made.position, "an older version does not know it")
+    )
     assert await halted(owner, acme.id) == set()
     assert (await checkpoints(owner, acme.id))["incidents"]["position"] == made.position

@@ -12,7 +12,8 @@ from opsentry.domain.subscription import CreateSubscription
 from opsentry.events import store
 from opsentry.infrastructure.postgres import Database, DatabaseUnavailable
 from opsentry.projections import impact, incident_view, incidents, services
-from opsentry.projections.engine import projector as runner_module
+from opsentry.projections.engine import applier as applier_module
+from opsentry.projections.engine.applier import Applier
 from opsentry.projections.engine.projector import Projector
 from tests import commands
 from tests.projections.histories import META, clear, dump
@@ -61,7 +62,7 @@ async def test_batches_of_any_size_give_the_same_rows(parts, acme, app_connectio
     position = await busy_history(parts, acme)
     dumps = []
     for size in (500, 7, 1):
-        monkeypatch.setattr(runner_module, "BATCH_EVENTS", size)
+        monkeypatch.setattr(applier_module, "BATCH_EVENTS", size)
         await owner.execute("DELETE FROM checkpoints")
         for projection in projections():
             await clear(owner, projection, acme.id)
@@ -73,7 +74,7 @@ async def test_batches_of_any_size_give_the_same_rows(parts, acme, app_connectio
 
 
 async def test_a_new_projection_catches_up_by_itself(parts, acme, app_connection, owner, monkeypatch):
-    monkeypatch.setattr(runner_module, "BATCH_EVENTS", 5)
+    monkeypatch.setattr(applier_module, "BATCH_EVENTS", 5)
     position = await busy_history(parts, acme)
     await parts.projector.catch_up(acme.id, position)
     before = await dump(app_connection)
@@ -87,45 +88,34 @@ async def test_a_new_projection_catches_up_by_itself(parts, acme, app_connection
 
 
 async def test_concurrent_projectors_apply_each_event_once(parts, settings, acme, app_connection, monkeypatch):
-    monkeypatch.setattr(runner_module, "BATCH_EVENTS", 3)
+    monkeypatch.setattr(applier_module, "BATCH_EVENTS", 3)
     position = await busy_history(parts, acme, 20)
     applied: list[tuple[str, int]] = []
+    real = Applier._apply_batch
 
-    class Noted:
-        def __init__(self, projection):
-            self.name, self.kinds, self.projection = projection.name, projection.kinds, projection
-            self.version, self.tables = projection.version, projection.tables
+    async def noted(self, connection, tenant_id, group, at, events):
+        reached = await real(self, connection, tenant_id, group, at, events)
+        applied.extend((projection.name, event.position) for projection in group for event in events)
+        return reached
 
-        async def apply(self, connection, tenant_id, events):
-            await self.projection.apply(connection, tenant_id, events)
-            applied.extend((self.name, event.position) for event in events)
-
-        async def clear(self, connection, tenant_id):
-            raise NotImplementedError
-
-        def replayer(self):
-            raise NotImplementedError
-
+    monkeypatch.setattr(Applier, "_apply_batch", noted)
     databases = [Database(settings.database_url, size=2, timeout_seconds=GENEROUS_SECONDS) for _ in range(4)]
     for database in databases:
         await database.open()
-    projectors = [Projector(database, list(map(Noted, projections()))) for database in databases]
+    projectors = [Projector(database, projections()) for database in databases]
     await asyncio.gather(*(projector.catch_up(acme.id, position) for projector in projectors for _ in range(3)))
     for database in databases:
         await database.close()
     recorded = await store.read_after(app_connection, acme.id, 0, 1000)
     assert sorted(applied) == sorted(
-        (projection.name, event.position)
-        for projection in projections()
-        for event in recorded
-        if event.kind in projection.kinds
+        (projection.name, event.position) for projection in projections() for event in recorded
     )
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, position)
 
 
 async def test_a_caller_during_a_catch_up_sees_the_events_of_the_meantime(parts, acme, app_connection, monkeypatch):
     began, gate = asyncio.Event(), asyncio.Event()
-    real = Projector._step
+    real = Applier._step
 
     async def held_back(self, connection, tenant_id, **options):
         done = await real(self, connection, tenant_id, **options)
@@ -133,7 +123,7 @@ async def test_a_caller_during_a_catch_up_sees_the_events_of_the_meantime(parts,
         await gate.wait()
         return done
 
-    monkeypatch.setattr(Projector, "_step", held_back)
+    monkeypatch.setattr(Applier, "_step", held_back)
     first = await opened(parts, acme)
     early = asyncio.create_task(parts.projector.catch_up(acme.id, first.position))
     await began.wait()
@@ -146,13 +136,13 @@ async def test_a_caller_during_a_catch_up_sees_the_events_of_the_meantime(parts,
 
 async def test_a_caller_whose_time_ends_does_not_stop_the_catch_up(parts, acme, app_connection, monkeypatch):
     gate = asyncio.Event()
-    real = Projector._step
+    real = Applier._step
 
     async def held_back(self, connection, tenant_id, **options):
         await gate.wait()
         return await real(self, connection, tenant_id, **options)
 
-    monkeypatch.setattr(Projector, "_step", held_back)
+    monkeypatch.setattr(Applier, "_step", held_back)
     made = await opened(parts, acme)
     patient = asyncio.create_task(parts.projector.catch_up(acme.id, made.position))
     with pytest.raises(TimeoutError):
@@ -166,14 +156,14 @@ async def test_a_caller_whose_time_ends_does_not_stop_the_catch_up(parts, acme, 
 
 async def test_a_cancelled_caller_does_not_cancel_the_catch_up_of_the_others(parts, acme, app_connection, monkeypatch):
     began, gate = asyncio.Event(), asyncio.Event()
-    real = Projector._step
+    real = Applier._step
 
     async def held_back(self, connection, tenant_id, **options):
         began.set()
         await gate.wait()
         return await real(self, connection, tenant_id, **options)
 
-    monkeypatch.setattr(Projector, "_step", held_back)
+    monkeypatch.setattr(Applier, "_step", held_back)
     made = await opened(parts, acme)
     impatient, patient = (asyncio.create_task(parts.projector.catch_up(acme.id, made.position)) for _ in range(2))
     await began.wait()
@@ -281,19 +271,21 @@ async def test_lagging_tenants_are_listed(parts, acme, globex):
 
 async def test_a_catch_up_that_loses_its_connection_changes_nothing(parts, acme, app_connection, monkeypatch):
     position = await busy_history(parts, acme, 4)
-    real = Projector._apply
+    real = Applier._apply_batch
     failures = iter([True, True, False])
 
-    async def cut_off(self, connection, tenant_id, group, events):
-        await real(self, connection, tenant_id, group, events)
-        if next(failures):
-            await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    async def cut_off(self, connection, tenant_id, *rest):
+        async with connection.transaction():
+            reached = await real(self, connection, tenant_id, *rest)
+            if next(failures):
+                await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        return reached
 
-    monkeypatch.setattr(Projector, "_apply", cut_off)
+    monkeypatch.setattr(Applier, "_apply_batch", cut_off)
     for _ in range(2):
         with pytest.raises(DatabaseUnavailable):
             await parts.projector.catch_up(acme.id, position)
-        assert await positions(app_connection, acme.id) == {}
+        assert set((await positions(app_connection, acme.id)).values()) == {0}
         assert not any((await dump(app_connection)).values())
     await parts.projector.catch_up(acme.id, position)
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, position)

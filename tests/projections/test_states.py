@@ -46,7 +46,7 @@ async def test_a_projection_makes_every_move_of_the_table(parts, acme, owner, mo
         await change(owner, ["impact"])
         await note_state()
     with monkeypatch.context() as patch:
-        patch.setattr(Impact, "apply", fail)
+        patch.setattr(Impact, "prepare", fail)
         await catch_up()
     for step in (management.pause, management.resume, management.retry_halted):
         await step(owner, ["impact"])

@@ -138,7 +138,7 @@ async def append_to(parts, tenant, stream_id):
 
 
 async def thaws(parts, owner, tenant, stream_id, trail, frozen):
-    """Thaw the frozen process, now the only one: it loses its old pass, and projects new events."""
+    """Thaw the frozen process, now the only one: its old pass writes nothing more, and it projects new events."""
     before = await dump(owner, ("checkpoints", "trail", *TABLES))
     now = await owner.fetchval("SELECT clock_timestamp()")
     frozen.process.send_signal(signal.SIGCONT)
@@ -176,25 +176,43 @@ async def test_workers_share_the_work_and_apply_each_event_once(settings, parts,
     await all_is_right(parts)
 
 
-async def test_a_worker_frozen_in_a_pass_loses_its_locks_and_writes_nothing_late(
-    settings, parts, acme, owner, holder, trail
-):
+async def test_a_worker_frozen_while_it_writes_holds_no_lock(settings, parts, acme, owner, holder, trail):
+    made = await commands.create(parts, incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
+    await parts.projector.catch_up(acme.id, 0)
+    async with worker(settings, "frozen") as frozen:
+        async with holder.transaction():
+            await holder.execute("SELECT FROM incidents WHERE tenant_id = $1 FOR UPDATE", acme.id)
+            written = await append_to(parts, acme, made.stream_id)
+            await until(lambda: is_at(owner, "frozen", wait_event_type="Lock", query="SELECT true, write_impact"))
+            frozen.process.send_signal(signal.SIGSTOP)
+        # The write is one statement, so the server ends it without the process.
+        await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
+        assert {steps[-1] for steps in (await trail()).values()} == {("frozen", written)}
+        async with worker(settings, "other"):
+            position = await append_to(parts, acme, made.stream_id)
+            await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
+            assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
+        await thaws(parts, owner, acme, made.stream_id, trail, frozen)
+
+
+async def test_a_worker_frozen_before_it_writes_writes_nothing_late(settings, parts, acme, owner, holder, trail):
     made = await commands.create(parts, incident.DECIDER, acme.id, OpenIncident(title="Down"), META)
     await parts.projector.catch_up(acme.id, 0)
     async with worker(replace(settings, log_level="warning"), "frozen") as frozen:
-        # It holds the locks of the checkpoints and waits for the row.
+        await append_to(parts, acme, made.stream_id)
+        await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
         async with holder.transaction():
-            await holder.execute("SELECT FROM incidents WHERE tenant_id = $1 FOR UPDATE", acme.id)
-            position = await append_to(parts, acme, made.stream_id)
-            await until(lambda: is_at(owner, "frozen", wait_event_type="Lock", query="WITH stored AS"))
+            # It waits where it reads the rows that the events continue.
+            await holder.execute("LOCK TABLE incidents IN ACCESS EXCLUSIVE MODE")
+            await append_to(parts, acme, made.stream_id)
+            await until(lambda: is_at(owner, "frozen", wait_event_type="Lock", query="SELECT i.incident_id"))
             frozen.process.send_signal(signal.SIGSTOP)
         async with worker(settings, "other"):
-            await until(lambda: is_at(owner, "other", wait_event_type="Lock"))
+            await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
+            position = await append_to(parts, acme, made.stream_id)
             await until(lambda: owner.fetchval(UP_TO_DATE, PROJECTIONS))
             assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
-            assert {steps[-1] for steps in (await trail()).values()} == {("other", position)}
         await thaws(parts, owner, acme, made.stream_id, trail, frozen)
-        await frozen.mentions("catch_up_failed")
         frozen.process.terminate()
         assert await frozen.ended() == 0
         assert "Traceback" not in frozen.said
@@ -261,7 +279,7 @@ async def test_events_of_a_killed_server_are_projected_within_a_second_without_a
                 url = await server.line("serving ")
                 # The server records its commands and dies before it projects them.
                 async with holder.transaction():
-                    await holder.execute("SELECT FROM checkpoints ORDER BY tenant_id, projection FOR NO KEY UPDATE")
+                    await holder.execute("LOCK TABLE outbox_state IN ACCESS EXCLUSIVE MODE")
                     clients = [Client(http, url, tenant.token) for tenant in (acme, globex)]
                     asked = [asyncio.create_task(client.post("/incidents", {"title": "Down"})) for client in clients]
 

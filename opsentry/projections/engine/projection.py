@@ -18,6 +18,9 @@ Rows: TypeAlias = dict[str, list[tuple[Any, ...]]]
 Replay: TypeAlias = Callable[[str, Streams], Rows]
 """Returns the rows of whole streams of a kind."""
 
+WriterRows: TypeAlias = Sequence[Sequence[tuple[Any, ...]]]
+"""The arguments of a projection's writer: lists of rows, each a tuple of the attributes of the list's type."""
+
 
 class Table(NamedTuple):
     """A table that one projection alone writes. Each row belongs to one stream or summarizes other rows.
@@ -47,6 +50,8 @@ class Projection(Protocol):
     name: str
     version: int
     """Increased when the same events give other rows: workers then rebuild the rows of all tenants."""
+    writer: str
+    """The database function that writes rows. Its first argument is the tenant, the others are lists of rows."""
 
     @property
     def kinds(self) -> Sequence[str]:
@@ -56,17 +61,31 @@ class Projection(Protocol):
     def tables(self) -> Sequence[Table]:
         """The tables that it writes."""
 
-    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """Bring the tenant's rows up to `events` in the caller's transaction.
+    async def prepare(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> WriterRows:
+        """Return the rows with which `writer` brings the tenant's rows up to `events`.
 
-        The number of statements does not depend on the number of events.
+        It reads the stored rows that the events continue, without a lock; the number of statements does not depend on
+        the number of events. The caller writes only if no other process has changed the rows meanwhile.
         """
 
     def replayer(self) -> Replay:
-        """Return a function that computes the rows that `apply` would leave, without a database.
+        """Return a function that computes the rows that `writer` would leave, without a database.
 
         It serves one tenant. The caller passes all of the tenant's streams, kind by kind in the order of `kinds`.
         """
+
+
+def writer_call(writer: str, lists: int, first: int) -> str:
+    """Return SQL that calls a writer for the tenant $1 with `lists` lists of rows, which are $`first` and so on."""
+    return f"{writer}($1, {', '.join(f'${number}' for number in range(first, first + lists))})"
+
+
+async def apply(
+    connection: Connection, projection: Projection, tenant_id: int, events: Sequence[RecordedEvent]
+) -> None:
+    """Bring the tenant's rows up to `events` in the caller's transaction, which holds the checkpoint's lock."""
+    rows = await projection.prepare(connection, tenant_id, events)
+    await connection.execute(f"SELECT {writer_call(projection.writer, len(rows), 2)}", tenant_id, *rows)
 
 
 def by_stream(events: Iterable[RecordedEvent]) -> dict[int, list[RecordedEvent]]:

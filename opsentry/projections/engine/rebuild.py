@@ -13,10 +13,10 @@ import structlog
 from opsentry.events import store
 from opsentry.events.codec import UnknownEvent
 from opsentry.infrastructure.postgres import Connection, Database, is_transient
+from opsentry.projections.engine.applier import PoisonEvent
 from opsentry.projections.engine.comparison import Difference, compare, compare_summaries
 from opsentry.projections.engine.management import register
-from opsentry.projections.engine.projection import Projection, Table
-from opsentry.projections.engine.projector import PoisonEvent
+from opsentry.projections.engine.projection import Projection, Table, apply
 from opsentry.projections.engine.replay import StagedRows, replay
 
 _log = structlog.get_logger()
@@ -275,7 +275,7 @@ async def _apply_tail(connection: Connection, group: Sequence[Projection], tenan
             try:
                 events = await store.read_between(connection, tenant_id, position, until, projection.kinds)
                 if events:
-                    await projection.apply(connection, tenant_id, events)
+                    await apply(connection, projection, tenant_id, events)
             except UnknownEvent as error:
                 raise PoisonEvent(projection.name, error.position or until, str(error)) from error
             except Exception as error:

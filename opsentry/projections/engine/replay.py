@@ -10,8 +10,8 @@ import msgspec
 from opsentry.events import store
 from opsentry.events.codec import UnknownEvent
 from opsentry.infrastructure.postgres import Connection
+from opsentry.projections.engine.applier import PoisonEvent
 from opsentry.projections.engine.projection import Projection, Rows, Streams
-from opsentry.projections.engine.projector import PoisonEvent
 
 MAX_ROWS_IN_MEMORY = 30_000
 """Staged rows beyond this number move to a temporary file."""

@@ -14,8 +14,15 @@ from opsentry.domain import incident, maintenance, subscription
 from opsentry.domain.maintenance import MaintenanceCompleted
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection
-from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, by_stream
-from opsentry.projections.outbox.intents import ACTIVE, Intent, IntentGenerator, OutboxChanges, is_notifiable
+from opsentry.projections.engine.projection import Replay, Rows, Streams, Table, WriterRows, by_stream
+from opsentry.projections.outbox.intents import (
+    ACTIVE,
+    Intent,
+    IntentGenerator,
+    OutboxChanges,
+    StateKey,
+    is_notifiable,
+)
 from opsentry.projections.outbox.rules import SubjectState, SubscriberFilter
 
 # Selects all states of the kinds $2 (active windows, which are few, and perhaps all subscriptions), and the states of
@@ -31,27 +38,6 @@ SELECT s.* FROM unnest($3::text[], $4::bigint[]) AS wanted (kind, id) CROSS JOIN
 # Selects the open incidents whose last notification a window withheld. A partial index has exactly these rows.
 _LOAD_WITHHELD = """
 SELECT kind, id, state FROM outbox_state WHERE tenant_id = $1 AND kind = 'incident' AND state LIKE '%"is_withheld":%'
-"""
-
-# Inserts or replaces states.
-_STORE = """
-INSERT INTO outbox_state (tenant_id, kind, id, state) SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::text[])
-ON CONFLICT (tenant_id, kind, id) DO UPDATE SET state = excluded.state
-"""
-
-# Deletes states.
-_DELETE = """
-DELETE FROM outbox_state WHERE tenant_id = $1 AND (kind, id) IN (SELECT * FROM unnest($2::text[], $3::bigint[]))
-"""
-
-# Inserts intents; a repeated event changes nothing, because its intents have the same ids.
-_STORE_INTENTS = """
-INSERT INTO outbox_intents (tenant_id, intent_id, position, subscription_id, channel, topic, stream_kind, stream_id,
-    suppressed, created_at)
-SELECT $1, *
-FROM unnest($2::uuid[], $3::bigint[], $4::bigint[], $5::text[], $6::text[], $7::text[], $8::bigint[], $9::bool[],
-            $10::timestamptz[])
-ON CONFLICT DO NOTHING
 """
 
 _KINDS = (subscription.KIND, maintenance.KIND, incident.KIND)
@@ -78,22 +64,24 @@ class Outbox:
 
     name = "outbox"
     version = 1
+    writer = "write_outbox"
     kinds = _KINDS
     tables = (INTENTS, STATES)
 
-    async def apply(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> None:
-        """Insert the intents of `events`, and store the states that the next events need."""
+    async def prepare(self, connection: Connection, tenant_id: int, events: Sequence[RecordedEvent]) -> WriterRows:
+        """Return the states that the next events need, the keys of outdated states, and the intents of `events`."""
         generator, subjects = await _load(connection, tenant_id, events)
+        states: list[tuple[Any, ...]] = []
+        deleted: list[StateKey] = []
+        intents: list[Intent] = []
         for kind in self.kinds:
             known = subjects.get(kind, {})
             streams = dict.fromkeys(known, ()) | by_stream(event for event in events if event.kind == kind)
             changes = generator.process(kind, streams, known)
-            if changes.states:
-                await connection.execute(_STORE, tenant_id, *zip(*_state_rows(changes), strict=True))
-            if changes.deleted:
-                await connection.execute(_DELETE, tenant_id, *zip(*sorted(changes.deleted), strict=True))
-            if changes.intents:
-                await connection.execute(_STORE_INTENTS, tenant_id, *zip(*changes.intents, strict=True))
+            states += _state_rows(changes)
+            deleted += sorted(changes.deleted)
+            intents += changes.intents
+        return states, deleted, intents
 
     def replayer(self) -> Replay:
         """Return a function that computes the rows of whole streams."""

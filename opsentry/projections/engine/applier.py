@@ -1,0 +1,230 @@
+"""Apply the events of a tenant's ledger to projections, batch by batch, each event exactly once."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from operator import attrgetter
+
+import structlog
+
+from opsentry.events import store
+from opsentry.events.codec import RecordedEvent, UnknownEvent
+from opsentry.infrastructure.postgres import Connection, Database, TransientError, is_transient
+from opsentry.projections.engine.projection import Projection, WriterRows, writer_call
+from opsentry.projections.engine.states import STATE
+
+_log = structlog.get_logger()
+
+# Inserts the checkpoints that a new tenant or a new projection lacks.
+_ENSURE_CHECKPOINTS = """
+INSERT INTO checkpoints (tenant_id, projection, generation)
+SELECT $1, name, coalesce((SELECT generation FROM projections p WHERE p.name = new.name), 0)
+FROM unnest($2::text[]) AS new (name) ON CONFLICT DO NOTHING
+"""
+
+# Selects the tenant's checkpoints, without a lock.
+_SELECT_CHECKPOINTS = f"""
+SELECT c.projection, c.position, {STATE} AS state
+FROM checkpoints c LEFT JOIN projections p ON p.name = c.projection WHERE c.tenant_id = $1 AND c.projection = ANY($2)
+"""
+
+# Deletes the tenant's rows of `projection_backlog` up to $2, as far as all running projections have come.
+_TRIM_BACKLOG = "SELECT trim_backlog($1, $2)"
+
+# Halts a projection at event $3, unless another process, which may know the event, has passed it meanwhile. Rows of
+# newer code than this may be the cause of the failure; then the newer code rebuilds them.
+_HALT = """
+UPDATE checkpoints c SET halted_at = $3, halt_error = $4, generation = CASE WHEN EXISTS (
+    SELECT FROM projections p WHERE p.name = c.projection AND p.version > $5) THEN -1 ELSE generation END
+WHERE tenant_id = $1 AND projection = $2 AND position = $3 - 1 AND halted_at IS NULL
+"""
+
+BATCH_EVENTS = 500
+CATCH_UP_TIMEOUT_SECONDS = 30.0
+MAX_KNOWN_TENANTS = 10_000
+"""Of how many tenants a process remembers the position of the checkpoints."""
+
+
+class PoisonEvent(Exception):
+    """A projection cannot apply an event; the projection's rows are unchanged."""
+
+    def __init__(self, projection: str, position: int, error: str) -> None:
+        super().__init__(f"{projection} cannot apply event {position}: {error}")
+        self.projection = projection
+        self.position = position
+        self.error = error
+
+
+class Applier:
+    """Applies events to projections: reads without locks, then writes rows and checkpoints in one statement.
+
+    The statement writes nothing if another process has moved the checkpoints meanwhile. So each event applies exactly
+    once, and a process that hangs holds no lock.
+    """
+
+    def __init__(self, database: Database, projections: Sequence[Projection]) -> None:
+        self._database = database
+        self._projections = sorted(projections, key=attrgetter("name"))
+        self._names = [projection.name for projection in self._projections]
+        self._versions = {projection.name: projection.version for projection in self._projections}
+        self._known: dict[int, int] = {}
+
+    @property
+    def projections(self) -> Sequence[Projection]:
+        """The projections that this applier serves, by name."""
+        return self._projections
+
+    def known_position(self, tenant_id: int) -> int | None:
+        """Return the position of all the tenant's checkpoints after this process's last batch, if it knows it.
+
+        Another process may have moved them since: then a batch that continues there is read again.
+        """
+        return self._known.get(tenant_id)
+
+    async def apply(self, tenant_id: int, events: Sequence[RecordedEvent] = ()) -> int:
+        """Apply all unprojected events, batch by batch; return the position reached.
+
+        Args:
+            tenant_id: The tenant.
+            events: The events that follow the known position; if there are none, the first batch is read.
+
+        Raises:
+            DatabaseUnavailable: The database was lost; the last batch may or may not be applied.
+        """
+        # After a failed batch: how many steps still apply one event to one projection, to find the poison event.
+        single_steps = 0
+        while True:
+            try:
+                async with self._database.connection(CATCH_UP_TIMEOUT_SECONDS) as connection:
+                    if events:
+                        batch, events = events[:BATCH_EVENTS], events[BATCH_EVENTS:]
+                        position, has_more = batch[0].position - 1, bool(events)
+                        reached = await self._apply_batch(connection, tenant_id, self._projections, position, batch)
+                    else:
+                        reached, has_more = await self._step(connection, tenant_id, single=single_steps > 0)
+            except _OtherWriter:
+                events = ()
+                continue
+            except _BatchFailed:
+                events = ()
+                single_steps = BATCH_EVENTS * len(self._projections)
+                continue
+            except PoisonEvent as poison:
+                await self._halt(tenant_id, poison)
+                single_steps = 0
+                continue
+            single_steps = max(0, single_steps - 1)
+            if not has_more:
+                return reached
+
+    async def _step(self, connection: Connection, tenant_id: int, *, single: bool) -> tuple[int, bool]:
+        """Read and apply one batch; return the position reached and whether there is more."""
+        rows = await connection.fetch(_SELECT_CHECKPOINTS, tenant_id, self._names)
+        if len(rows) < len(self._names):
+            await connection.execute(_ENSURE_CHECKPOINTS, tenant_id, self._names)
+            rows = await connection.fetch(_SELECT_CHECKPOINTS, tenant_id, self._names)
+        positions = {row["projection"]: int(row["position"]) for row in rows if row["state"] == "running"}
+        if not positions:
+            # All are halted or paused; a retry or a resume adds the tenant to the backlog again.
+            head = await store.read_head_position(connection, tenant_id)
+            await connection.execute(_TRIM_BACKLOG, tenant_id, head)
+            return head, False
+        lowest = min(positions.values())
+        # Projections at the same position advance together; those further behind catch up first.
+        group = [p for p in self._projections if positions.get(p.name) == lowest]
+        next_position = min((position for position in positions.values() if position > lowest), default=None)
+        limit = BATCH_EVENTS if next_position is None else min(BATCH_EVENTS, next_position - lowest)
+        if single:
+            group, limit = group[:1], 1
+        try:
+            events = await store.read_after(connection, tenant_id, lowest, limit)
+        except UnknownEvent as error:
+            if limit > 1 or len(group) > 1:
+                raise _BatchFailed from error
+            if error.kind in group[0].kinds:
+                raise PoisonEvent(group[0].name, lowest + 1, str(error)) from error
+            # The projection does not read streams of this kind, so it can skip the event.
+            await self._write(connection, tenant_id, group, lowest, lowest + 1, [])
+            return lowest + 1, True
+        if not events:
+            await connection.execute(_TRIM_BACKLOG, tenant_id, lowest)
+            return lowest, False
+        lowest = await self._apply_batch(connection, tenant_id, group, lowest, events)
+        return lowest, len(events) == limit or next_position is not None or len(group) < len(positions)
+
+    async def _apply_batch(
+        self,
+        connection: Connection,
+        tenant_id: int,
+        group: Sequence[Projection],
+        position: int,
+        events: Sequence[RecordedEvent],
+    ) -> int:
+        """Bring the projections of `group`, which are at `position`, up to `events`; return the position reached."""
+        writers: list[tuple[str, WriterRows]] = []
+        projection = group[0]
+        try:
+            for projection in group:
+                if wanted := [event for event in events if event.kind in projection.kinds]:
+                    writers.append((projection.writer, await projection.prepare(connection, tenant_id, wanted)))
+            await self._write(connection, tenant_id, group, position, events[-1].position, writers)
+        except Exception as error:
+            if is_transient(error):
+                raise
+            if len(events) == 1 and len(group) == 1:
+                cause = f"{type(error).__name__}: {error}"
+                raise PoisonEvent(projection.name, events[0].position, cause) from error
+            raise _BatchFailed from error
+        return events[-1].position
+
+    async def _write(
+        self,
+        connection: Connection,
+        tenant_id: int,
+        group: Sequence[Projection],
+        position: int,
+        reached: int,
+        writers: Sequence[tuple[str, WriterRows]],
+    ) -> None:
+        """Write the rows of all writers and move the checkpoints of `group` from `position` to `reached`, or nothing.
+
+        Raises:
+            _OtherWriter: The checkpoints are not at `position`, or a projection is halted or paused.
+        """
+        self._known.pop(tenant_id, None)
+        names = [projection.name for projection in group]
+        versions = [self._versions[name] for name in names]
+        query = _write_query(tuple((writer, len(rows)) for writer, rows in writers))
+        lists = [each for _, rows in writers for each in rows]
+        if await connection.fetchrow(query, tenant_id, names, versions, position, reached, *lists) is None:
+            raise _OtherWriter
+        if len(group) == len(self._projections):
+            if len(self._known) >= MAX_KNOWN_TENANTS:
+                del self._known[next(iter(self._known))]
+            self._known[tenant_id] = reached
+
+    async def _halt(self, tenant_id: int, poison: PoisonEvent) -> None:
+        _log.error("projection_halted", tenant_id=tenant_id, projection=poison.projection, position=poison.position)
+        async with self._database.transaction() as connection:
+            version = self._versions[poison.projection]
+            await connection.execute(_HALT, tenant_id, poison.projection, poison.position, poison.error, version)
+
+
+class _BatchFailed(Exception):
+    """A batch of several events or projections failed; which event is the cause is not known yet."""
+
+
+class _OtherWriter(TransientError):
+    """Another process has changed the checkpoints; nothing was written."""
+
+
+@lru_cache(maxsize=1024)
+def _write_query(writers: tuple[tuple[str, int], ...]) -> str:
+    """Return SQL that advances checkpoints and calls the writers, given by name and number of lists; no row: refused.
+
+    FROM comes first: the checkpoints are locked before the writers run.
+    """
+    calls, first = ["true"], 6
+    for writer, lists in writers:
+        calls.append(writer_call(writer, lists, first))
+        first += lists
+    return f"SELECT {', '.join(calls)} FROM advance_checkpoints($1, $2, $3, $4, $5) AS advanced WHERE advanced"
