@@ -9,7 +9,7 @@ import structlog
 
 from opsentry.events.codec import RecordedEvent
 from opsentry.infrastructure.postgres import Connection, Database
-from opsentry.projections.engine.applier import Applier
+from opsentry.projections.engine.applier import BATCH_EVENTS, Applier
 from opsentry.projections.engine.projection import Projection
 
 _log = structlog.get_logger()
@@ -92,7 +92,8 @@ class Projector:
             running.task = loop.create_task(self._run(tenant_id, running))
         reached: asyncio.Future[None] = loop.create_future()
         running.waiting.append((position, reached))
-        running.events += events
+        if len(running.events) < BATCH_EVENTS:
+            running.events += events  # what a longer wait would pile up is read from the ledger
         if seconds is None:
             return await reached
         # Every command waits here. `asyncio.timeout` costs four times as much as this timer.
