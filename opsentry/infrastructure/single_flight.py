@@ -92,8 +92,8 @@ class TtlCache(Generic[K, V]):
 class BatchLoader(Generic[G, K, V]):
     """Gather the keys that callers of one group ask for at the same time, and load them together.
 
-    The calls of one turn of the event loop share a load. It begins after all of them, so each sees every change that
-    was committed before its call. A cancelled caller does not cancel the load for the others.
+    The calls that come while the group's load runs share the next one. It begins after all of them, so each sees every
+    change that was committed before its call. A cancelled caller does not cancel the load for the others.
 
     Args:
         load: Returns the answer for a group and all keys gathered for it.
@@ -102,6 +102,7 @@ class BatchLoader(Generic[G, K, V]):
     def __init__(self, load: LoadBatch[G, K, V]) -> None:
         self._load = load
         self._gathering: dict[G, tuple[set[K], asyncio.Task[V]]] = {}
+        self._loading: dict[G, asyncio.Task[V]] = {}
 
     async def get(self, group: G, keys: Iterable[K]) -> V:
         """Return the answer for a batch that has at least these keys of the group; raises the load's error."""
@@ -110,14 +111,22 @@ class BatchLoader(Generic[G, K, V]):
             gathered: set[K] = set()
             batch = gathered, asyncio.create_task(self._load_gathered(group, gathered))
             self._gathering[group] = batch
-            batch[1].add_done_callback(_mark_retrieved)
+            batch[1].add_done_callback(lambda task: self._end_load(group, task))
         batch[0].update(keys)
         return await asyncio.shield(batch[1])
 
     async def _load_gathered(self, group: G, gathered: set[K]) -> V:
-        # A new task starts in the loop's next turn. Later calls open the next batch.
-        del self._gathering[group]
+        # A new task starts in the loop's next turn, so the calls of one turn share it even if nothing runs.
+        if (earlier := self._loading.get(group)) is not None:
+            await asyncio.wait([earlier])
+        # Later calls open the next batch.
+        _, self._loading[group] = self._gathering.pop(group)
         return await self._load(group, gathered)
+
+    def _end_load(self, group: G, task: asyncio.Task[V]) -> None:
+        if self._loading.get(group) is task:
+            del self._loading[group]
+        _mark_retrieved(task)
 
 
 def _mark_retrieved(task: "asyncio.Task[Any]") -> None:

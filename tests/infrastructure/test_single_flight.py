@@ -142,17 +142,34 @@ async def test_the_cache_is_bounded_and_drops_the_oldest_load(source):
     assert [cache.peek(number, None) for number in range(6, 10)] == [None, 8, 9, 10]
 
 
-async def test_calls_of_one_turn_share_a_batch_and_later_calls_open_the_next(source):
+async def test_calls_during_a_load_share_the_next_one(source):
     loader: BatchLoader[str, int, int] = BatchLoader(source.load)
     source.released.clear()
     first = [asyncio.create_task(loader.get("acme", [number, number + 1])) for number in range(3)]
     other = asyncio.create_task(loader.get("globex", [7]))
     await started(source, 2)
-    later = asyncio.create_task(loader.get("acme", [9]))
-    await started(source, 3)
+    later = []
+    for number in (9, 10):
+        later.append(asyncio.create_task(loader.get("acme", [number])))
+        await asyncio.sleep(0)
     source.released.set()
-    assert [await call for call in (*first, other, later)] == [1, 1, 1, 2, 3]
-    assert source.loads == [("acme", {0, 1, 2, 3}), ("globex", {7}), ("acme", {9})]
+    assert [await call for call in (*first, other, *later)] == [1, 1, 1, 2, 3, 3]
+    assert source.loads == [("acme", {0, 1, 2, 3}), ("globex", {7}), ("acme", {9, 10})]
+
+
+async def test_a_failed_load_is_followed_by_the_next(source):
+    loader: BatchLoader[str, int, int] = BatchLoader(source.load)
+    source.released.clear()
+    source.fails = True
+    first = asyncio.create_task(loader.get("acme", [1]))
+    await started(source)
+    later = asyncio.create_task(loader.get("acme", [2]))
+    await asyncio.sleep(0)
+    source.released.set()
+    with pytest.raises(LookupError):
+        await first
+    source.fails = False
+    assert await later == 2
 
 
 async def test_a_batchs_failure_reaches_its_callers_alone(source):
