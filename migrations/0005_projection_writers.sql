@@ -17,7 +17,8 @@ END
 $$;
 
 -- Moves the checkpoints of the projections `names` from `expected` to `reached`, and trims the backlog. Returns false,
--- and changes nothing, unless all of them are running and at `expected`.
+-- and changes nothing, unless all of them are running, at `expected`, and last rebuilt at `rebuilt`: a rebuild moves no
+-- checkpoint if nothing was appended, but replaces the rows that the caller has read.
 --
 -- - All callers lock the checkpoints in one order, so that two catch-ups never deadlock.
 -- - The commit need not wait for the disk: after a crash of the server, rows and checkpoints are back where they were, and
@@ -25,7 +26,7 @@ $$;
 -- - `versions` are those of the caller's code. Rows that newer code has registered need a rebuild after older code has
 --   written to them.
 CREATE FUNCTION advance_checkpoints(
-    tenant bigint, names text[], versions integer[], expected bigint, reached bigint
+    tenant bigint, names text[], versions integer[], rebuilt timestamptz[], expected bigint, reached bigint
 ) RETURNS boolean LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     locked integer;
@@ -34,6 +35,7 @@ BEGIN
     PERFORM FROM checkpoints c LEFT JOIN projections p ON p.name = c.projection
     WHERE c.tenant_id = tenant AND c.projection = ANY (names) AND c.position = expected
         AND c.halted_at IS NULL AND NOT coalesce(p.paused, false)
+        AND c.rebuilt_at IS NOT DISTINCT FROM rebuilt[array_position(names, c.projection)]
     ORDER BY c.projection FOR NO KEY UPDATE OF c;
     GET DIAGNOSTICS locked = ROW_COUNT;
     IF locked < cardinality(names) THEN

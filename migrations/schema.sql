@@ -162,7 +162,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION advance_checkpoints(tenant bigint, names text[], versions integer[], expected bigint, reached bigint) RETURNS boolean
+CREATE FUNCTION advance_checkpoints(tenant bigint, names text[], versions integer[], rebuilt timestamp with time zone[], expected bigint, reached bigint) RETURNS boolean
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
     AS $$
@@ -173,6 +173,7 @@ BEGIN
     PERFORM FROM checkpoints c LEFT JOIN projections p ON p.name = c.projection
     WHERE c.tenant_id = tenant AND c.projection = ANY (names) AND c.position = expected
         AND c.halted_at IS NULL AND NOT coalesce(p.paused, false)
+        AND c.rebuilt_at IS NOT DISTINCT FROM rebuilt[array_position(names, c.projection)]
     ORDER BY c.projection FOR NO KEY UPDATE OF c;
     GET DIAGNOSTICS locked = ROW_COUNT;
     IF locked < cardinality(names) THEN

@@ -6,6 +6,7 @@ from opsentry.bootstrap import projections, working
 from opsentry.domain import incident
 from opsentry.domain.incident import OpenIncident, PostUpdate, RedactIncident
 from opsentry.domain.redaction import HistoryEntry, plan_redaction
+from opsentry.events import store
 from opsentry.infrastructure.postgres import DatabaseUnavailable
 from opsentry.notifications.delivery.management import measure_backlog
 from opsentry.projections.engine import management
@@ -97,6 +98,37 @@ async def test_a_catch_up_from_before_a_resume_keeps_the_backlog(parts, acme, ap
     await parts.projector.catch_up(acme.id, 0)
     assert await parts.projector.lagging_tenants() == []
     assert (await measure_backlog(app_connection, 10)).unseen_events == 0
+
+
+@pytest.mark.parametrize("is_handed_over", [False, True])
+async def test_a_rebuild_between_reading_and_writing_keeps_its_rows(parts, acme, owner, monkeypatch, is_handed_over):
+    made = await shown(parts, acme)
+    await management.register(owner, projections())
+    changed = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="m"), META)
+    await parts.projector.catch_up(acme.id, changed.position)
+    await owner.execute("UPDATE incidents SET body = replace(body, 'Down', 'Wrong')")
+    real = Incidents.prepare
+    rebuilt: list[str] = []
+
+    async def before_a_rebuild(self, connection, tenant_id, events):
+        rows = await real(self, connection, tenant_id, events)
+        if not rebuilt:
+            await owner.execute("UPDATE checkpoints SET generation = -1 WHERE projection = 'incidents'")
+            rebuilt.extend(await Rebuilder(parts.database, projections()).rebuild(acme.id))
+        return rows
+
+    last = await commands.change(parts, incident.DECIDER, acme.id, made.stream_id, PostUpdate(message="n"), META)
+    monkeypatch.setattr(Incidents, "prepare", before_a_rebuild)
+
+    async def at_the_change(_connection, _tenant_id):
+        return changed.position
+
+    # The rebuild does not see the new event, so it leaves the checkpoint where it is.
+    monkeypatch.setattr(store, "read_head_position", at_the_change)
+    await parts.projector.catch_up(acme.id, last.position, events=last.history[-1:] if is_handed_over else ())
+    assert rebuilt == ["incidents"]
+    assert "Down" in await owner.fetchval("SELECT body FROM incidents")
+    assert await owner.fetchval("SELECT min(position) FROM checkpoints") == last.position
 
 
 async def test_a_paused_outbox_is_in_the_backlog(parts, acme, app_connection):

@@ -209,7 +209,7 @@ async def test_checkpoints_advance_through_their_keys(owner, full):
         "INSERT INTO projection_backlog SELECT $1 + other, 1 FROM generate_series(1000, 2000) AS other", full.tenant_id
     )
     await owner.execute("ANALYZE checkpoints, projection_backlog")
-    query = "SELECT advance_checkpoints($1, $2, $3, 1, 2)"
+    query = "SELECT advance_checkpoints($1, $2, $3, ARRAY[NULL, NULL]::timestamptz[], 1, 2)"
     plan = await plans_inside(owner, lambda: owner.fetchval(query, full.tenant_id, ["impact", "incidents"], [1, 1]))
     assert_goes_by(plan, "checkpoints", "checkpoints_pkey", reads=8)
     assert_goes_by(plan, "projection_backlog", "projection_backlog_pkey", reads=1)

@@ -94,10 +94,9 @@ async def test_concurrent_projectors_apply_each_event_once(parts, settings, acme
     applied: list[tuple[str, int]] = []
     real = Applier._apply_batch
 
-    async def noted(self, connection, tenant_id, group, at, events):
-        reached = await real(self, connection, tenant_id, group, at, events)
-        applied.extend((projection.name, event.position) for projection in group for event in events)
-        return reached
+    async def noted(self, connection, tenant_id, checkpoints, events):
+        await real(self, connection, tenant_id, checkpoints, events)
+        applied.extend((projection.name, event.position) for projection in checkpoints.projections for event in events)
 
     monkeypatch.setattr(Applier, "_apply_batch", noted)
     databases = [Database(settings.database_url, size=2, timeout_seconds=GENEROUS_SECONDS) for _ in range(4)]
@@ -277,10 +276,9 @@ async def test_a_catch_up_that_loses_its_connection_changes_nothing(parts, acme,
 
     async def cut_off(self, connection, tenant_id, *rest):
         async with connection.transaction():
-            reached = await real(self, connection, tenant_id, *rest)
+            await real(self, connection, tenant_id, *rest)
             if next(failures):
                 await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
-        return reached
 
     monkeypatch.setattr(Applier, "_apply_batch", cut_off)
     for _ in range(2):

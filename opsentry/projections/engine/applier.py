@@ -1,8 +1,10 @@
 """Apply the events of a tenant's ledger to projections, batch by batch, each event exactly once."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from functools import lru_cache
 from operator import attrgetter
+from typing import NamedTuple
 
 import structlog
 
@@ -23,7 +25,7 @@ FROM unnest($2::text[]) AS new (name) ON CONFLICT DO NOTHING
 
 # Selects the tenant's checkpoints, without a lock.
 _SELECT_CHECKPOINTS = f"""
-SELECT c.projection, c.position, {STATE} AS state
+SELECT c.projection, c.position, c.rebuilt_at, {STATE} AS state
 FROM checkpoints c LEFT JOIN projections p ON p.name = c.projection WHERE c.tenant_id = $1 AND c.projection = ANY($2)
 """
 
@@ -57,8 +59,8 @@ class PoisonEvent(Exception):
 class Applier:
     """Applies events to projections: reads without locks, then writes rows and checkpoints in one statement.
 
-    The statement writes nothing if another process has moved the checkpoints meanwhile. So each event applies exactly
-    once, and a process that hangs holds no lock.
+    The statement writes nothing if another process has moved the checkpoints or rebuilt the rows meanwhile. So each
+    event applies exactly once, and a process that hangs holds no lock.
     """
 
     def __init__(self, database: Database, projections: Sequence[Projection]) -> None:
@@ -66,46 +68,41 @@ class Applier:
         self._projections = sorted(projections, key=attrgetter("name"))
         self._names = [projection.name for projection in self._projections]
         self._versions = {projection.name: projection.version for projection in self._projections}
-        self._known: dict[int, int] = {}
+        self._known: dict[int, _Checkpoints] = {}
 
     @property
     def projections(self) -> Sequence[Projection]:
         """The projections that this applier serves, by name."""
         return self._projections
 
-    def known_position(self, tenant_id: int) -> int | None:
-        """Return the position of all the tenant's checkpoints after this process's last batch, if it knows it.
-
-        Another process may have moved them since: then a batch that continues there is read again.
-        """
-        return self._known.get(tenant_id)
-
     async def apply(self, tenant_id: int, events: Sequence[RecordedEvent] = ()) -> int:
         """Apply all unprojected events, batch by batch; return the position reached.
 
         Args:
             tenant_id: The tenant.
-            events: The events that follow the known position; if there are none, the first batch is read.
+            events: Events that the caller has, in any order. Those that follow the last batch are not read again.
 
         Raises:
             DatabaseUnavailable: The database was lost; the last batch may or may not be applied.
         """
+        following = self._following(tenant_id, events)
         # After a failed batch: how many steps still apply one event to one projection, to find the poison event.
         single_steps = 0
         while True:
             try:
                 async with self._database.connection(CATCH_UP_TIMEOUT_SECONDS) as connection:
-                    if events:
-                        batch, events = events[:BATCH_EVENTS], events[BATCH_EVENTS:]
-                        position, has_more = batch[0].position - 1, bool(events)
-                        reached = await self._apply_batch(connection, tenant_id, self._projections, position, batch)
+                    known = self._known.get(tenant_id)
+                    if following and known is not None:
+                        batch, following = following[:BATCH_EVENTS], following[BATCH_EVENTS:]
+                        reached, has_more = batch[-1].position, bool(following)
+                        await self._apply_batch(connection, tenant_id, known, batch)
                     else:
                         reached, has_more = await self._step(connection, tenant_id, single=single_steps > 0)
             except _OtherWriter:
-                events = ()
+                following = []
                 continue
             except _BatchFailed:
-                events = ()
+                following = []
                 single_steps = BATCH_EVENTS * len(self._projections)
                 continue
             except PoisonEvent as poison:
@@ -115,6 +112,16 @@ class Applier:
             single_steps = max(0, single_steps - 1)
             if not has_more:
                 return reached
+
+    def _following(self, tenant_id: int, events: Sequence[RecordedEvent]) -> list[RecordedEvent]:
+        """Return those of `events` that follow the last batch without a gap."""
+        known = self._known.get(tenant_id)
+        following: list[RecordedEvent] = []
+        if known is not None:
+            for event in sorted(events, key=attrgetter("position")):
+                if event.position == known.position + len(following) + 1:
+                    following.append(event)
+        return following
 
     async def _step(self, connection: Connection, tenant_id: int, *, single: bool) -> tuple[int, bool]:
         """Read and apply one batch; return the position reached and whether there is more."""
@@ -135,6 +142,8 @@ class Applier:
         limit = BATCH_EVENTS if next_position is None else min(BATCH_EVENTS, next_position - lowest)
         if single:
             group, limit = group[:1], 1
+        rebuilt = {row["projection"]: row["rebuilt_at"] for row in rows}
+        checkpoints = _Checkpoints(lowest, group, [rebuilt[projection.name] for projection in group])
         try:
             events = await store.read_after(connection, tenant_id, lowest, limit)
         except UnknownEvent as error:
@@ -143,30 +152,26 @@ class Applier:
             if error.kind in group[0].kinds:
                 raise PoisonEvent(group[0].name, lowest + 1, str(error)) from error
             # The projection does not read streams of this kind, so it can skip the event.
-            await self._write(connection, tenant_id, group, lowest, lowest + 1, [])
+            await self._write(connection, tenant_id, checkpoints, lowest + 1, [])
             return lowest + 1, True
         if not events:
             await connection.execute(_TRIM_BACKLOG, tenant_id, lowest)
             return lowest, False
-        lowest = await self._apply_batch(connection, tenant_id, group, lowest, events)
-        return lowest, len(events) == limit or next_position is not None or len(group) < len(positions)
+        await self._apply_batch(connection, tenant_id, checkpoints, events)
+        return events[-1].position, len(events) == limit or next_position is not None or len(group) < len(positions)
 
     async def _apply_batch(
-        self,
-        connection: Connection,
-        tenant_id: int,
-        group: Sequence[Projection],
-        position: int,
-        events: Sequence[RecordedEvent],
-    ) -> int:
-        """Bring the projections of `group`, which are at `position`, up to `events`; return the position reached."""
+        self, connection: Connection, tenant_id: int, checkpoints: "_Checkpoints", events: Sequence[RecordedEvent]
+    ) -> None:
+        """Bring the projections of `checkpoints` up to `events`, which follow their position."""
         writers: list[tuple[str, WriterRows]] = []
+        group = checkpoints.projections
         projection = group[0]
         try:
             for projection in group:
                 if wanted := [event for event in events if event.kind in projection.kinds]:
                     writers.append((projection.writer, await projection.prepare(connection, tenant_id, wanted)))
-            await self._write(connection, tenant_id, group, position, events[-1].position, writers)
+            await self._write(connection, tenant_id, checkpoints, events[-1].position, writers)
         except Exception as error:
             if is_transient(error):
                 raise
@@ -174,39 +179,58 @@ class Applier:
                 cause = f"{type(error).__name__}: {error}"
                 raise PoisonEvent(projection.name, events[0].position, cause) from error
             raise _BatchFailed from error
-        return events[-1].position
 
     async def _write(
         self,
         connection: Connection,
         tenant_id: int,
-        group: Sequence[Projection],
-        position: int,
+        checkpoints: "_Checkpoints",
         reached: int,
         writers: Sequence[tuple[str, WriterRows]],
     ) -> None:
-        """Write the rows of all writers and move the checkpoints of `group` from `position` to `reached`, or nothing.
+        """Write the rows of all writers and move `checkpoints` to `reached`, or do nothing.
 
         Raises:
-            _OtherWriter: The checkpoints are not at `position`, or a projection is halted or paused.
+            _OtherWriter: The checkpoints are no longer as given, or a projection is halted or paused.
         """
         self._known.pop(tenant_id, None)
-        names = [projection.name for projection in group]
-        versions = [self._versions[name] for name in names]
-        query = _write_query(tuple((writer, len(rows)) for writer, rows in writers))
-        lists = [each for _, rows in writers for each in rows]
-        if await connection.fetchrow(query, tenant_id, names, versions, position, reached, *lists) is None:
+        names = [projection.name for projection in checkpoints.projections]
+        row = await connection.fetchrow(
+            _write_query(tuple((writer, len(rows)) for writer, rows in writers)),
+            tenant_id,
+            names,
+            [self._versions[name] for name in names],
+            checkpoints.rebuilt,
+            checkpoints.position,
+            reached,
+            *(each for _, rows in writers for each in rows),
+        )
+        if row is None:
             raise _OtherWriter
-        if len(group) == len(self._projections):
+        if len(names) == len(self._projections):
             if len(self._known) >= MAX_KNOWN_TENANTS:
                 del self._known[next(iter(self._known))]
-            self._known[tenant_id] = reached
+            self._known[tenant_id] = checkpoints._replace(position=reached)
 
     async def _halt(self, tenant_id: int, poison: PoisonEvent) -> None:
         _log.error("projection_halted", tenant_id=tenant_id, projection=poison.projection, position=poison.position)
         async with self._database.transaction() as connection:
             version = self._versions[poison.projection]
             await connection.execute(_HALT, tenant_id, poison.projection, poison.position, poison.error, version)
+
+
+class _Checkpoints(NamedTuple):
+    """A tenant's checkpoints as they were read: rows that were read afterwards are as old or newer.
+
+    Attributes:
+        position: The position of all of them.
+        projections: Their projections, by name.
+        rebuilt: When each was last rebuilt.
+    """
+
+    position: int
+    projections: Sequence[Projection]
+    rebuilt: Sequence[datetime | None]
 
 
 class _BatchFailed(Exception):
@@ -223,8 +247,8 @@ def _write_query(writers: tuple[tuple[str, int], ...]) -> str:
 
     FROM comes first: the checkpoints are locked before the writers run.
     """
-    calls, first = ["true"], 6
+    calls, first = ["true"], 7
     for writer, lists in writers:
         calls.append(writer_call(writer, lists, first))
         first += lists
-    return f"SELECT {', '.join(calls)} FROM advance_checkpoints($1, $2, $3, $4, $5) AS advanced WHERE advanced"
+    return f"SELECT {', '.join(calls)} FROM advance_checkpoints($1, $2, $3, $4, $5, $6) AS advanced WHERE advanced"

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from operator import attrgetter
 
 import asyncpg
 import structlog
@@ -161,9 +160,8 @@ class Projector:
         try:
             while running.waiting:
                 running.began = loop.time()
-                position = await self._applier.apply(
-                    tenant_id, running.take_events(self._applier.known_position(tenant_id))
-                )
+                events, running.events = running.events, []
+                position = await self._applier.apply(tenant_id, events)
                 came, running.waiting = running.waiting, []
                 for wanted, reached in came:
                     if reached.done():
@@ -201,16 +199,6 @@ class _CatchUp:
         self.waiting: list[tuple[int, asyncio.Future[None]]] = []
         self.events: list[RecordedEvent] = []
         self.task: asyncio.Task[None] | None = None
-
-    def take_events(self, position: int | None) -> Sequence[RecordedEvent]:
-        """Take the events that callers have brought; return those that follow `position` without a gap."""
-        brought, self.events = sorted(self.events, key=attrgetter("position")), []
-        following: list[RecordedEvent] = []
-        if position is not None:
-            for event in brought:
-                if event.position == position + len(following) + 1:
-                    following.append(event)
-        return following
 
 
 def _time_out(reached: "asyncio.Future[None]") -> None:
