@@ -31,8 +31,12 @@ MESSAGES = 12
 # Seconds between requests of a client: the machine has few cores, and a rebuild replays everything that is written.
 WRITING_PACE, READING_PACE, LOOKING_PACE = 0.1, 0.06, 0.1
 
-# Blocks every projector of the tenant while the transaction lasts.
-_STOP = "SELECT FROM checkpoints WHERE tenant_id = $1 ORDER BY projection FOR NO KEY UPDATE"
+# Blocks every projector of the tenant while the transaction lasts; one that has read rows before writes nothing.
+_STOP = """
+WITH stopped AS (SELECT projection FROM checkpoints WHERE tenant_id = $1 ORDER BY projection FOR NO KEY UPDATE)
+UPDATE checkpoints c SET rebuilt_at = clock_timestamp() FROM stopped s
+WHERE c.tenant_id = $1 AND c.projection = s.projection
+"""
 
 # The texts of its incidents.
 _TEXTS = """
