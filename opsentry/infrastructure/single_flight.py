@@ -89,11 +89,16 @@ class TtlCache(Generic[K, V]):
         _mark_retrieved(task)
 
 
+MAX_GATHERING_SECONDS = 0.05
+"""How long a batch waits for the end of the group's load before it."""
+
+
 class BatchLoader(Generic[G, K, V]):
     """Gather the keys that callers of one group ask for at the same time, and load them together.
 
-    The calls that come while the group's load runs share the next one. It begins after all of them, so each sees every
-    change that was committed before its call. A cancelled caller does not cancel the load for the others.
+    The calls that come while the group's load runs, for a short time at most, share the next one. It begins after all
+    of them, so each sees every change that was committed before its call. A cancelled caller does not cancel the load
+    for the others.
 
     Args:
         load: Returns the answer for a group and all keys gathered for it.
@@ -118,7 +123,7 @@ class BatchLoader(Generic[G, K, V]):
     async def _load_gathered(self, group: G, gathered: set[K]) -> V:
         # A new task starts in the loop's next turn, so the calls of one turn share it even if nothing runs.
         if (earlier := self._loading.get(group)) is not None:
-            await asyncio.wait([earlier])
+            await asyncio.wait([earlier], timeout=MAX_GATHERING_SECONDS)
         # Later calls open the next batch.
         _, self._loading[group] = self._gathering.pop(group)
         return await self._load(group, gathered)
