@@ -1,12 +1,15 @@
 -- The functions that write the rows of projections. A catch-up calls `advance_checkpoints` and a writer for each
--- projection in one statement, and so in one transaction. The types of their arguments are types of their own, because a
--- new column of a table must not change what running older code sends.
+-- projection in one statement, and so in one transaction.
 --
--- All plans are generic. A writer's rows are few or many at random, and the planner would plan most calls again.
+-- Running code of the release before calls its functions with its types. So a later migration never changes a type or a
+-- function of an earlier one, nor gives a function another's name: it adds both under new names.
+--
+-- All plans are generic. A writer's rows are few or many at random, and the planner would plan most calls again. A plan
+-- from when a table was small must not scan it later, so plans go by indexes.
 
 -- Deletes the tenant's rows of `projection_backlog` up to `until`, as far as all running projections have come.
 CREATE FUNCTION trim_backlog(tenant bigint, until bigint) RETURNS void
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 BEGIN
     DELETE FROM projection_backlog AS entry
     WHERE entry.tenant_id = tenant AND entry.position <= until AND NOT EXISTS (
@@ -23,11 +26,13 @@ $$;
 -- - All callers lock the checkpoints in one order, so that two catch-ups never deadlock.
 -- - The commit need not wait for the disk: after a crash of the server, rows and checkpoints are back where they were, and
 --   the next catch-up continues there.
+-- - The server stops waiting for the locks when the caller does, about.
 -- - `versions` are those of the caller's code. Rows that newer code has registered need a rebuild after older code has
 --   written to them.
 CREATE FUNCTION advance_checkpoints(
     tenant bigint, names text[], versions integer[], rebuilt timestamptz[], expected bigint, reached bigint
-) RETURNS boolean LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+) RETURNS boolean LANGUAGE plpgsql
+SET lock_timeout = '30s' SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 DECLARE
     locked integer;
 BEGIN
@@ -66,7 +71,7 @@ CREATE TYPE services_row AS (
 
 -- Writes one row for each service, unless a newer version is stored.
 CREATE FUNCTION write_services(tenant bigint, new_services services_row[]) RETURNS void
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 BEGIN
     INSERT INTO services AS s (
         tenant_id, service_id, version, slug, name, visibility, retired, created_at, body, link)
@@ -128,7 +133,7 @@ CREATE FUNCTION write_incidents(
     redacted_entries timeline_row[],
     redactions incident_redaction[],
     snapshots incident_snapshots_row[]
-) RETURNS void LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+) RETURNS void LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 BEGIN
     -- Counts the rows before they are stored. The lock of the checkpoint keeps other writers away meanwhile. LIMIT makes
     -- it one index lookup for each incident, even where the plan dates from when the table was small.
@@ -193,7 +198,7 @@ CREATE TYPE maintenance_row AS (
 -- replaces redacted ones.
 CREATE FUNCTION write_maintenance(
     tenant bigint, new_windows maintenance_row[], new_entries timeline_row[], redacted_entries timeline_row[]
-) RETURNS void LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+) RETURNS void LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 BEGIN
     INSERT INTO maintenance AS m (
         tenant_id, maintenance_id, version, status, visibility, service_ids, announced_at, scheduled_start,
@@ -230,7 +235,7 @@ CREATE TYPE subscriptions_row AS (
 
 -- Writes one row for each subscription, unless a newer version is stored.
 CREATE FUNCTION write_subscriptions(tenant bigint, new_subscriptions subscriptions_row[]) RETURNS void
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 BEGIN
     INSERT INTO subscriptions AS s (
         tenant_id, subscription_id, version, status, channel, target, created_at, state, body)
@@ -277,7 +282,7 @@ CREATE TYPE impact_end AS (
 -- they are stored.
 CREATE FUNCTION write_impact(
     tenant bigint, states impact_states_row[], ended impact_end[], started service_impacts_row[]
-) RETURNS void LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+) RETURNS void LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 BEGIN
     INSERT INTO impact_states AS s (
         tenant_id, stream_kind, stream_id, version, is_active, level, is_excluded, service_ids)
@@ -330,7 +335,7 @@ CREATE TYPE outbox_intents_row AS (
 -- have the same ids.
 CREATE FUNCTION write_outbox(
     tenant bigint, states outbox_state_row[], deleted outbox_state_key[], intents outbox_intents_row[]
-) RETURNS void LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+) RETURNS void LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 BEGIN
     INSERT INTO outbox_state (tenant_id, kind, id, state)
     SELECT tenant, row.* FROM unnest(states) AS row

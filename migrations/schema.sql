@@ -164,7 +164,9 @@ $$;
 
 CREATE FUNCTION advance_checkpoints(tenant bigint, names text[], versions integer[], rebuilt timestamp with time zone[], expected bigint, reached bigint) RETURNS boolean
     LANGUAGE plpgsql
+    SET lock_timeout TO '30s'
     SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
     AS $$
 DECLARE
     locked integer;
@@ -457,6 +459,7 @@ $$;
 CREATE FUNCTION trim_backlog(tenant bigint, until bigint) RETURNS void
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
     AS $$
 BEGIN
     DELETE FROM projection_backlog AS entry
@@ -493,6 +496,7 @@ $$;
 CREATE FUNCTION write_impact(tenant bigint, states impact_states_row[], ended impact_end[], started service_impacts_row[]) RETURNS void
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
     AS $$
 BEGIN
     INSERT INTO impact_states AS s (
@@ -522,6 +526,7 @@ $$;
 CREATE FUNCTION write_incidents(tenant bigint, new_incidents incidents_row[], new_entries timeline_row[], redacted_entries timeline_row[], redactions incident_redaction[], snapshots incident_snapshots_row[]) RETURNS void
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
     AS $$
 BEGIN
     -- Counts the rows before they are stored. The lock of the checkpoint keeps other writers away meanwhile. LIMIT makes
@@ -573,6 +578,7 @@ $$;
 CREATE FUNCTION write_maintenance(tenant bigint, new_windows maintenance_row[], new_entries timeline_row[], redacted_entries timeline_row[]) RETURNS void
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
     AS $$
 BEGIN
     INSERT INTO maintenance AS m (
@@ -600,6 +606,7 @@ $$;
 CREATE FUNCTION write_outbox(tenant bigint, states outbox_state_row[], deleted outbox_state_key[], intents outbox_intents_row[]) RETURNS void
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
     AS $$
 BEGIN
     INSERT INTO outbox_state (tenant_id, kind, id, state)
@@ -622,6 +629,7 @@ $$;
 CREATE FUNCTION write_services(tenant bigint, new_services services_row[]) RETURNS void
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
     AS $$
 BEGIN
     INSERT INTO services AS s (
@@ -643,6 +651,7 @@ $$;
 CREATE FUNCTION write_subscriptions(tenant bigint, new_subscriptions subscriptions_row[]) RETURNS void
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
     AS $$
 BEGIN
     INSERT INTO subscriptions AS s (

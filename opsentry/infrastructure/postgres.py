@@ -27,6 +27,8 @@ _LOST = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
     asyncpg.UndefinedFunctionError,
+    asyncpg.AmbiguousFunctionError,
+    asyncpg.DatatypeMismatchError,
     asyncpg.ReadOnlySQLTransactionError,
     # PostgreSQL ended a transaction that stayed idle or ran too long, because others waited for its locks.
     asyncpg.IdleInTransactionSessionTimeoutError,

@@ -21,8 +21,9 @@ async def test_row_types_have_the_columns_of_their_tables(owner):
     assert found == {name: columns for name, columns in tables.items() if name in found}
 
 
-async def test_the_first_argument_of_a_writer_is_the_tenant(owner):
+async def test_each_writer_is_one_function_of_the_tenant_and_rows(owner):
     for projection in projections():
+        assert await owner.fetchval("SELECT count(*) FROM pg_proc WHERE proname = $1", projection.writer) == 1
         types = await owner.fetchval(ARGUMENTS, projection.writer)
         assert types[0] == "bigint"
         assert all(each.endswith("[]") for each in types[1:])
