@@ -162,11 +162,11 @@ async def test_a_catch_up_that_ends_between_two_projections_leaves_the_backlog(p
             raise error
         return await real_prepare(self, connection, tenant_id, events)
 
-    async def cut_off(self, connection, tenant_id, *, single):
+    async def cut_off(self, connection, tenant_id, until, *, single):
         # After a failed batch, each step applies one event to one projection. The first step succeeds.
         if single and await owner.fetchval("SELECT max(position) FROM checkpoints") == made.position:
             raise DatabaseUnavailable("killed here")
-        return await real_step(self, connection, tenant_id, single=single)
+        return await real_step(self, connection, tenant_id, until, single=single)
 
     monkeypatch.setattr(Impact, "prepare", fail_once)
     monkeypatch.setattr(Applier, "_step", cut_off)

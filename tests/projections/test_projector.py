@@ -117,8 +117,8 @@ async def test_a_caller_during_a_catch_up_sees_the_events_of_the_meantime(parts,
     began, gate = asyncio.Event(), asyncio.Event()
     real = Applier._step
 
-    async def held_back(self, connection, tenant_id, **options):
-        done = await real(self, connection, tenant_id, **options)
+    async def held_back(self, connection, tenant_id, until, **options):
+        done = await real(self, connection, tenant_id, until, **options)
         began.set()
         await gate.wait()
         return done
@@ -138,9 +138,9 @@ async def test_a_caller_whose_time_ends_does_not_stop_the_catch_up(parts, acme, 
     gate = asyncio.Event()
     real = Applier._step
 
-    async def held_back(self, connection, tenant_id, **options):
+    async def held_back(self, connection, tenant_id, until, **options):
         await gate.wait()
-        return await real(self, connection, tenant_id, **options)
+        return await real(self, connection, tenant_id, until, **options)
 
     monkeypatch.setattr(Applier, "_step", held_back)
     made = await opened(parts, acme)
@@ -158,10 +158,10 @@ async def test_a_cancelled_caller_does_not_cancel_the_catch_up_of_the_others(par
     began, gate = asyncio.Event(), asyncio.Event()
     real = Applier._step
 
-    async def held_back(self, connection, tenant_id, **options):
+    async def held_back(self, connection, tenant_id, until, **options):
         began.set()
         await gate.wait()
-        return await real(self, connection, tenant_id, **options)
+        return await real(self, connection, tenant_id, until, **options)
 
     monkeypatch.setattr(Applier, "_step", held_back)
     made = await opened(parts, acme)
@@ -349,7 +349,7 @@ async def test_events_that_another_process_has_applied_are_not_applied_again(par
     before = await dump(app_connection)
     await parts.projector.catch_up(acme.id, second.position, events=second.history)
     assert await dump(app_connection) == before
-    assert ledger_reads == [0, first.position, second.position]
+    assert ledger_reads == [0, first.position]
     third = await opened(parts, acme)
     await parts.projector.catch_up(acme.id, third.position, events=third.history)
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, third.position)
@@ -369,3 +369,44 @@ async def test_events_that_a_command_brings_pass_no_stopped_projection(parts, ac
     assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, second.position) | {
         "impact": first.position
     }
+
+
+async def test_events_that_others_have_read_meanwhile_are_not_applied_again(parts, acme, app_connection, monkeypatch):
+    monkeypatch.setattr(applier_module, "BATCH_EVENTS", 2)
+    first = await opened(parts, acme)
+    await parts.projector.catch_up(acme.id, first.position)
+    second = await opened(parts, acme)
+    last = [await opened(parts, acme) for _ in range(3)][-1]
+    real = Applier._following
+
+    def forgotten(self, tenant_id, events):
+        found = real(self, tenant_id, events)
+        self._known.clear()  # as other tenants' writes do in the end
+        return found
+
+    monkeypatch.setattr(Applier, "_following", forgotten)
+    running = [parts.projector.catch_up(acme.id, made.position, events=made.history) for made in (second, last)]
+    await asyncio.gather(*running)
+    assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, last.position)
+    assert await app_connection.fetchval("SELECT count(*) FROM incidents") == 5
+
+
+async def test_a_caller_who_names_no_position_gets_all_that_the_ledger_has(parts, acme, app_connection):
+    first = await opened(parts, acme)
+    await parts.projector.catch_up(acme.id, first.position)
+    second = await opened(parts, acme)
+    last = await opened(parts, acme)
+    await asyncio.gather(
+        parts.projector.catch_up(acme.id, second.position, events=second.history),
+        parts.projector.catch_up(acme.id, 0),
+    )
+    assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, last.position)
+
+
+async def test_a_catch_up_leaves_what_comes_later_to_others(parts, acme, app_connection):
+    first = await opened(parts, acme)
+    await Projector(parts.database, projections()).catch_up(acme.id, first.position)
+    await opened(parts, acme)
+    await parts.projector.catch_up(acme.id, first.position)
+    assert await positions(app_connection, acme.id) == dict.fromkeys(NAMES, first.position)
+    assert await parts.projector.lagging_tenants() == [acme.id]

@@ -32,12 +32,14 @@ FROM checkpoints c LEFT JOIN projections p ON p.name = c.projection WHERE c.tena
 # Deletes the tenant's rows of `projection_backlog` up to $2, as far as all running projections have come.
 _TRIM_BACKLOG = "SELECT trim_backlog($1, $2)"
 
-# Halts a projection at event $3, unless another process, which may know the event, has passed it meanwhile. Rows of
-# newer code than this may be the cause of the failure; then the newer code rebuilds them.
+# Halts a projection at event $3, unless another process, which may know the event, has passed it meanwhile, or has
+# rebuilt the rows since $6. Rows of newer code than this may be the cause of the failure; then the newer code rebuilds
+# them.
 _HALT = """
 UPDATE checkpoints c SET halted_at = $3, halt_error = $4, generation = CASE WHEN EXISTS (
     SELECT FROM projections p WHERE p.name = c.projection AND p.version > $5) THEN -1 ELSE generation END
 WHERE tenant_id = $1 AND projection = $2 AND position = $3 - 1 AND halted_at IS NULL
+    AND rebuilt_at IS NOT DISTINCT FROM $6
 """
 
 BATCH_EVENTS = 500
@@ -47,13 +49,14 @@ MAX_KNOWN_TENANTS = 10_000
 
 
 class PoisonEvent(Exception):
-    """A projection cannot apply an event; the projection's rows are unchanged."""
+    """A projection cannot apply an event; the projection's rows, last rebuilt at `rebuilt_at`, are unchanged."""
 
-    def __init__(self, projection: str, position: int, error: str) -> None:
+    def __init__(self, projection: str, position: int, error: str, rebuilt_at: datetime | None = None) -> None:
         super().__init__(f"{projection} cannot apply event {position}: {error}")
         self.projection = projection
         self.position = position
         self.error = error
+        self.rebuilt_at = rebuilt_at
 
 
 class Applier:
@@ -75,12 +78,13 @@ class Applier:
         """The projections that this applier serves, by name."""
         return self._projections
 
-    async def apply(self, tenant_id: int, events: Sequence[RecordedEvent] = ()) -> int:
-        """Apply all unprojected events, batch by batch; return the position reached.
+    async def apply(self, tenant_id: int, events: Sequence[RecordedEvent] = (), until: int | None = None) -> int:
+        """Apply unprojected events, batch by batch; return the position reached.
 
         Args:
             tenant_id: The tenant.
             events: Events that the caller has, in any order. Those that follow the last batch are not read again.
+            until: The position to reach: what comes later may be left to others. `None` means the end of the ledger.
 
         Raises:
             DatabaseUnavailable: The database was lost; the last batch may or may not be applied.
@@ -92,12 +96,13 @@ class Applier:
             try:
                 async with self._database.connection(CATCH_UP_TIMEOUT_SECONDS) as connection:
                     known = self._known.get(tenant_id)
-                    if following and known is not None:
+                    if following and known is not None and known.position == following[0].position - 1:
                         batch, following = following[:BATCH_EVENTS], following[BATCH_EVENTS:]
                         reached, has_more = batch[-1].position, bool(following)
                         await self._apply_batch(connection, tenant_id, known, batch)
                     else:
-                        reached, has_more = await self._step(connection, tenant_id, single=single_steps > 0)
+                        following = []
+                        reached, has_more = await self._step(connection, tenant_id, until, single=single_steps > 0)
             except _OtherWriter:
                 following = []
                 continue
@@ -123,7 +128,9 @@ class Applier:
                     following.append(event)
         return following
 
-    async def _step(self, connection: Connection, tenant_id: int, *, single: bool) -> tuple[int, bool]:
+    async def _step(
+        self, connection: Connection, tenant_id: int, until: int | None, *, single: bool
+    ) -> tuple[int, bool]:
         """Read and apply one batch; return the position reached and whether there is more."""
         rows = await connection.fetch(_SELECT_CHECKPOINTS, tenant_id, self._names)
         if len(rows) < len(self._names):
@@ -136,6 +143,8 @@ class Applier:
             await connection.execute(_TRIM_BACKLOG, tenant_id, head)
             return head, False
         lowest = min(positions.values())
+        if until is not None and lowest >= until:
+            return lowest, False
         # Projections at the same position advance together; those further behind catch up first.
         group = [p for p in self._projections if positions.get(p.name) == lowest]
         next_position = min((position for position in positions.values() if position > lowest), default=None)
@@ -150,7 +159,7 @@ class Applier:
             if limit > 1 or len(group) > 1:
                 raise _BatchFailed from error
             if error.kind in group[0].kinds:
-                raise PoisonEvent(group[0].name, lowest + 1, str(error)) from error
+                raise PoisonEvent(group[0].name, lowest + 1, str(error), checkpoints.rebuilt[0]) from error
             # The projection does not read streams of this kind, so it can skip the event.
             await self._write(connection, tenant_id, checkpoints, lowest + 1, [])
             return lowest + 1, True
@@ -177,7 +186,7 @@ class Applier:
                 raise
             if len(events) == 1 and len(group) == 1:
                 cause = f"{type(error).__name__}: {error}"
-                raise PoisonEvent(projection.name, events[0].position, cause) from error
+                raise PoisonEvent(projection.name, events[0].position, cause, checkpoints.rebuilt[0]) from error
             raise _BatchFailed from error
 
     async def _write(
@@ -216,7 +225,9 @@ class Applier:
         _log.error("projection_halted", tenant_id=tenant_id, projection=poison.projection, position=poison.position)
         async with self._database.transaction() as connection:
             version = self._versions[poison.projection]
-            await connection.execute(_HALT, tenant_id, poison.projection, poison.position, poison.error, version)
+            await connection.execute(
+                _HALT, tenant_id, poison.projection, poison.position, poison.error, version, poison.rebuilt_at
+            )
 
 
 class _Checkpoints(NamedTuple):

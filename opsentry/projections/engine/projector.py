@@ -76,7 +76,7 @@ class Projector:
 
         Args:
             tenant_id: The tenant.
-            position: The position to reach; 0 asks for one pass.
+            position: The position to reach; 0 asks for all that the ledger has.
             seconds: How long to wait at most; `None` means until the passes end.
             events: The events that end there, if the caller has them: they need not be read from the ledger.
 
@@ -161,7 +161,10 @@ class Projector:
             while running.waiting:
                 running.began = loop.time()
                 events, running.events = running.events, []
-                position = await self._applier.apply(tenant_id, events)
+                until: int | None = max(wanted for wanted, _ in running.waiting)
+                if any(wanted == 0 for wanted, _ in running.waiting):
+                    events, until = [], None  # somebody asks what the ledger has
+                position = await self._applier.apply(tenant_id, events, until)
                 came, running.waiting = running.waiting, []
                 for wanted, reached in came:
                     if reached.done():

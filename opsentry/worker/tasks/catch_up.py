@@ -32,7 +32,7 @@ class CatchUp:
         while lagging := await self._projector.lagging_tenants(PAGE_SIZE_TENANTS, after):
             after = lagging[-1]
             is_last_page = len(lagging) < PAGE_SIZE_TENANTS
-            # Workers that visit tenants in different orders wait less for each other's locks.
+            # Workers that visit tenants in different orders seldom derive the same rows.
             random.shuffle(lagging)
             await asyncio.gather(*(self._catch_up_queue(lagging) for _ in range(CONCURRENT_TENANTS)))
             if is_last_page:
