@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from opsentry.domain import incident
+from opsentry.domain.incident import OpenIncident
+from opsentry.events.codec import Actor, Meta
 from opsentry.events.command_handler import CommandOptions, CommandResult
 
 
@@ -25,3 +28,9 @@ async def change(
         decider, tenant_id, stream_id, command, options, expected_versions=expected
     )
     return changed
+
+
+async def opened(parts, tenant, title="Down", **fields) -> CommandResult[Any]:
+    """Declare an incident as an operator; return the `CommandResult`."""
+    command = OpenIncident(title=title, **fields)
+    return await create(parts, incident.DECIDER, tenant.id, command, Meta(Actor("operator")))

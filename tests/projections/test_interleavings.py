@@ -17,15 +17,12 @@ from opsentry.projections.engine.replay import StagingFailed
 from opsentry.projections.impact import Impact
 from opsentry.projections.incidents import Incidents
 from tests import commands
+from tests.commands import opened
 from tests.conftest import META
 from tests.projections.planting import plant
 from tests.waiting import until
 
 NAMES = sorted(projection.name for projection in projections())
-
-
-async def opened(parts, tenant, title="Down"):
-    return await commands.create(parts, incident.DECIDER, tenant.id, OpenIncident(title=title), META)
 
 
 async def shown(parts, tenant):

@@ -2,14 +2,14 @@ import msgspec
 import pytest
 
 from opsentry.bootstrap import projections
-from opsentry.domain import incident, service
-from opsentry.domain.incident import OpenIncident
+from opsentry.domain import service
 from opsentry.domain.service import RegisterService
 from opsentry.projections import incidents, services
 from opsentry.projections.engine import applier as applier_module
 from opsentry.projections.engine.applier import PoisonEvent
 from opsentry.projections.impact import Impact
 from tests import commands
+from tests.commands import opened
 from tests.projections.histories import META
 from tests.projections.planting import age, plant
 
@@ -34,10 +34,6 @@ async def checkpoints(connection, tenant_id):
 
 async def halted(connection, tenant_id):
     return {name for name, row in (await checkpoints(connection, tenant_id)).items() if row["halted_at"] is not None}
-
-
-async def opened(parts, tenant, title="Down", **fields):
-    return await commands.create(parts, incident.DECIDER, tenant.id, OpenIncident(title=title, **fields), META)
 
 
 async def registered(parts, tenant, slug):
